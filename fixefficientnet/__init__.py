@@ -1,0 +1,72 @@
+"""FixEfficientNet: the models, their FixRes weights, their preprocessing.
+
+    import fixefficientnet
+    model = fixefficientnet.create("b4_ns", pretrained=True)
+    logits = model(model.preprocess("cat.jpg")[None])
+
+Nothing here imports torch before a model or a transform is asked for.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+from fixefficientnet.errors import (
+    CheckpointError,
+    ChecksumError,
+    DeltaError,
+    DeltaFormatError,
+    DeltaMismatchError,
+    DownloadError,
+    FixEfficientNetError,
+    ManifestError,
+    PictureError,
+    UnknownVariantError,
+    UnsupportedModelError,
+    WeightsNotPublishedError,
+)
+from fixefficientnet.manifest import Variant, list_models
+from fixefficientnet.manifest import find as info
+from fixefficientnet.timm_models import register_with_timm
+
+if TYPE_CHECKING:
+    from fixefficientnet.prediction import predict
+    from fixefficientnet.preprocessing import preprocess
+    from fixefficientnet.zoo import create
+
+__all__ = [
+    "CheckpointError",
+    "ChecksumError",
+    "DeltaError",
+    "DeltaFormatError",
+    "DeltaMismatchError",
+    "DownloadError",
+    "FixEfficientNetError",
+    "ManifestError",
+    "PictureError",
+    "UnknownVariantError",
+    "UnsupportedModelError",
+    "Variant",
+    "WeightsNotPublishedError",
+    "create",
+    "info",
+    "list_models",
+    "predict",
+    "preprocess",
+]
+
+_LAZY = {"create": "zoo", "predict": "prediction", "preprocess": "preprocessing"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_with_timm()

@@ -1,0 +1,65 @@
+"""Read a checkpoint file as a state dict: safetensors memory-mapped, a legacy `.pth` without its code."""
+
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fixefficientnet.errors import CheckpointError
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Reads a state dict on the CPU.
+
+    Args:
+        path: `.safetensors`: the tensors are a private memory map of the file, read when first used and
+            copied when first written, so nothing is ever written through to it. Any other ending: a
+            legacy pickle, read by `torch.load(weights_only=True)`, which executes none of its code.
+
+    Raises:
+        CheckpointError: The file is damaged, or is not a plain state dict.
+    """
+    try:
+        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
+    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise CheckpointError(f"{path} is not a plain state dict (names to tensors).")
+    return dict(tensors)
+
+
+def rename(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
+    """Gives tensors the names of another state dict that lists the same network in the same order.
+
+    For ports of one network to two code bases: only the prefixes differ. Each pair must agree in the
+    leaf of its name (weight, running_mean, …) and in shape.
+
+    Args:
+        tensors: The state dict to rename.
+        like: A state dict of the target (its tensors may be on the meta device).
+        source: Where the tensors come from, for errors.
+
+    Raises:
+        CheckpointError: They do not list the same network.
+    """
+    if len(tensors) != len(like):
+        raise CheckpointError(f"{source} has {len(tensors)} tensors, the model has {len(like)}.")
+    renamed = {}
+    for (old, tensor), (new, target) in zip(tensors.items(), like.items(), strict=True):
+        if old.rpartition(".")[2] != new.rpartition(".")[2] or tensor.shape != target.shape:
+            raise CheckpointError(
+                f"{source}: {old} {list(tensor.shape)} stands where the model has {new} {list(target.shape)}."
+            )
+        renamed[new] = tensor
+    return renamed
+
+
+def listed(names: Iterable[str], most: int = 4) -> str:
+    """Names for an error message: the first few, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

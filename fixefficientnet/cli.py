@@ -1,0 +1,237 @@
+"""The command line: each command calls one function of the package.
+
+`list`, `info` and `--help` import no torch.
+"""
+
+import glob
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fixefficientnet import __version__, manifest
+from fixefficientnet.errors import FixEfficientNetError, PictureError
+from fixefficientnet.manifest import Variant
+
+if TYPE_CHECKING:
+    from fixefficientnet.preprocessing import PictureSource
+
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
+
+app = typer.Typer(
+    help="FixEfficientNet: pretrained EfficientNets, tuned for their test size by FixRes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Runs the command line; an error of this package becomes one message and status 1."""
+    try:
+        app()
+    except (FixEfficientNetError, FileNotFoundError) as error:
+        err.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(1)
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command("list")
+def list_(
+    filter: Annotated[str, typer.Argument(help="Wildcard on the name, such as '*_ns'.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """List the variants: size, the paper's top-1, and whether weights are published."""
+    variants = [manifest.load()[key] for key in manifest.list_models(filter)]
+    if as_json:
+        _print_json([_row(variant) for variant in variants])
+        return
+    if not variants:
+        err.print(f"No variant matches {filter!r}.")
+        raise typer.Exit(1)
+    table = Table(header_style="bold")
+    table.add_column("variant")
+    for column in ("params", "test size", "paper base", "paper Fix"):
+        table.add_column(column, justify="right")
+    table.add_column("FixRes weights")
+    for variant in variants:
+        paper = variant.paper
+        table.add_row(
+            variant.key,
+            f"{variant.parameters / 1e6:.1f}M",
+            str(variant.test.size),
+            f"{paper.base.top1:.1f}" if paper else "-",
+            f"{paper.fix.top1:.1f}" if paper else "-",
+            _published(variant),
+        )
+    out.print(table)
+    out.print("paper: ImageNet top-1 (%) as reported in arXiv 2003.08237, Tables 1 and 2")
+
+
+@app.command()
+def info(
+    name: Annotated[str, typer.Argument(help="A variant's name or alias.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show everything the manifest knows about one variant."""
+    variant = manifest.find(name)
+    if as_json:
+        _print_json(_row(variant))
+        return
+    test, backbone, paper, weights = variant.test, variant.backbone, variant.paper, variant.weights
+    package = f", or the PyPI package {backbone.package.name}" if backbone.package else ""
+    lines = {
+        "variant": f"{variant.key} ({variant.title})",
+        "timm name": variant.timm_name,
+        "torch.hub": variant.hub_name,
+        "parameters": f"{variant.parameters:,}",
+        "backbone": backbone.name,
+        "from": f"{backbone.repository}@{backbone.revision} on the Hub{package} ({backbone.license})",
+        "train size": f"{variant.train_size}",
+        "test size": f"{test.size}, crop_pct {test.crop_pct:g}, {test.interpolation}",
+        "mean, std": f"{_triple(test.mean)}, {_triple(test.std)}",
+    }
+    if paper:
+        lines["paper"] = (
+            f"Table {paper.table}: top-1 {paper.base.top1} / top-5 {paper.base.top5} at {paper.base.test_size}, "
+            f"with FixRes {paper.fix.top1} / {paper.fix.top5} at {paper.fix.test_size}"
+        )
+    lines["FixRes weights"] = _published(variant)
+    if weights:
+        lines["weights file"] = str(weights.path or f"{weights.repository}/{weights.filename}@{weights.revision}")
+        lines["sha256"] = weights.sha256
+        if measured := weights.measured:
+            lines["measured"] = (
+                f"top-1 {measured.top1} / top-5 {measured.top5} on {measured.pictures:,} pictures of {measured.dataset}"
+            )
+    if variant.note:
+        lines["note"] = variant.note
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for key, value in lines.items():
+        grid.add_row(key, escape(value))
+    out.print(grid)
+
+
+@app.command()
+def predict(
+    images: Annotated[list[str], typer.Argument(help="Files, folders, globs, or - for one picture on stdin.")],
+    model: Annotated[str, typer.Option(help="A variant's name or alias.")] = "lite0",
+    pretrained: Annotated[
+        str | None,
+        typer.Option(
+            help="'backbone' for the original weights, a delta's path, or hf://org/repo/file@revision. "
+            "Default: the published FixRes weights; 'backbone' for lite0, lite1 and lite2, which have none."
+        ),
+    ] = None,
+    topk: Annotated[int, typer.Option(min=1, help="Labels per picture.")] = 5,
+    as_json: AsJson = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, …  Default: cuda if there is one.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 16,
+) -> None:
+    """Classify pictures into ImageNet's 1000 classes."""
+    variant = manifest.find(model)
+    from fixefficientnet import prediction
+
+    network = prediction.load(variant.key, pretrained, _device(device))
+    tuned = not (pretrained == "backbone" or (pretrained is None and variant.backbone_only))
+    said = f"{variant.title}, {'FixRes' if tuned else 'backbone'} weights, test size {variant.test.size}"
+    if not tuned:
+        said += " (not tuned by FixRes)"
+    failed = 0
+
+    def report(picture: "PictureSource", error: PictureError) -> None:
+        nonlocal failed
+        failed += 1
+        err.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
+
+    predictions = prediction.stream(
+        _pictures(images, report), network, topk=topk, batch_size=batch_size, on_error=report
+    )
+    if as_json:
+        found = [{"file": _shown(p.picture), "labels": [asdict(label) for label in p.labels]} for p in predictions]
+        _print_json({"model": variant.key, "weights": "fixres" if tuned else "backbone", "predictions": found})
+    else:
+        out.print(said, soft_wrap=True)
+        for found_one in predictions:
+            out.print(f"\n[bold]{escape(_shown(found_one.picture))}[/]", soft_wrap=True)
+            for label in found_one.labels:
+                out.print(f"  {label.probability:6.1%}  {escape(label.name)}", no_wrap=True, overflow="ellipsis")
+    if failed:
+        err.print(f"{failed} of the pictures could not be used.")
+        raise typer.Exit(1)
+
+
+def _pictures(images: list[str], report: Any) -> Iterator["PictureSource"]:
+    """The pictures that the arguments mean, in a stable order."""
+    for image in images:
+        if image == "-":
+            yield sys.stdin.buffer.read()
+        elif Path(image).is_dir():
+            files = sorted(p for p in Path(image).rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
+            if not files:
+                report(image, PictureError(f"The folder {image} holds no pictures."))
+            yield from map(str, files)
+        elif not Path(image).exists() and glob.has_magic(image):
+            matches = sorted(glob.glob(image, recursive=True))
+            if not matches:
+                report(image, PictureError(f"No file matches {image}."))
+            yield from matches
+        else:
+            yield image
+
+
+def _shown(picture: "PictureSource") -> str:
+    return "-" if isinstance(picture, bytes) else str(picture)
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise FixEfficientNetError(f"The device {name!r} cannot be used here: {reason}") from None
+    return name
+
+
+def _published(variant: Variant) -> str:
+    if variant.weights:
+        return "local" if variant.weights.path else "published"
+    return "none (backbone only)" if variant.backbone_only else "not published yet"
+
+
+def _triple(values: tuple[float, float, float]) -> str:
+    return f"({', '.join(f'{value:g}' for value in values)})"
+
+
+def _row(variant: Variant) -> dict[str, Any]:
+    names = {"key": variant.key, "hub_name": variant.hub_name, "timm_name": variant.timm_name}
+    return names | asdict(variant) | {"published": bool(variant.weights and not variant.weights.path)}
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=2, default=str))

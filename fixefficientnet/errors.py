@@ -1,0 +1,52 @@
+"""Everything this package raises on bad input: one base class, one class per kind of trouble.
+
+Each message says what is wrong, where, and what to do next; the command line prints it as it is.
+"""
+
+
+class FixEfficientNetError(Exception):
+    """Base of all errors of this package."""
+
+
+class ManifestError(FixEfficientNetError, ValueError):
+    """The manifest, or an overlay on it, is malformed; names the row and the key."""
+
+
+class UnknownVariantError(FixEfficientNetError, LookupError):
+    """No variant has this name; names the closest ones."""
+
+
+class WeightsNotPublishedError(FixEfficientNetError, LookupError):
+    """The variant has no published FixRes weights; names what works instead."""
+
+
+class DownloadError(FixEfficientNetError, OSError):
+    """A file could not be brought from the Hub or from a package; names the file and where it belongs."""
+
+
+class ChecksumError(FixEfficientNetError, ValueError):
+    """A file's sha256 is not the pinned one; names both."""
+
+
+class CheckpointError(FixEfficientNetError, ValueError):
+    """A checkpoint file cannot be read as the weights of this model."""
+
+
+class DeltaError(FixEfficientNetError, ValueError):
+    """Base of what can be wrong with a FixRes delta."""
+
+
+class DeltaFormatError(DeltaError):
+    """The file is no delta: truncated, malformed, of an unknown version, or with unusable values."""
+
+
+class DeltaMismatchError(DeltaError):
+    """A sound delta, but not for this model: another variant, another backbone, other tensors or shapes."""
+
+
+class UnsupportedModelError(FixEfficientNetError, ValueError):
+    """FixRes does not know where to find the classifier or the last batch norm of this model."""
+
+
+class PictureError(FixEfficientNetError, ValueError):
+    """A picture cannot be opened or is too large; names it."""

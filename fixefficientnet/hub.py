@@ -1,0 +1,263 @@
+"""Bytes: files from the Hugging Face Hub, pinned by revision and sha256, and files that packages ship.
+
+Every Hub call goes through huggingface_hub, so HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE, tokens, proxies
+and progress bars work as its users know them. Imports no torch.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import WeakFileLock
+
+from fixefficientnet import __version__
+from fixefficientnet.errors import ChecksumError, DownloadError
+from fixefficientnet.files import write_atomically
+from fixefficientnet.manifest import Backbone
+
+T = TypeVar("T")
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """One file in a Hub repository.
+
+    Attributes:
+        repository: organisation/name.
+        filename: Path inside the repository.
+        revision: Branch, tag or commit.
+        sha256: What the bytes must hash to; None where it is not known.
+    """
+
+    repository: str
+    filename: str
+    revision: str
+    sha256: str | None = None
+
+    def __str__(self) -> str:
+        return f"hf://{self.repository}/{self.filename}@{self.revision}"
+
+
+def parse_uri(uri: str) -> HubFile:
+    """Reads `hf://org/repo/file.safetensors@revision`.
+
+    Raises:
+        DownloadError: It is not of that form; the revision is required, so that the same line
+            means the same bytes tomorrow.
+    """
+    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)/([^@]+)@([\w./-]+)", uri)
+    if not match or ".." in Path(match[2]).parts:
+        raise DownloadError(
+            f"{uri!r} is not of the form hf://organisation/repository/file.safetensors@revision "
+            "(the revision, a commit hash or a tag, is required)."
+        )
+    return HubFile(match[1], match[2], match[3])
+
+
+def read(file: HubFile, cache_dir: PathLike | None = None) -> bytes:
+    """Brings a small file whole; the sha256 is that of the very bytes returned.
+
+    Args:
+        file: Which; its sha256, if given, is checked at every call.
+        cache_dir: Hub cache to use instead of the user's.
+
+    Raises:
+        DownloadError: It can be had neither from the cache nor from the Hub.
+        ChecksumError: The bytes have another hash, also after one fresh download.
+    """
+
+    def inspect(path: Path) -> tuple[bytes, str]:
+        data = path.read_bytes()
+        return data, hashlib.sha256(data).hexdigest()
+
+    return _verified(file, cache_dir, inspect)
+
+
+def fetch(file: HubFile, cache_dir: PathLike | None = None) -> Path:
+    """Brings a large file to the cache; its sha256, if given, is checked once and remembered.
+
+    Args:
+        file: Which.
+        cache_dir: Hub cache to use instead of the user's.
+
+    Raises:
+        DownloadError: It can be had neither from the cache nor from the Hub.
+        ChecksumError: The file has another hash, also after one fresh download.
+    """
+
+    def inspect(path: Path) -> tuple[Path, str]:
+        return path, _remembered_sha256(path, _repository_folder(file, cache_dir)) if file.sha256 else ""
+
+    return _verified(file, cache_dir, inspect)
+
+
+def backbone_file(backbone: Backbone, cache_dir: PathLike | None = None) -> Path:
+    """The backbone's original weights: from the package that ships them if installed, else from the Hub.
+
+    Returns:
+        A `.safetensors` file with timm's tensor names, or the package's own `.pth`.
+
+    Raises:
+        DownloadError: Neither place has it.
+        ChecksumError: The file is not the pinned one.
+    """
+    package = backbone.package
+    if package:
+        try:
+            path = Path(str(metadata.distribution(package.name).locate_file(package.filename)))
+        except metadata.PackageNotFoundError:
+            pass
+        else:
+            return _check_packaged(path, package.name, package.sha256)
+    file = HubFile(backbone.repository, backbone.filename, backbone.revision, backbone.sha256)
+    try:
+        return fetch(file, cache_dir)
+    except DownloadError as error:
+        if not package:
+            raise
+        hint = "Without the Hub, a package has these weights: pip install 'fixefficientnet[bundled]'"
+        raise DownloadError(f"{error}\n{hint}") from error
+
+
+def sha256_of(path: PathLike) -> str:
+    """The sha256 of a file, in hex, read in pieces."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_packaged(path: Path, package: str, expected: str) -> Path:
+    remedy = f"Install it again: pip install --force-reinstall --no-deps {package}"
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        raise DownloadError(f"{path} of the package {package} cannot be read: {error}. {remedy}") from error
+    if found != expected:
+        raise ChecksumError(f"{path} has the sha256 {found}, expected is {expected}. {remedy}")
+    return path
+
+
+def _verified(file: HubFile, cache_dir: PathLike | None, inspect: Callable[[Path], tuple[T, str]]) -> T:
+    """Downloads, inspects, and on a wrong hash tries once more from scratch."""
+    path = _download(file, cache_dir)
+    result, found = inspect(path)
+    if file.sha256 in (None, found):
+        return result
+    lock = _repository_folder(file, cache_dir) / ".fixefficientnet.lock"
+    with WeakFileLock(lock):  # processes that meet the same bad copy must not delete each other's fresh one
+        path = _download(file, cache_dir)
+        result, found = inspect(path)
+        if found == file.sha256:
+            return result
+        _delete(path)
+        try:
+            path = _download(file, cache_dir)
+        except DownloadError as error:
+            raise DownloadError(
+                f"The cached copy of {file} was damaged and is deleted "
+                f"(its sha256 was {found}, expected is {file.sha256}).\n{error}"
+            ) from error
+        result, second = inspect(path)
+        if second == file.sha256:
+            return result
+        _delete(path)
+    raise ChecksumError(
+        f"{file} has the sha256 {second}, expected is {file.sha256}. "
+        "It was downloaded anew and nothing of it is kept. "
+        "Either the file was changed after the manifest was written, or a proxy or mirror alters it: "
+        "check HF_ENDPOINT, then the manifest's row."
+    )
+
+
+def _download(file: HubFile, cache_dir: PathLike | None) -> Path:
+    try:
+        return Path(
+            hf_hub_download(
+                file.repository,
+                file.filename,
+                revision=file.revision,
+                cache_dir=None if cache_dir is None else Path(cache_dir),
+                library_name="fixefficientnet",
+                library_version=__version__,
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        raise DownloadError(_bring_it_yourself(file, cache_dir)) from error
+    except GatedRepoError as error:
+        raise DownloadError(
+            f"{file.repository} asks its users to accept its terms: do so on its page, then run `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise DownloadError(
+            f"{_endpoint()} has no repository {file.repository}, or it is private: "
+            "check the name, or run `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise DownloadError(f"{file.repository} has no revision {file.revision}.") from error
+    except EntryNotFoundError as error:
+        where = f"{file.repository} at the revision {file.revision}"
+        raise DownloadError(f"{where} has no file {file.filename}.") from error
+    except HFValidationError as error:
+        raise DownloadError(f"{file} is not a valid Hub name: {error}") from error
+    except (HfHubHTTPError, HTTPError, OSError) as error:
+        raise DownloadError(
+            f"{file} could not be downloaded from {_endpoint()}: {error}\n"
+            "Try again: a partial download goes on where it stopped."
+        ) from error
+
+
+def _bring_it_yourself(file: HubFile, cache_dir: PathLike | None) -> str:
+    folder = _repository_folder(file, cache_dir)
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{_endpoint()} did not answer"
+    return (
+        f"{file} is not in the cache, and {why}.\n"
+        "Bring it from a machine with a connection: there run\n"
+        f"  hf download {file.repository} {file.filename} --revision {file.revision}\n"
+        f"and copy the folder {folder.name} from its ~/.cache/huggingface/hub to\n"
+        f"  {folder}"
+    )
+
+
+def _endpoint() -> str:
+    return constants.ENDPOINT
+
+
+def _repository_folder(file: HubFile, cache_dir: PathLike | None) -> Path:
+    return Path(cache_dir or constants.HF_HUB_CACHE).expanduser() / f"models--{file.repository.replace('/', '--')}"
+
+
+def _delete(path: Path) -> None:
+    """Removes a cached file: the blob and the snapshot's link to it."""
+    path.resolve().unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def _remembered_sha256(path: Path, folder: Path) -> str:
+    """The file's sha256, computed once per content: a gigabyte is not hashed again at every load."""
+    real = path.resolve()
+    stat = real.stat()
+    note = folder / ".fixefficientnet" / f"{real.name[:64]}-{stat.st_size}-{stat.st_mtime_ns}"
+    with contextlib.suppress(OSError):
+        return note.read_text(encoding="ascii")
+    found = sha256_of(real)
+    with contextlib.suppress(OSError):  # a read-only cache: hashed again next time
+        note.parent.mkdir(exist_ok=True)
+        write_atomically(note, found.encode())
+    return found

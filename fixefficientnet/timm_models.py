@@ -1,0 +1,97 @@
+"""timm's door: `fixefficientnet_b4.ns_jft_in1k` and the others in timm's own model registry.
+
+Importing this package must neither import timm (listing models would take seconds) nor leave the names
+unknown to `timm.create_model`. So they are registered at once if timm is there already, and otherwise
+at the moment it is imported.
+"""
+
+import importlib.abc
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from fixefficientnet import manifest
+from fixefficientnet.manifest import Variant
+from fixefficientnet.timm_cfg import pretrained_cfg
+
+if TYPE_CHECKING:
+    from timm.models._pretrained import DefaultCfg
+    from torch import nn
+
+__all__: list[str] = []  # timm adds the entrypoints' names
+default_cfgs: dict[str, "DefaultCfg"] = {}  # timm looks its configs up here
+
+
+def register_with_timm() -> None:
+    """Registers all variants now, or as soon as timm is imported."""
+    if "timm" in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _AfterTimm())
+
+
+def _register() -> None:
+    from timm.models import generate_default_cfgs, register_model
+
+    by_architecture: dict[str, list[Variant]] = defaultdict(list)
+    for variant in manifest.load().values():
+        by_architecture[variant.architecture].append(variant)
+    for architecture, variants in by_architecture.items():
+        default = _default(variants)
+        cfgs: dict[str, Any] = {f"{v.timm_name}{'*' if v is default else ''}": pretrained_cfg(v) for v in variants}
+        default_cfgs.update(generate_default_cfgs(cfgs))
+        register_model(_entrypoint(architecture, default))
+
+
+def _default(variants: list[Variant]) -> Variant:
+    """Of the variants of one architecture, that which its name means without a tag: as in `manifest.find`."""
+    return manifest.find(variants[0].architecture)
+
+
+def _entrypoint(architecture: str, default: Variant) -> Any:
+    def build(
+        pretrained: bool = False,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: dict[str, Any] | None = None,
+        cache_dir: str | None = None,
+        **kwargs: Any,
+    ) -> "nn.Module":
+        from timm.models import resolve_pretrained_cfg
+
+        from fixefficientnet import zoo
+
+        cfg = resolve_pretrained_cfg(architecture, pretrained_cfg, pretrained_cfg_overlay)
+        variant = manifest.find(f"{architecture}.{cfg.tag}") if cfg.tag else default
+        # timm's own way to name a local file of weights; ours is a delta
+        weights = (cfg.file or True) if pretrained else False
+        return zoo.build(variant, weights, cfg=cfg, cache_dir=cache_dir, **kwargs)
+
+    build.__name__ = build.__qualname__ = architecture
+    build.__module__ = __name__
+    build.__doc__ = f"{default.title} and its siblings by tag; see `fixefficientnet.create`."
+    return build
+
+
+class _AfterTimm(importlib.abc.MetaPathFinder):
+    """Finds timm as the other finders do, and registers the variants when its import has ended."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "timm":
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                _register()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,232 @@
+"""create(): backbone, delta and preprocessing put together."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import timm
+import torch
+from timm.models import adapt_input_conv
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fixefficientnet import checkpoint, delta, hub, manifest
+from fixefficientnet.checkpoint import listed
+from fixefficientnet.delta import Delta, Head
+from fixefficientnet.errors import CheckpointError, WeightsNotPublishedError
+from fixefficientnet.manifest import Variant
+from fixefficientnet.preprocessing import Preprocess
+from fixefficientnet.timm_cfg import CLASSIFIER, STEM, pretrained_cfg
+
+HEAD = Head(norm="bn2", classifier=CLASSIFIER)
+"""Where every EfficientNet has the two modules that FixRes tunes: conv_head → bn2 → global_pool → classifier."""
+
+Pretrained = bool | str | os.PathLike[str]
+
+if TYPE_CHECKING:
+    from timm.models._pretrained import PretrainedCfg
+
+    class ZooModel(nn.Module):
+        """What `create` returns, as a type checker sees it: timm's own model and two attributes more."""
+
+        preprocess: Preprocess
+        variant: Variant
+        pretrained_cfg: dict[str, Any]
+        num_classes: int
+
+
+def create(
+    name: str,
+    pretrained: Pretrained = False,
+    *,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    features_only: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    **timm_kwargs: Any,
+) -> "ZooModel":
+    """Builds a variant of the zoo, in eval mode.
+
+    Args:
+        name: A variant's key ("b4_ns") or any alias of it.
+        pretrained: False: random weights. True: the backbone with this variant's published FixRes
+            weights. "backbone": the original timm weights with this variant's preprocessing, the
+            "just test larger" baseline. A path, or "hf://org/repo/file.safetensors@revision": the
+            backbone with that delta.
+        num_classes: As in timm: 0 removes the classifier, another number than 1000 resets it; the
+            tuned norm stays.
+        in_chans: As in timm: the stem of pretrained weights is adapted.
+        features_only: As in timm: a feature extractor (without the head that FixRes tunes).
+        device: Where to put the model.
+        dtype: Of its parameters and floating buffers.
+        cache_dir: Hub cache to use instead of the user's.
+        **timm_kwargs: Passed on to timm (drop_rate, drop_path_rate, out_indices, …).
+
+    Returns:
+        timm's EfficientNet, float32 [N, in_chans, H, W] → [N, num_classes], with three attributes:
+        `preprocess` (picture → float32 [3, S, S]), `variant` (the manifest's row) and `pretrained_cfg`
+        (from which `timm.data.resolve_model_data_config` gives the same preprocessing).
+
+    Raises:
+        UnknownVariantError: No variant has this name.
+        WeightsNotPublishedError: `pretrained=True`, but nothing is published for this variant.
+        DownloadError: A file can be had neither from the cache nor from the Hub.
+        ChecksumError: A file is not the pinned one.
+        CheckpointError: The backbone's file does not hold this network.
+        DeltaFormatError: The delta is damaged or unusable.
+        DeltaMismatchError: The delta is another variant's, or of another backbone.
+    """
+    model = build(
+        manifest.find(name),
+        pretrained,
+        cache_dir=cache_dir,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        features_only=features_only,
+        device=device,
+        dtype=dtype,
+        **timm_kwargs,
+    )
+    return cast("ZooModel", model.eval())
+
+
+def build(
+    variant: Variant,
+    pretrained: Pretrained,
+    *,
+    cfg: "PretrainedCfg | None" = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    **timm_kwargs: Any,
+) -> nn.Module:
+    """Builds a variant in train mode, as timm does; see `create` for the arguments."""
+    timm_kwargs = {key: value for key, value in timm_kwargs.items() if value is not None}
+    timm_kwargs["pretrained_cfg"] = cfg or pretrained_cfg(variant)
+    if pretrained is False:
+        model = _timm_model(variant, device=device, dtype=dtype, **timm_kwargs)
+    else:
+        model = _model_of(variant, _tensors(variant, pretrained, cache_dir), timm_kwargs).to(device, dtype)
+    model.preprocess = Preprocess.of(variant.test)  # type: ignore[assignment]
+    model.variant = variant  # type: ignore[assignment]
+    return model
+
+
+class _SkipInitialisation(TorchFunctionMode):
+    """Leaves out the random initialisation of weights that a file replaces right after.
+
+    On the meta device it has no effect, but goes through Python decompositions that take most of the
+    time of building a network there.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init" or func in _RANDOM_FILLS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+_RANDOM_FILLS = frozenset({Tensor.normal_, Tensor.uniform_})
+
+
+def _timm_model(variant: Variant, **timm_kwargs: Any) -> nn.Module:
+    architecture = variant.backbone.name.partition(".")[0]
+    return timm.create_model(architecture, pretrained=False, **timm_kwargs)
+
+
+def _tensors(variant: Variant, pretrained: Pretrained, cache_dir: str | os.PathLike[str] | None) -> dict[str, Tensor]:
+    """The full network's state dict: the backbone's file, and the delta on it if one is asked for."""
+    tuned = None if pretrained == "backbone" else _delta(variant, pretrained, cache_dir)
+    path = hub.backbone_file(variant.backbone, cache_dir)
+    tensors = checkpoint.read(path)
+    if path.suffix != ".safetensors":
+        with _SkipInitialisation():
+            tensors = checkpoint.rename(tensors, _timm_model(variant, device="meta").state_dict(), path)
+    return tensors if tuned is None else delta.merge(tensors, tuned, HEAD)
+
+
+def _delta(variant: Variant, pretrained: Pretrained, cache_dir: str | os.PathLike[str] | None) -> Delta:
+    if pretrained is True:
+        weights = variant.weights
+        if weights is None:
+            raise WeightsNotPublishedError(_not_published(variant))
+        if weights.path:
+            return _checked(delta.load(weights.path, sha256=weights.sha256), variant, weights.path)
+        assert weights.repository and weights.filename and weights.revision  # the manifest's reader saw to it
+        file = hub.HubFile(weights.repository, weights.filename, weights.revision, weights.sha256)
+    elif str(pretrained).startswith("hf://"):
+        file = hub.parse_uri(str(pretrained))
+    else:
+        path = Path(str(pretrained)).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"pretrained={str(pretrained)!r}: there is no such file. It takes True, False, 'backbone', the path "
+                "of a delta, or hf://organisation/repository/file.safetensors@revision."
+            )
+        return _checked(delta.load(path), variant, path)
+    return _checked(delta.loads(hub.read(file, cache_dir), source=str(file)), variant, file)
+
+
+def _checked(tuned: Delta, variant: Variant, source: object) -> Delta:
+    delta.check_variant(tuned, variant.key, source)
+    return tuned
+
+
+def _not_published(variant: Variant) -> str:
+    key = variant.key
+    if variant.backbone_only:
+        first = f"{variant.title} ({key}) has no FixRes weights: it is not in the paper, and backbone only."
+    else:
+        first = f"{variant.title} ({key}) has no published FixRes weights yet."
+    return (
+        f"{first} What works:\n"
+        f"  pretrained='backbone'   the original {variant.backbone.name} weights at {variant.test.size} pixels\n"
+        f"  pretrained='PATH'       a delta of your own, such as runs/{key}/delta.safetensors\n"
+        f"  python -m fixefficientnet.reproduce {key} --data IMAGENET   makes one"
+    )
+
+
+def _model_of(variant: Variant, tensors: Mapping[str, Tensor], timm_kwargs: dict[str, Any]) -> nn.Module:
+    """Builds the network on the meta device and assigns the (memory-mapped) tensors to it."""
+    with _SkipInitialisation():
+        model = _timm_model(variant, **timm_kwargs, device="meta")
+    num_classes = timm_kwargs.get("num_classes", 1000)
+    in_chans = timm_kwargs.get("in_chans", 3)
+    reset = num_classes != len(tensors[f"{HEAD.classifier}.bias"])
+    chosen = {}
+    unused = set(tensors)
+    for name, target in model.state_dict().items():
+        source = _name_in_full_model(name)
+        unused.discard(source)
+        if reset and source.startswith(f"{HEAD.classifier}."):
+            continue
+        if source not in tensors:
+            if source.endswith(".num_batches_tracked"):  # older ports lack it; torch too takes 0 then
+                chosen[name] = torch.zeros((), dtype=target.dtype)
+                continue
+            raise CheckpointError(f"The weights of {variant.backbone.name} lack {source}, which the model has.")
+        tensor = tensors[source]
+        if source == f"{STEM}.weight" and in_chans != 3:
+            tensor = adapt_input_conv(in_chans, tensor)
+        if tensor.shape != target.shape:
+            raise CheckpointError(
+                f"The weights of {variant.backbone.name} have {source} in the shape {list(tensor.shape)}, "
+                f"the model has {list(target.shape)}."
+            )
+        chosen[name] = tensor.to(target.dtype)
+    if not timm_kwargs.get("features_only"):
+        unused = {name for name in unused if not name.startswith(f"{HEAD.classifier}.")}
+        if unused:
+            raise CheckpointError(f"The weights of {variant.backbone.name} have {listed(sorted(unused))} too many.")
+    model.load_state_dict(chosen, strict=False, assign=True)
+    if reset and num_classes > 0 and not timm_kwargs.get("features_only"):
+        cast(Any, model).reset_classifier(num_classes)
+    return model
+
+
+def _name_in_full_model(name: str) -> str:
+    """Undoes the prefix of timm's feature extractors, such as "body.blocks.0.0.bn1.bias"."""
+    first, _, rest = name.partition(".")
+    return rest if first in ("body", "model", "graph_module") else name

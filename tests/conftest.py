@@ -1,0 +1,111 @@
+"""What all tests stand on: an empty Hub cache of their own, and no network."""
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+# Before huggingface_hub is imported: it reads these once. Port 9 (discard) is closed, so that nothing
+# leaves the machine, and whatever is not in the cache fails at once.
+_HOME = Path(tempfile.mkdtemp(prefix="fixefficientnet-tests-"))
+atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
+os.environ |= {
+    "HF_HOME": str(_HOME / "hf"),
+    "TORCH_HOME": str(_HOME / "torch"),
+    "HF_ENDPOINT": "http://127.0.0.1:9",
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+for _name in ("FIXEFFICIENTNET_MANIFEST", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN"):
+    os.environ.pop(_name, None)
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+import fixefficientnet
+from fixefficientnet import delta, manifest
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: give --slow to run it"))
+
+
+def lively(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Moves the batch norms off their initial values, so that a swapped or missing one shows in the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low in ((module.running_mean, -0.2), (module.running_var, 0.8), (module.weight, 0.8)):
+                tensor.data.copy_(low + 0.4 * torch.rand(tensor.shape, generator=generator))
+    return model.eval()
+
+
+def put_in_cache(cache: Path, repository: str, filename: str, tensors: dict[str, torch.Tensor]) -> Path:
+    """Lays a file into a Hub cache as a finished download of the branch main."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    path = folder / "snapshots" / COMMIT / filename
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (folder / "refs").mkdir(exist_ok=True)
+    (folder / "refs" / "main").write_text(COMMIT)
+    safetensors.torch.save_file(tensors, path)
+    return path
+
+
+def tuned_delta(model: nn.Module, key: str, seed: int = 1) -> delta.Delta:
+    """A delta as a run would leave it: the head of `model` moved a little."""
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in delta.find_head(model).select(model.state_dict()).values():
+        tensor.mul_(1 + 0.1 * torch.rand(tensor.shape, generator=generator))
+    found = delta.extract(
+        model,
+        base=base,
+        variant=key,
+        backbone=manifest.find(key).backbone.name,
+        recipe={"seed": seed},
+        measured={"top1": 1.0},
+    )
+    model.load_state_dict(base)
+    return found
+
+
+@pytest.fixture(scope="session")
+def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hub cache that holds randomly initialised backbones of b0, b0_ns and lite1."""
+    cache = tmp_path_factory.mktemp("hub")
+    for seed, key in enumerate(("b0", "b0_ns", "lite1")):
+        backbone = fixefficientnet.info(key).backbone
+        torch.manual_seed(seed)
+        model = lively(timm.create_model(backbone.name.partition(".")[0]), seed)
+        put_in_cache(cache, backbone.repository, backbone.filename, model.state_dict())
+    return cache
+
+
+@pytest.fixture(scope="session")
+def b0_delta(hub_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A delta file for b0, tuned from the backbone in `hub_cache`."""
+    model = fixefficientnet.create("b0", "backbone", cache_dir=hub_cache)
+    path = tmp_path_factory.mktemp("b0") / "delta.safetensors"
+    delta.save(tuned_delta(model, "b0"), path)
+    return path
+
+
+@pytest.fixture
+def pictures() -> torch.Tensor:
+    """Two random pictures at a size that keeps tests fast."""
+    return torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(7)) * 2 - 1

@@ -1,0 +1,263 @@
+import dataclasses
+import hashlib
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from conftest import lively, tuned_delta
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import fixefficientnet
+from fixefficientnet import delta, manifest, zoo
+from fixefficientnet.errors import (
+    ChecksumError,
+    DeltaFormatError,
+    DeltaMismatchError,
+    UnsupportedModelError,
+)
+
+FAMILIES = """
+resnet50 resnet18 resnet50d resnext50_32x4d seresnet50 wide_resnet50_2 res2net50_26w_4s skresnet18 resnetv2_50
+tf_efficientnet_b0 tf_efficientnet_lite0 efficientnetv2_rw_s mobilenetv3_large_100 mobilenetv2_100 regnety_008
+densenet121 vgg16_bn inception_v3 legacy_xception xception41 pnasnet5large dpn68 dla34 hrnet_w18 cspresnet50
+darknet53 ghostnet_100 tresnet_m vovnet39a rexnet_100 hgnetv2_b0 convmixer_768_32 test_efficientnet
+""".split()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_head_is_what_runs_last_before_the_pooling(name: str):
+    """Against the order in which a forward pass really calls the modules."""
+    model = timm.create_model(name, device="meta").eval()
+    called = []
+    for path, module in model.named_modules():
+        module.register_forward_hook(lambda module, i, o, path=path: called.append((path, module)))
+    model(torch.empty(1, *model.pretrained_cfg["input_size"], device="meta"))
+    pooling = max(i for i, (path, _) in enumerate(called) if path.endswith("global_pool"))
+    norms = [path for path, module in called[:pooling] if isinstance(module, _BatchNorm)]
+    classifier = [path for path, module in called if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)][-1]
+    head = delta.find_head(model)
+    assert head.norm == norms[-1]
+    assert head.classifier == classifier == model.pretrained_cfg["classifier"]
+
+
+def test_head_leaves_shortcuts_out():
+    model = timm.create_model("resnet10t", device="meta")  # one block per stage, its shortcut registered last
+    assert delta.find_head(model).norm == "layer4.0.bn2"
+
+
+@pytest.mark.parametrize("key", manifest.load())
+def test_head_of_every_variant_is_the_zoos(key: str):
+    assert delta.find_head(fixefficientnet.create(key, device="meta")) == zoo.HEAD
+
+
+@pytest.mark.parametrize(("name", "said"), [("convnext_atto", "no batch norm"), ("vgg11", "no batch norm")])
+def test_models_without_batch_norm_are_refused(name: str, said: str):
+    with pytest.raises(UnsupportedModelError, match=said):
+        delta.find_head(timm.create_model(name, device="meta"))
+
+
+def test_model_without_classifier_is_refused():
+    with pytest.raises(UnsupportedModelError, match="no classifier"):
+        delta.find_head(timm.create_model("resnet18", device="meta", num_classes=0))
+
+
+def tiny(name: str = "test_efficientnet") -> torch.nn.Module:
+    torch.manual_seed(0)
+    return lively(timm.create_model(name, num_classes=7))
+
+
+@pytest.fixture
+def tuned() -> delta.Delta:
+    model = tiny()
+    base = {k: t.clone() for k, t in model.state_dict().items()}
+    for tensor in delta.find_head(model).select(model.state_dict()).values():
+        tensor.mul_(1.25)
+    return delta.extract(model, base=base, variant="tiny", backbone="test_efficientnet", recipe={"lr": 0.1, "a": [1]})
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet", "resnet18"])
+def test_extract_save_load_apply_gives_the_tuned_model(name: str, tmp_path: Path):
+    model = tiny(name)
+    base = {k: t.clone() for k, t in model.state_dict().items()}
+    for tensor in delta.find_head(model).select(model.state_dict()).values():
+        tensor.mul_(1.25)
+    x = torch.rand(2, 3, 64, 64)
+    expected = model(x)
+    delta.save(delta.extract(model, base=base, variant="v", backbone=name), tmp_path / "d.safetensors")
+    fresh = tiny(name)
+    assert not torch.equal(fresh(x), expected)
+    delta.apply(fresh, delta.load(tmp_path / "d.safetensors"))
+    assert torch.equal(fresh(x), expected)
+
+
+def test_file_holds_the_head_and_its_story(tuned: delta.Delta, tmp_path: Path):
+    sha256 = delta.save(tuned, tmp_path / "d.safetensors")
+    assert sha256 == hashlib.sha256((tmp_path / "d.safetensors").read_bytes()).hexdigest()
+    with safetensors.safe_open(tmp_path / "d.safetensors", "pt") as file:
+        assert set(file.keys()) == {
+            *(f"bn2.{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var")),
+            *("classifier.weight", "classifier.bias"),
+        }
+        metadata = file.metadata()
+    assert metadata["format"] == "fixefficientnet-delta"
+    assert json.loads(metadata["recipe"]) == {"lr": 0.1, "a": [1]}
+    assert set(json.loads(metadata["libraries"])) == {"torch", "timm", "safetensors"}
+    loaded = delta.load(tmp_path / "d.safetensors", sha256=sha256)
+    assert dataclasses.replace(loaded, tensors={}) == dataclasses.replace(tuned, tensors={})
+    assert list(tmp_path.iterdir()) == [tmp_path / "d.safetensors"]
+
+
+def test_bytes_are_the_same_in_every_process(tmp_path: Path):
+    code = """
+import sys, timm, torch
+from fixefficientnet import delta
+torch.manual_seed(0)
+model = timm.create_model("test_efficientnet", num_classes=7)
+recipe = {key: 1 for key in sys.argv[1:]}
+print(delta.save(delta.extract(model, base=model.state_dict(), variant="v", backbone="b", recipe=recipe), "d"))
+"""
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", code, *keys], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
+        for keys in (("x", "y", "z"), ("z", "y", "x"))
+    }
+    assert len(seen) == 1
+
+
+def test_failed_write_leaves_the_old_file_and_no_other(
+    tuned: delta.Delta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    target = tmp_path / "d.safetensors"
+    target.write_bytes(b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        delta.save(tuned, target)
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_wrong_sha256_names_both(tuned: delta.Delta, tmp_path: Path):
+    found = delta.save(tuned, tmp_path / "d.safetensors")
+    with pytest.raises(ChecksumError, match=f"{found}.*{'0' * 64}"):
+        delta.load(tmp_path / "d.safetensors", sha256="0" * 64)
+
+
+def test_another_backbone_is_refused_and_left_alone(tuned: delta.Delta):
+    other = tiny()
+    other.bn2.running_mean[3] += 1e-6
+    before = {k: t.clone() for k, t in other.state_dict().items()}
+    with pytest.raises(DeltaMismatchError, match=r"another backbone.*Use the original weights of test_efficientnet"):
+        delta.apply(other, tuned)
+    assert all(torch.equal(t, before[k]) for k, t in other.state_dict().items())
+
+
+def test_applied_twice_is_refused(tuned: delta.Delta):
+    model = tiny()
+    delta.apply(model, tuned)
+    with pytest.raises(DeltaMismatchError, match="another backbone"):
+        delta.apply(model, tuned)
+
+
+def changed(tuned: delta.Delta, **tensors: torch.Tensor | None) -> delta.Delta:
+    merged = dict(tuned.tensors) | {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    return dataclasses.replace(tuned, tensors={k: t for k, t in merged.items() if t is not None})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"bn2__running_var": None}, "lacks bn2.running_var"),
+        ({"bn1__weight": torch.ones(3)}, "has bn1.weight, which"),
+        ({"classifier__weight": torch.ones(8, 256)}, r"classifier.weight has the shape \[8, 256\]"),
+    ],
+)
+def test_other_tensors_are_refused(tuned: delta.Delta, change: dict, said: str):
+    with pytest.raises(DeltaMismatchError, match=said):
+        delta.apply(tiny(), changed(tuned, **change))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (torch.full((7,), float("nan")), "classifier.bias has NaN or Inf"),
+        (torch.full((7,), float("inf")), "classifier.bias has NaN or Inf"),
+        (torch.zeros(7, dtype=torch.float16), "classifier.bias is float16, must be float32"),
+        (torch.zeros(7, dtype=torch.int64), "classifier.bias is int64"),
+    ],
+)
+def test_unusable_values_are_refused(tuned: delta.Delta, tmp_path: Path, value: torch.Tensor, said: str):
+    (tmp_path / "d").write_bytes(delta.dumps(changed(tuned, classifier__bias=value)))
+    with pytest.raises(DeltaFormatError, match=said):
+        delta.load(tmp_path / "d")
+
+
+def test_nan_is_not_extracted():
+    model = tiny()
+    base = {k: t.clone() for k, t in model.state_dict().items()}
+    model.classifier.bias.data[0] = float("nan")
+    with pytest.raises(DeltaFormatError, match="NaN"):
+        delta.extract(model, base=base, variant="v", backbone="b")
+
+
+def with_metadata(tuned: delta.Delta, **change: str | None) -> bytes:
+    data = delta.dumps(tuned)
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] |= change
+    header["__metadata__"] = {k: v for k, v in header["__metadata__"].items() if v is not None}
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data[8 + size :]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"format": None}, "not a FixRes delta"),
+        ({"format": "pt"}, "not a FixRes delta"),
+        ({"format_version": "2"}, r"version '2', this release reads '1'.*Upgrade"),
+        ({"fingerprint": None}, "lacks the metadata fingerprint"),
+        ({"recipe": "{"}, "not JSON"),
+        ({"recipe": "[1]"}, "recipe must be a JSON object"),
+    ],
+)
+def test_other_metadata_is_refused(tuned: delta.Delta, tmp_path: Path, change: dict, said: str):
+    (tmp_path / "d").write_bytes(with_metadata(tuned, **change))
+    with pytest.raises(DeltaFormatError, match=said):
+        delta.load(tmp_path / "d")
+
+
+def test_damaged_bytes_never_pass(tuned: delta.Delta, tmp_path: Path):
+    data = delta.dumps(tuned)
+    path = tmp_path / "d"
+    lengths = {0, 1, 7, 8, 9, 100, len(data) // 2, len(data) - 1}
+    damaged = [data[:length] for length in lengths]
+    damaged += [b"\xff" * 8 + data[8:], data[:8] + b"[" + data[9:], data + b"\0", b"{}" * 50]
+    for bad in damaged:
+        path.write_bytes(bad)
+        with pytest.raises(DeltaFormatError, match=str(path)):
+            delta.load(path)
+    with pytest.raises(DeltaFormatError, match="cannot be read"):
+        delta.load(tmp_path / "missing")
+
+
+def test_full_checkpoint_is_no_delta(tmp_path: Path):
+    safetensors.torch.save_file(tiny().state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(DeltaFormatError, match="full checkpoint"):
+        delta.load(tmp_path / "model.safetensors")
+
+
+def test_delta_for_the_zoo_says_which(hub_cache: Path):
+    model = fixefficientnet.create("b0", "backbone", cache_dir=hub_cache)
+    assert tuned_delta(model, "b0").backbone == "tf_efficientnet_b0.ap_in1k"

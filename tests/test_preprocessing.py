@@ -1,0 +1,142 @@
+import io
+import random
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torchvision import transforms
+
+import fixefficientnet
+from fixefficientnet import manifest
+from fixefficientnet.errors import PictureError
+from fixefficientnet.preprocessing import open_picture
+from fixefficientnet.timm_cfg import pretrained_cfg
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+MODES = ("RGB", "L", "LA", "P", "RGBA", "CMYK", "1", "YCbCr", "HSV")
+
+
+def random_picture(rng: random.Random, mode: str, width: int, height: int) -> Image.Image:
+    """Low-frequency colour with noise on it, so that interpolation matters."""
+    noise = np.random.default_rng(rng.randrange(2**32)).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    coarse = Image.fromarray(noise).resize((4, 3)).resize((width, height), Image.Resampling.BICUBIC)
+    return Image.blend(coarse, Image.fromarray(noise), 0.2).convert(mode)
+
+
+@pytest.mark.parametrize("key", manifest.load())
+def test_pixels_equal_an_independent_torchvision_composition(key: str):
+    variant = fixefficientnet.info(key)
+    size = variant.test.size
+    mean, std = IMAGENET if variant.family == "noisy_student" else HALF
+    reference = transforms.Compose(
+        [
+            transforms.Resize(int(size / 1.0), transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+        ]
+    )
+    timms = timm.data.create_transform(
+        **timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg(variant).to_dict())
+    )
+    ours = fixefficientnet.preprocess(key)
+    rng = random.Random(key)
+    for mode in MODES:
+        picture = random_picture(rng, mode, rng.randint(1, 900), rng.randint(120, 900))
+        found = ours(picture)
+        assert found.shape == (3, size, size)
+        assert found.dtype == torch.float32
+        rgb = picture.convert("RGB")
+        assert torch.equal(found, reference(rgb)), (mode, picture.size)
+        assert torch.equal(found, timms(rgb)), (mode, picture.size)
+
+
+def test_model_data_config_gives_the_same_pixels():
+    model = fixefficientnet.create("b1_ns", device="meta")
+    picture = random_picture(random.Random(0), "RGB", 517, 389)
+    for use_test_size in (False, True):
+        config = timm.data.resolve_model_data_config(model, use_test_size=use_test_size)
+        assert torch.equal(timm.data.create_transform(**config)(picture), model.preprocess(picture))
+
+
+def test_path_bytes_and_image_are_the_same(tmp_path: Path):
+    picture = random_picture(random.Random(1), "RGB", 200, 150)
+    path = tmp_path / "a.png"
+    picture.save(path)
+    ours = fixefficientnet.preprocess("b0")
+    expected = ours(picture)
+    assert torch.equal(ours(path), expected)
+    assert torch.equal(ours(str(path)), expected)
+    assert torch.equal(ours(path.read_bytes()), expected)
+
+
+def test_sixteen_bit_grey_keeps_its_contrast():
+    eight = np.arange(256, dtype=np.uint8).repeat(256).reshape(256, 256)
+    encoded = io.BytesIO()
+    Image.fromarray(eight.astype(np.uint16) * 257).save(encoded, "PNG")
+    assert np.array_equal(np.asarray(open_picture(encoded.getvalue()))[..., 0], eight)
+    assert np.array_equal(np.asarray(open_picture(Image.fromarray(eight.astype(np.int32) * 257)))[..., 0], eight)
+
+
+def test_animation_gives_its_first_frame():
+    frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue")]
+    encoded = io.BytesIO()
+    frames[0].save(encoded, "GIF", save_all=True, append_images=frames[1:])
+    assert open_picture(encoded.getvalue()).getpixel((5, 5)) == (255, 0, 0)
+
+
+def test_exif_rotation_only_on_request():
+    picture = Image.new("RGB", (60, 30))
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    encoded = io.BytesIO()
+    picture.save(encoded, "JPEG", exif=exif)
+    assert open_picture(encoded.getvalue()).size == (60, 30)
+    assert open_picture(encoded.getvalue(), upright=True).size == (30, 60)
+
+
+@pytest.mark.parametrize("size", [(1, 50), (50, 1), (1, 1), (3, 700)])
+def test_narrow_pictures(size: tuple[int, int]):
+    assert fixefficientnet.preprocess("b0")(Image.new("RGB", size)).shape == (3, 320, 320)
+
+
+def test_very_narrow_picture_takes_no_gigabytes_and_nearly_the_same_pixels(monkeypatch: pytest.MonkeyPatch):
+    ours = fixefficientnet.preprocess("b0")
+    picture = random_picture(random.Random(3), "RGB", 3, 1000)
+    exact = ours(picture)
+    monkeypatch.setattr("fixefficientnet.preprocessing.PIXEL_LIMIT", 0)
+    assert (ours(picture) - exact).abs().max() <= 3 * 2 / 255  # three steps of 8 bits, at std 0.5
+    monkeypatch.undo()
+    line = random_picture(random.Random(4), "L", 20_000, 1)  # 320 x 6,400,000 pixels when resized whole
+    tracemalloc.start()
+    assert ours(line).shape == (3, 320, 320)
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+
+
+def test_huge_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    path = tmp_path / "huge.png"
+    Image.new("1", (400, 300)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+    with pytest.raises(PictureError, match=r"huge.png has 400 x 300 pixels.*limit is 100,000"):
+        open_picture(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)  # above twice the limit, Pillow itself refuses
+    with pytest.raises(PictureError, match=r"huge.png.*(too large|limit)"):
+        open_picture(path)
+
+
+def test_truncated_missing_and_not_a_picture(tmp_path: Path):
+    whole = io.BytesIO()
+    random_picture(random.Random(2), "RGB", 300, 300).save(whole, "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+    (tmp_path / "text.jpg").write_text("not a picture")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    for name in ("cut.jpg", "text.jpg", "empty.jpg", "missing.jpg"):
+        with pytest.raises(PictureError, match=name):
+            open_picture(tmp_path / name)
+    with pytest.raises(PictureError, match="15 bytes"):
+        open_picture(b"not a picture!!")
