@@ -206,8 +206,8 @@ def _download(file: HubFile, cache_dir: PathLike | None) -> Path:
         ) from error
     except RepositoryNotFoundError as error:
         raise DownloadError(
-            f"{_endpoint()} has no repository {file.repository}, or it is private: "
-            "check the name, or run `hf auth login`."
+            f"{file} is not to be had: {_endpoint()} has no repository {file.repository} with it, or it is private. "
+            "Check the names, or run `hf auth login`."
         ) from error
     except RevisionNotFoundError as error:
         raise DownloadError(f"{file.repository} has no revision {file.revision}.") from error

@@ -1,0 +1,123 @@
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from fixefficientnet import manifest
+
+EXAMPLES = ROOT / "examples"
+
+
+def cli(*arguments: str | Path, stdin: bytes | None = None, status: int = 0, cwd: Path = ROOT) -> tuple[str, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "fixefficientnet", *map(str, arguments)],
+        input=stdin or b"",
+        cwd=cwd,
+        env=os.environ | {"COLUMNS": "80", "NO_COLOR": "1"},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr.decode()
+    return done.stdout.decode(), done.stderr.decode()
+
+
+def test_list_fits_80_columns_and_has_every_variant():
+    out, _ = cli("list")
+    assert max(map(len, out.splitlines())) <= 80
+    rows = [re.split(r"\s*│\s*", line)[1:-1] for line in out.splitlines() if line.startswith("│")]
+    assert [row[0] for row in rows] == list(manifest.load())
+    assert rows[4] == ["b4", "19.3M", "512", "83.3", "84.0", "not published yet"]
+    assert rows[-1][-1] == "none (backbone only)"
+
+
+def test_list_as_json_and_filtered():
+    rows = json.loads(cli("list", "*_ns", "--json")[0])
+    assert [row["key"] for row in rows] == [f"b{i}_ns" for i in range(8)]
+    assert rows[4]["paper"]["fix"]["top1"] == 85.9
+    assert rows[4]["timm_name"] == "fixefficientnet_b4.ns_jft_in1k"
+    assert rows[4]["published"] is False
+    assert "nothing_*" in cli("list", "nothing_*", status=1)[1]
+
+
+def test_info():
+    out, _ = cli("info", "FixEfficientNet-B4-NS")
+    assert max(map(len, out.splitlines())) <= 80
+    for part in ("fixefficientnet_b4.ns_jft_in1k", "85.9", "472", "0.485", "not published yet", "19,341,616"):
+        assert part in out
+    assert "Not from the paper" in cli("info", "lite1")[0]
+    assert json.loads(cli("info", "l2", "--json")[0])["test"]["size"] == 600
+    assert "Did you mean" in cli("info", "b44", status=1)[1]
+
+
+def test_version():
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", cli("--version")[0])
+
+
+def test_predict_says_what_it_runs_and_sees():
+    out, _ = cli("predict", EXAMPLES / "cat.jpg", "--topk", "2")
+    lines = out.splitlines()
+    assert "EfficientNet-Lite0" in lines[0]
+    assert "backbone weights" in lines[0]
+    assert "not tuned by FixRes" in lines[0]
+    assert lines[2].endswith("cat.jpg")
+    assert re.match(r"  +\d+\.\d%  Egyptian cat", lines[3])
+    assert len(lines) == 5
+
+
+def test_predict_folder_glob_stdin_and_json(tmp_path: Path):
+    (tmp_path / "deep").mkdir()
+    shutil.copy(EXAMPLES / "cat.jpg", tmp_path / "deep" / "one.JPG")
+    shutil.copy(EXAMPLES / "coffee.jpg", tmp_path / "two.jpg")
+    (tmp_path / "notes.txt").write_text("not a picture, and none of a folder's pictures")
+    coffee = (EXAMPLES / "coffee.jpg").read_bytes()
+    out, _ = cli("predict", ".", "t*.jpg", "-", "--json", "--batch-size", "2", stdin=coffee, cwd=tmp_path)
+    found = json.loads(out)
+    assert (found["model"], found["weights"]) == ("lite0", "backbone")
+    assert [(p["file"], p["labels"][0]["name"]) for p in found["predictions"]] == [
+        ("deep/one.JPG", "Egyptian cat"),
+        ("two.jpg", "espresso"),
+        ("two.jpg", "espresso"),
+        ("-", "espresso"),
+    ]
+    assert found["predictions"][0]["labels"][0]["synset"] == "n02124075"
+
+
+def test_predict_goes_on_after_bad_files_and_fails_in_the_end(tmp_path: Path):
+    (tmp_path / "bad[1].jpg").write_bytes(b"no picture")
+    out, err = cli("predict", tmp_path / "bad[1].jpg", EXAMPLES / "cat.jpg", "missing.jpg", "no*.jpg", status=1)
+    assert "Egyptian cat" in out
+    for name in ("bad[1].jpg", "missing.jpg", "no*.jpg"):
+        assert name in err
+    assert "Traceback" not in err
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "holds no pictures" in cli("predict", empty, status=1)[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "b99"], "No variant is named 'b99'"),
+        (["--model", "b4"], "no published FixRes weights yet"),
+        (["--pretrained", "nowhere.safetensors"], "there is no such file"),
+        (["--pretrained", "hf://a/b"], "is not of the form hf://"),
+        (["--device", "cuda:77"], "cuda:77"),
+        (["--model", "b0", "--pretrained", "backbone"], "not in the cache"),
+    ],
+)
+def test_predict_errors_are_one_message(arguments: list[str], said: str):
+    out, err = cli("predict", EXAMPLES / "cat.jpg", *arguments, status=1)
+    assert said in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_bad_option_is_a_usage_error():
+    cli("predict", EXAMPLES / "cat.jpg", "--topk", "0", status=2)
+    cli("predict", status=2)

@@ -1,0 +1,86 @@
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image, ImageOps
+
+import fixefficientnet
+from fixefficientnet.errors import PictureError, WeightsNotPublishedError
+
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture(scope="module")
+def lite0() -> torch.nn.Module:
+    return fixefficientnet.create("lite0", "backbone")
+
+
+def test_examples_are_what_they_show(lite0: torch.nn.Module):
+    found = fixefficientnet.predict([EXAMPLES / "cat.jpg", EXAMPLES / "coffee.jpg", EXAMPLES / "hopper.jpg"], lite0)
+    assert [p.labels[0].synset for p in found] == ["n02124075", "n07920052", "n03763968"]
+    assert [p.labels[0].name for p in found] == ["Egyptian cat", "espresso", "military uniform"]
+    assert [len(p.labels) for p in found] == [5, 5, 5]
+
+
+def test_probabilities_are_the_softmax_whatever_the_batch(lite0: torch.nn.Module):
+    files = sorted(EXAMPLES.glob("*.jpg"))
+    with torch.inference_mode():
+        expected = [lite0(lite0.preprocess(file)[None]).softmax(1)[0] for file in files]
+    for batch_size in (1, 3, 16):
+        for prediction, p in zip(
+            fixefficientnet.predict(files, lite0, topk=3, batch_size=batch_size), expected, strict=True
+        ):
+            values, indices = p.topk(3)
+            assert [label.index for label in prediction.labels] == indices.tolist()
+            assert [label.probability for label in prediction.labels] == pytest.approx(values.tolist(), rel=1e-4)
+
+
+def test_one_picture_by_path_bytes_or_image(lite0: torch.nn.Module):
+    path = EXAMPLES / "cat.jpg"
+    expected = fixefficientnet.predict(str(path), lite0)[0].labels
+    assert fixefficientnet.predict(path.read_bytes(), lite0)[0].labels == expected
+    assert fixefficientnet.predict(Image.open(path), lite0)[0].labels == expected
+
+
+def test_turned_picture_is_set_upright(lite0: torch.nn.Module, tmp_path: Path):
+    upright = Image.open(EXAMPLES / "hopper.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "turned.png"
+    upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    assert ImageOps.exif_transpose(Image.open(path)).size == upright.size
+    assert fixefficientnet.predict(path, lite0)[0].labels == fixefficientnet.predict(upright, lite0)[0].labels
+
+
+def test_default_is_lite0_with_its_backbone_weights():
+    assert fixefficientnet.predict(EXAMPLES / "cat.jpg")[0].labels[0].index == 285
+    with pytest.raises(WeightsNotPublishedError):
+        fixefficientnet.predict(EXAMPLES / "cat.jpg", "b0")
+
+
+def test_other_classes_have_no_names(lite0: torch.nn.Module):
+    model = fixefficientnet.create("lite0", "backbone", num_classes=3)
+    labels = fixefficientnet.predict(EXAMPLES / "cat.jpg", model)[0].labels
+    assert len(labels) == 3
+    assert all(label.synset is None and label.name == str(label.index) for label in labels)
+
+
+def test_bad_picture_raises_or_is_reported(lite0: torch.nn.Module, tmp_path: Path):
+    (tmp_path / "bad.jpg").write_bytes(b"no")
+    mixed = [tmp_path / "bad.jpg", EXAMPLES / "cat.jpg"]
+    with pytest.raises(PictureError, match=r"bad.jpg"):
+        fixefficientnet.predict(mixed, lite0)
+    seen = []
+    found = fixefficientnet.predict(mixed, lite0, on_error=lambda picture, error: seen.append((picture, str(error))))
+    assert [p.picture for p in found] == [EXAMPLES / "cat.jpg"]
+    assert [picture for picture, _ in seen] == [tmp_path / "bad.jpg"]
+
+
+def test_no_pictures_no_predictions(lite0: torch.nn.Module):
+    assert fixefficientnet.predict([], lite0) == []
+
+
+def test_half_precision_model(lite0: torch.nn.Module):
+    model = fixefficientnet.create("lite0", "backbone", dtype=torch.bfloat16)
+    assert fixefficientnet.predict(EXAMPLES / "coffee.jpg", model)[0].labels[0].name == "espresso"

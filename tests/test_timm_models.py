@@ -1,0 +1,105 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from conftest import ROOT
+
+import fixefficientnet
+from fixefficientnet import manifest
+from fixefficientnet.errors import WeightsNotPublishedError
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("order", ["import timm, fixefficientnet", "import fixefficientnet, timm"])
+def test_importing_registers_in_either_order(order: str):
+    names = run(f"{order}; print(*timm.list_models('fixefficientnet*', include_tags=True))").split()
+    assert sorted(names) == sorted(v.timm_name for v in manifest.load().values())
+
+
+def test_a_look_for_timm_does_not_lose_the_registration():
+    code = """
+import importlib.util, sys
+import fixefficientnet
+importlib.util.find_spec("timm")
+import timm.models
+assert timm.is_model("fixefficientnet_b0"), "not registered"
+import importlib
+assert not any(type(finder).__name__ == "_AfterTimm" for finder in sys.meta_path)
+"""
+    run(code)
+
+
+@pytest.mark.parametrize("key", manifest.load())
+def test_cfg_is_the_manifests(key: str):
+    variant = fixefficientnet.info(key)
+    cfg = timm.get_pretrained_cfg(variant.timm_name)
+    assert cfg.input_size == (3, variant.test.size, variant.test.size)
+    assert (cfg.crop_pct, cfg.interpolation) == (1.0, "bicubic")
+    assert (cfg.mean, cfg.std) == (variant.test.mean, variant.test.std)
+    assert (cfg.architecture, cfg.tag) == (variant.architecture, variant.tag)
+    assert cfg.license == "apache-2.0"
+    assert not timm.is_model_pretrained(variant.timm_name)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("fixefficientnet_b0", "b0"),
+        ("fixefficientnet_b0.ap_in1k", "b0"),
+        ("fixefficientnet_b0.ns_jft_in1k", "b0_ns"),
+        ("fixefficientnet_l2", "l2"),
+        ("fixefficientnet_l2.ns_jft_in1k_475", "l2"),
+        ("fixefficientnet_lite2", "lite2"),
+    ],
+)
+def test_create_model_takes_the_tag(name: str, key: str):
+    model = timm.create_model(name, device="meta")
+    assert model.variant.key == key
+    assert model.training
+    assert model.pretrained_cfg["mean"] == fixefficientnet.info(key).test.mean
+
+
+def test_pretrained_without_published_weights_is_an_error():
+    with pytest.raises(WeightsNotPublishedError, match="b0_ns"):
+        timm.create_model("fixefficientnet_b0.ns_jft_in1k", pretrained=True)
+
+
+def test_unknown_tag_is_timms_error():
+    with pytest.raises(RuntimeError, match="Invalid pretrained tag"):
+        timm.create_model("fixefficientnet_b0.no_such_tag")
+
+
+def test_a_delta_as_timms_file_overlay(hub_cache, b0_delta, pictures: torch.Tensor):
+    model = timm.create_model(
+        "fixefficientnet_b0",
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(b0_delta)},
+        cache_dir=hub_cache,
+    ).eval()
+    reference = fixefficientnet.create("b0", b0_delta, cache_dir=hub_cache)
+    torch.testing.assert_close(model(pictures), reference(pictures))
+
+
+def test_overlaid_row_is_registered_as_pretrained(monkeypatch: pytest.MonkeyPatch):
+    weights = {"repository": "me/mine", "filename": "b4.safetensors", "revision": "c" * 40, "sha256": "d" * 64}
+    document = {"schema_version": 1, "variants": {"b4": {"weights": weights}}}
+    monkeypatch.setenv("FIXEFFICIENTNET_MANIFEST", json.dumps(document))
+    assert run("import fixefficientnet, timm; print(*timm.list_pretrained('fixefficientnet*'))").split() == [
+        "fixefficientnet_b4.ap_in1k"
+    ]
+
+
+def test_features_only_and_other_options():
+    model = timm.create_model("fixefficientnet_b1.ns_jft_in1k", features_only=True, device="meta")
+    assert model.feature_info.channels() == [16, 24, 40, 112, 320]
+    model = timm.create_model("fixefficientnet_b0", num_classes=3, in_chans=1, drop_rate=0.3, scriptable=True)
+    assert model.classifier.out_features == 3
+    torch.jit.script(model.eval())(torch.rand(1, 1, 64, 64))
