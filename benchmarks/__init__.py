@@ -1,0 +1,1 @@
+"""Measurements side by side with the peers; every figure in the docs comes from here."""
