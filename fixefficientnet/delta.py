@@ -185,7 +185,7 @@ def dumps(delta: Delta) -> bytes:
     metadata |= {key: json.dumps(getattr(delta, key), sort_keys=True) for key in _JSON_KEYS}
     data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in delta.tensors.items()})
     # safetensors writes metadata in the order of a hash map, another one each time: write its header anew
-    header, body = _split(data)
+    header, body = _header(data), data[8 + int.from_bytes(data[:8], "little") :]
     text = json.dumps({"__metadata__": metadata, **header}, sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + body
@@ -216,7 +216,7 @@ def loads(data: bytes, *, source: str) -> Delta:
     """Reads and checks the bytes of a delta file; see `load`."""
     try:
         tensors = safetensors.torch.load(data)
-        metadata = _split(data)[0].get("__metadata__", {})
+        metadata = _header(data).get("__metadata__", {})
     except (safetensors.SafetensorError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise DeltaFormatError(f"{source} is no sound safetensors file (truncated or damaged): {error}") from error
     if metadata.get("format") != FORMAT:
@@ -323,7 +323,7 @@ def _check_values(tensors: Mapping[str, Tensor], source: str) -> None:
             raise DeltaFormatError(f"{source}: {name} has NaN or Inf.")
 
 
-def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """A safetensors file's header, decoded, and what comes after it."""
-    size = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + size]), data[8 + size :]
+def _header(data: bytes) -> dict[str, Any]:
+    """A safetensors file's header, decoded: its length in 8 bytes, then JSON, then the tensors."""
+    header: dict[str, Any] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return header
