@@ -1,0 +1,71 @@
+"""What pip installs from a wheel and from an sdist works outside the checkout."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+
+def run(*command: str | Path, cwd: Path, **env: str) -> str:
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=os.environ | env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def build(source: Path, kind: str, target: Path) -> Path:
+    run(sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", target, cwd=source)
+    (built,) = target.glob("*.whl" if kind == "wheel" else "*.tar.gz")
+    return built
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(ROOT, "sdist", tmp_path_factory.mktemp("sdist"))
+
+
+def test_sdist_holds_what_a_packager_needs(sdist: Path):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for name in (
+        "weights_manifest.json",
+        "hubconf.py",
+        "LICENSE",
+        "README.md",
+        "tests/conftest.py",
+        "examples/cat.jpg",
+    ):
+        assert name in names
+
+
+def test_wheel_from_the_sdist_works_outside_the_checkout(sdist: Path, tmp_path: Path):
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.glob("fixefficientnet-*")
+    wheel = build(source, "wheel", tmp_path / "wheel")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        packaged = archive.read("fixefficientnet/weights_manifest.json")
+    assert packaged == (ROOT / "weights_manifest.json").read_bytes()
+    assert "fixefficientnet/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not any(name.startswith(("tests", "benchmarks", "hubconf")) for name in names)
+
+    site = tmp_path / "site"
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site, wheel)
+    run(*pip, cwd=tmp_path)
+    code = (
+        "import fixefficientnet as f; print(f.__file__, len(f.list_models()));"
+        "print(f.predict('cat.jpg')[0].labels[0].name)"
+    )
+    (tmp_path / "cat.jpg").write_bytes((ROOT / "examples" / "cat.jpg").read_bytes())
+    out = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
+    assert out.splitlines() == [f"{site / 'fixefficientnet' / '__init__.py'} 21", "Egyptian cat"]
+    command = site / "bin" / "fixefficientnet"
+    assert "b4_ns" in run(sys.executable, command, "list", cwd=tmp_path, PYTHONPATH=str(site))
