@@ -106,7 +106,7 @@ def build(
     """Builds a variant in train mode, as timm does; see `create` for the arguments."""
     timm_kwargs = {key: value for key, value in timm_kwargs.items() if value is not None}
     timm_kwargs["pretrained_cfg"] = cfg or pretrained_cfg(variant)
-    if pretrained is False:
+    if pretrained in (False, None):
         model = _timm_model(variant, device=device, dtype=dtype, **timm_kwargs)
     else:
         model = _model_of(variant, _tensors(variant, pretrained, cache_dir), timm_kwargs).to(device, dtype)
@@ -192,37 +192,31 @@ def _model_of(variant: Variant, tensors: Mapping[str, Tensor], timm_kwargs: dict
     """Builds the network on the meta device and assigns the (memory-mapped) tensors to it."""
     with _SkipInitialisation():
         model = _timm_model(variant, **timm_kwargs, device="meta")
-    num_classes = timm_kwargs.get("num_classes", 1000)
-    in_chans = timm_kwargs.get("in_chans", 3)
-    reset = num_classes != len(tensors[f"{HEAD.classifier}.bias"])
+    weights = f"The weights of {variant.backbone.name}"
+    wanted = {name: (_name_in_full_model(name), target) for name, target in model.state_dict().items()}
     chosen = {}
-    unused = set(tensors)
-    for name, target in model.state_dict().items():
-        source = _name_in_full_model(name)
-        unused.discard(source)
-        if reset and source.startswith(f"{HEAD.classifier}."):
-            continue
-        if source not in tensors:
-            if source.endswith(".num_batches_tracked"):  # older ports lack it; torch too takes 0 then
-                chosen[name] = torch.zeros((), dtype=target.dtype)
-                continue
-            raise CheckpointError(f"The weights of {variant.backbone.name} lack {source}, which the model has.")
-        tensor = tensors[source]
-        if source == f"{STEM}.weight" and in_chans != 3:
-            tensor = adapt_input_conv(in_chans, tensor)
-        if tensor.shape != target.shape:
+    for name, (source, target) in wanted.items():
+        tensor = tensors.get(source)
+        if tensor is None and source.endswith(".num_batches_tracked"):
+            tensor = torch.zeros((), dtype=target.dtype)  # older ports lack it; torch too takes 0 then
+        if tensor is None:
+            raise CheckpointError(f"{weights} lack {source}, which the model has.")
+        if source == f"{STEM}.weight" and tensor.ndim == 4:
+            tensor = adapt_input_conv(target.shape[1], tensor)
+        if tensor.shape == target.shape:
+            chosen[name] = tensor.to(target.dtype)
+        elif not source.startswith(f"{CLASSIFIER}."):
             raise CheckpointError(
-                f"The weights of {variant.backbone.name} have {source} in the shape {list(tensor.shape)}, "
-                f"the model has {list(target.shape)}."
+                f"{weights} have {source} in the shape {list(tensor.shape)}, the model has {list(target.shape)}."
             )
-        chosen[name] = tensor.to(target.dtype)
+    extra = set(tensors) - {source for source, _ in wanted.values()}
     if not timm_kwargs.get("features_only"):
-        unused = {name for name in unused if not name.startswith(f"{HEAD.classifier}.")}
-        if unused:
-            raise CheckpointError(f"The weights of {variant.backbone.name} have {listed(sorted(unused))} too many.")
+        extra = {name for name in extra if not name.startswith(f"{CLASSIFIER}.")}
+        if extra:
+            raise CheckpointError(f"{weights} have {listed(sorted(extra))} too many.")
     model.load_state_dict(chosen, strict=False, assign=True)
-    if reset and num_classes > 0 and not timm_kwargs.get("features_only"):
-        cast(Any, model).reset_classifier(num_classes)
+    if len(chosen) < len(wanted):  # another number of classes: a new classifier
+        cast(Any, model).reset_classifier(model.num_classes)
     return model
 
 

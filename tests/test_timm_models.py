@@ -103,3 +103,15 @@ def test_features_only_and_other_options():
     model = timm.create_model("fixefficientnet_b0", num_classes=3, in_chans=1, drop_rate=0.3, scriptable=True)
     assert model.classifier.out_features == 3
     torch.jit.script(model.eval())(torch.rand(1, 1, 64, 64))
+
+
+def test_number_of_classes_from_timms_cfg_overlay(hub_cache, b0_delta):
+    model = timm.create_model(
+        "fixefficientnet_b0",
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(b0_delta), "num_classes": 6},
+        cache_dir=hub_cache,
+    )
+    reference = fixefficientnet.create("b0", b0_delta, cache_dir=hub_cache)
+    assert model.classifier.out_features == 6
+    assert torch.equal(model.bn2.running_mean, reference.bn2.running_mean)
