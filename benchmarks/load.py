@@ -57,7 +57,8 @@ def prepare(home: Path, key: str) -> dict[str, str]:
     (repository / "refs" / "main").write_text(COMMIT)
     model = timm.create_model(variant.backbone.name)
     safetensors.torch.save_file(model.state_dict(), snapshot / "model.safetensors")
-    tuned = delta.extract(model, base=model.state_dict(), variant=key, backbone=variant.backbone.name)
+    base = {name: tensor.clone() for name, tensor in delta.find_head(model).select(model.state_dict()).items()}
+    tuned = delta.extract(model, base=base, variant=key, backbone=variant.backbone.name)
     digest = delta.save(tuned, home / f"{key}.safetensors")
     rows = {key: {"weights": {"path": f"{key}.safetensors", "sha256": digest}}}
     manifest = home / f"{key}.json"

@@ -24,6 +24,8 @@ def main() -> None:
     info = ImageNetInfo("imagenet-1k")
     index = {info.index_to_label_name(i): i for i in range(1000)}
     files = sorted(path for path in options.folder.glob("*/*") if path.suffix.lower() in (".jpeg", ".jpg"))
+    if not files:
+        raise SystemExit(f"There are no pictures in {options.folder}/*/: give the folder that holds the n01440764, …")
     if unknown := sorted({path.parent.name for path in files} - set(index)):
         raise SystemExit(f"These folders are no ImageNet-1k WordNet ids: {', '.join(unknown[:5])}")
     targets = torch.tensor([index[path.parent.name] for path in files])

@@ -5,6 +5,7 @@
 
 import glob
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from fixefficientnet.preprocessing import PictureSource
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
+PICTURE_SUFFIXES |= {".jfif", ".avif", ".jp2"}
 
 app = typer.Typer(
     help="FixEfficientNet: pretrained EfficientNets, tuned for their test size by FixRes.",
@@ -41,7 +43,7 @@ def main() -> None:
     """Runs the command line; an error of this package becomes one message and status 1."""
     try:
         app()
-    except (FixEfficientNetError, FileNotFoundError) as error:
+    except FixEfficientNetError as error:
         err.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
 
@@ -164,11 +166,10 @@ def predict(
     said = f"{variant.title}, {'FixRes' if tuned else 'backbone'} weights, test size {variant.test.size}"
     if not tuned:
         said += " (not tuned by FixRes)"
-    failed = 0
+    failed = []
 
     def report(picture: "PictureSource", error: PictureError) -> None:
-        nonlocal failed
-        failed += 1
+        failed.append({"file": _shown(picture), "error": str(error)})
         err.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
 
     predictions = prediction.stream(
@@ -176,7 +177,8 @@ def predict(
     )
     if as_json:
         found = [{"file": _shown(p.picture), "labels": [asdict(label) for label in p.labels]} for p in predictions]
-        _print_json({"model": variant.key, "weights": "fixres" if tuned else "backbone", "predictions": found})
+        weights = "fixres" if tuned else "backbone"
+        _print_json({"model": variant.key, "weights": weights, "predictions": found, "errors": failed})
     else:
         out.print(said, soft_wrap=True)
         for found_one in predictions:
@@ -184,7 +186,7 @@ def predict(
             for label in found_one.labels:
                 out.print(f"  {label.probability:6.1%}  {escape(label.name)}", no_wrap=True, overflow="ellipsis")
     if failed:
-        err.print(f"{failed} of the pictures could not be used.")
+        err.print(f"{len(failed)} of what was named could not be used.")
         raise typer.Exit(1)
 
 
@@ -192,19 +194,22 @@ def _pictures(images: list[str], report: Any) -> Iterator["PictureSource"]:
     """The pictures that the arguments mean, in a stable order."""
     for image in images:
         if image == "-":
-            yield sys.stdin.buffer.read()
-        elif Path(image).is_dir():
-            files = sorted(p for p in Path(image).rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
+            if data := sys.stdin.buffer.read():
+                yield data
+            else:
+                report(image, PictureError("Nothing came on stdin."))
+        elif os.path.isdir(image) or (glob.has_magic(image) and not os.path.exists(image)):
+            pattern = os.path.join(glob.escape(image), "**", "*") if os.path.isdir(image) else image
+            files = [file for file in sorted(glob.glob(pattern, recursive=True)) if _is_picture(file)]
             if not files:
-                report(image, PictureError(f"The folder {image} holds no pictures."))
-            yield from map(str, files)
-        elif not Path(image).exists() and glob.has_magic(image):
-            matches = sorted(glob.glob(image, recursive=True))
-            if not matches:
-                report(image, PictureError(f"No file matches {image}."))
-            yield from matches
+                report(image, PictureError(f"There are no pictures in {image} (files ending in .jpg, .png, .webp, …)."))
+            yield from map(os.path.normpath, files)
         else:
             yield image
+
+
+def _is_picture(file: str) -> bool:
+    return Path(file).suffix.lower() in PICTURE_SUFFIXES and os.path.isfile(file)
 
 
 def _shown(picture: "PictureSource") -> str:
@@ -217,10 +222,12 @@ def _device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.empty(0, device=name).cpu()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise FixEfficientNetError(f"The device {name!r} cannot be used here: {reason}") from None
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise FixEfficientNetError(
+            f"The device {name!r} cannot be used here: {reason}. Use --device cpu, or leave it out."
+        ) from None
     return name
 
 

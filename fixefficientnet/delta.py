@@ -19,7 +19,6 @@ import safetensors.torch
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fixefficientnet.checkpoint import listed
 from fixefficientnet.errors import (
@@ -35,6 +34,8 @@ FORMAT_VERSION = "1"
 _JSON_KEYS = ("recipe", "measured", "libraries")
 _TEXT_KEYS = ("variant", "backbone", "fingerprint", "license")
 _SHORTCUTS = ("downsample", "shortcut")
+_DAMAGED = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError, RecursionError)
+_SPATIAL_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +96,8 @@ def find_head(model: nn.Module) -> Head:
         model: A timm model; its weights may be on the meta device.
 
     Raises:
-        UnsupportedModelError: There is no classifier, or no batch norm before the pooling (models that
-            use layer norm, for one).
+        UnsupportedModelError: There is no classifier, or more than one, or no batch norm over feature maps
+            before the pooling (models that use layer norm, for one).
     """
     what = type(model).__name__
     classifier = _classifier_name(model)
@@ -106,7 +107,7 @@ def find_head(model: nn.Module) -> Head:
     for name, module in model.named_modules():
         if name == classifier or name.rpartition(".")[2] == "global_pool":
             break
-        if isinstance(module, _BatchNorm) and not any(part in _SHORTCUTS for part in name.split(".")):
+        if isinstance(module, _SPATIAL_NORMS) and not any(part in _SHORTCUTS for part in name.split(".")):
             norm = name
     if not norm:
         raise UnsupportedModelError(f"{what} has no batch norm before its pooling: no statistics for FixRes to move.")
@@ -137,7 +138,7 @@ def extract(
 
     Args:
         model: The tuned model.
-        base: State dict of the same model before tuning (the head's tensors suffice).
+        base: State dict of the same model before tuning, cloned (the head's tensors suffice).
         variant: The manifest's key, or the model's timm name where it is none of ours.
         backbone: timm name of the network.
         license: Of the delta; SPDX, lower case.
@@ -145,11 +146,17 @@ def extract(
         measured: What was measured with the tuned model; JSON values.
 
     Raises:
-        DeltaMismatchError: `base` is not of the same architecture.
+        DeltaMismatchError: `base` is not of the same architecture, or is the tuned model's own memory.
         DeltaFormatError: The tuned tensors hold NaN or Inf.
         UnsupportedModelError: The model's head cannot be found.
     """
     head = find_head(model)
+    own = {tensor.data_ptr() for tensor in model.state_dict().values() if tensor.numel()}
+    if any(tensor.data_ptr() in own for tensor in head.select(base).values()):
+        raise DeltaMismatchError(
+            "base shares its memory with the tuned model, so it changed along with it: "
+            "clone the state dict before tuning."
+        )
     tuned = {k: t.detach().to("cpu", torch.float32, copy=True) for k, t in head.select(model.state_dict()).items()}
     replaced = head.select(base)
     delta = Delta(
@@ -179,10 +186,19 @@ def save(delta: Delta, path: str | os.PathLike[str]) -> str:
 
 
 def dumps(delta: Delta) -> bytes:
-    """The bytes of a delta file; equal deltas give equal bytes."""
+    """The bytes of a delta file; equal deltas give equal bytes.
+
+    Raises:
+        DeltaFormatError: Its metadata cannot be written: not text, or not JSON (NaN, for one).
+    """
     metadata = {"format": FORMAT, "format_version": FORMAT_VERSION}
     metadata |= {key: getattr(delta, key) for key in _TEXT_KEYS}
-    metadata |= {key: json.dumps(getattr(delta, key), sort_keys=True) for key in _JSON_KEYS}
+    if wrong := [key for key in _TEXT_KEYS if not isinstance(metadata[key], str)]:
+        raise DeltaFormatError(f"The delta's {', '.join(wrong)} must be text.")
+    try:
+        metadata |= {key: json.dumps(getattr(delta, key), sort_keys=True, allow_nan=False) for key in _JSON_KEYS}
+    except (TypeError, ValueError) as error:
+        raise DeltaFormatError(f"The delta's {', '.join(_JSON_KEYS)} must be JSON values: {error}") from error
     data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in delta.tensors.items()})
     # safetensors writes metadata in the order of a hash map, another one each time: write its header anew
     header, body = _header(data), data[8 + int.from_bytes(data[:8], "little") :]
@@ -208,7 +224,10 @@ def load(path: str | os.PathLike[str], *, sha256: str | None = None) -> Delta:
     except OSError as error:
         raise DeltaFormatError(f"{path} cannot be read: {error}") from error
     if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
-        raise ChecksumError(f"{path} has the sha256 {found}, expected is {sha256}. Bring the file again.")
+        raise ChecksumError(
+            f"{path} has the sha256 {found}, expected is {sha256}. "
+            "Bring the file again, or correct the sha256 in the manifest."
+        )
     return loads(data, source=str(path))
 
 
@@ -216,8 +235,8 @@ def loads(data: bytes, *, source: str) -> Delta:
     """Reads and checks the bytes of a delta file; see `load`."""
     try:
         tensors = safetensors.torch.load(data)
-        metadata = _header(data).get("__metadata__", {})
-    except (safetensors.SafetensorError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        metadata = _header(data).get("__metadata__") or {}
+    except (safetensors.SafetensorError, *_DAMAGED) as error:
         raise DeltaFormatError(f"{source} is no sound safetensors file (truncated or damaged): {error}") from error
     if metadata.get("format") != FORMAT:
         raise DeltaFormatError(
@@ -227,13 +246,13 @@ def loads(data: bytes, *, source: str) -> Delta:
     if metadata.get("format_version") != FORMAT_VERSION:
         raise DeltaFormatError(
             f"{source} has the delta format version {metadata.get('format_version')!r}, this release reads "
-            f"{FORMAT_VERSION!r}. Upgrade: pip install -U fixefficientnet"
+            f"{FORMAT_VERSION!r}. Upgrade fixefficientnet."
         )
     if missing := [key for key in _TEXT_KEYS + _JSON_KEYS if key not in metadata]:
         raise DeltaFormatError(f"{source} lacks the metadata {', '.join(missing)}.")
     try:
         records = {key: json.loads(metadata[key]) for key in _JSON_KEYS}
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DeltaFormatError(f"{source}: its metadata is not JSON where it must be: {error}") from error
     if wrong := [key for key, record in records.items() if not isinstance(record, dict)]:
         raise DeltaFormatError(f"{source}: its metadata {', '.join(wrong)} must be a JSON object.")
@@ -290,9 +309,12 @@ def check_variant(delta: Delta, variant: str, source: object) -> None:
 
 def _classifier_name(model: nn.Module) -> str:
     configured = getattr(model, "pretrained_cfg", {}).get("classifier")
-    if isinstance(configured, tuple | list):
-        configured = configured[0]
     modules = dict(model.named_modules())
+    if isinstance(configured, tuple | list):
+        present = [name for name in configured if isinstance(modules.get(name), nn.Linear | nn.Conv2d)]
+        if len(present) > 1:
+            raise UnsupportedModelError(f"{type(model).__name__} has more than one classifier: {', '.join(present)}.")
+        configured = next(iter(present), None)
     if configured and isinstance(modules.get(configured), nn.Linear | nn.Conv2d):
         return str(configured)
     get_classifier = getattr(model, "get_classifier", None)
@@ -321,6 +343,8 @@ def _check_values(tensors: Mapping[str, Tensor], source: str) -> None:
             raise DeltaFormatError(f"{source}: {name} is {str(tensor.dtype).removeprefix('torch.')}, must be float32.")
         if not torch.isfinite(tensor).all():
             raise DeltaFormatError(f"{source}: {name} has NaN or Inf.")
+        if name.endswith(".running_var") and (tensor < 0).any():
+            raise DeltaFormatError(f"{source}: {name} has a negative variance.")
 
 
 def _header(data: bytes) -> dict[str, Any]:

@@ -28,6 +28,10 @@ class ChecksumError(FixEfficientNetError, ValueError):
     """A file's sha256 is not the pinned one; names both."""
 
 
+class MissingFileError(FixEfficientNetError, FileNotFoundError):
+    """A file that the user named is not there."""
+
+
 class CheckpointError(FixEfficientNetError, ValueError):
     """A checkpoint file cannot be read as the weights of this model."""
 

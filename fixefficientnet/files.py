@@ -6,7 +6,8 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes to a temporary name beside the target, then renames it."""
+    """Writes to a temporary name beside the target, then renames it; makes the folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:64]}.", delete=False) as stream:
         temporary = Path(stream.name)
         try:

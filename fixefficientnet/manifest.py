@@ -66,6 +66,16 @@ class Backbone:
     license: str
     package: Package | None
 
+    @property
+    def architecture(self) -> str:
+        """timm's architecture name, without the pretrained tag."""
+        return self.name.partition(".")[0]
+
+    @property
+    def tag(self) -> str:
+        """timm's pretrained tag, such as "ns_jft_in1k"."""
+        return self.name.partition(".")[2]
+
 
 @dataclass(frozen=True, slots=True)
 class TestTime:
@@ -186,14 +196,9 @@ class Variant:
         return f"{PREFIX}_{self.key.removesuffix('_ns')}"
 
     @property
-    def tag(self) -> str:
-        """timm's pretrained tag, the backbone's own, such as "ns_jft_in1k"."""
-        return self.backbone.name.partition(".")[2]
-
-    @property
     def timm_name(self) -> str:
         """timm's full name, such as "fixefficientnet_b4.ns_jft_in1k"."""
-        return f"{self.architecture}.{self.tag}"
+        return f"{self.architecture}.{self.backbone.tag}"
 
     @property
     def backbone_only(self) -> bool:
@@ -217,7 +222,18 @@ def load() -> Mapping[str, Variant]:
     Raises:
         ManifestError: The manifest or the overlay is malformed; names row and key.
     """
-    return _load(os.environ.get(OVERLAY_VARIABLE, "").strip())
+    overlay = os.environ.get(OVERLAY_VARIABLE, "").strip()
+    if not overlay or overlay.startswith("{"):
+        return _load(overlay, Path.cwd() if overlay else Path())
+    file = Path(overlay).expanduser().absolute()
+    try:
+        stat = file.stat()
+    except OSError as error:
+        raise ManifestError(
+            f"{OVERLAY_VARIABLE} names {overlay!r}, which cannot be read ({error.strerror}). "
+            "Give the path of a manifest, or the JSON itself, or unset the variable."
+        ) from None
+    return _load("", file, (stat.st_mtime_ns, stat.st_size))
 
 
 def find(name: str) -> Variant:
@@ -232,8 +248,12 @@ def find(name: str) -> Variant:
     """
     variants = load()
     wanted = name.strip().lower().replace("-", "_").removeprefix(f"{PREFIX}_")
-    known = {alias: variant for variant in variants.values() for alias in variant.aliases()}
-    known |= variants  # a key goes before another row's alias
+    known = dict(variants)  # a key goes before an alias, and a packaged row's alias before an added one's
+    for variant in variants.values():
+        for alias in variant.aliases():
+            known.setdefault(alias, variant)
+    for variant in variants.values():  # an architecture without a tag
+        known.setdefault(variant.architecture.removeprefix(f"{PREFIX}_"), variant)
     if wanted in known:
         return known[wanted]
     close = dict.fromkeys(known[n].key for n in difflib.get_close_matches(wanted, known, n=6, cutoff=0.3))
@@ -274,31 +294,32 @@ def parse(document: object, *, folder: Path | None = None, source: str = "manife
         ManifestError: Names the row and the key at fault.
     """
     try:
-        rows = _rows(document)
-        return {key: _variant(key, row, folder) for key, row in rows.items()}
+        variants = {key: _variant(key, row, folder) for key, row in _rows(document).items()}
+        names: dict[str, str] = {}
+        for key, variant in variants.items():
+            if (other := names.setdefault(variant.timm_name, key)) != key:
+                raise ManifestError(f"{key}: its timm name {variant.timm_name} is that of the row {other}")
+        return variants
     except ManifestError as error:
         raise ManifestError(f"{source}: {error}") from None
 
 
 @functools.lru_cache(maxsize=8)
-def _load(overlay: str) -> Mapping[str, Variant]:
+def _load(overlay: str, place: Path, _version: object = None) -> Mapping[str, Variant]:
+    """The packaged rows with an overlay: JSON text relative to the folder `place`, or the file `place`."""
     path = packaged_path()
     packaged = _read_json(path.read_text(encoding="utf-8"), str(path))
     variants = parse(packaged, source=str(path))
-    if not overlay:
+    if place == Path():
         return MappingProxyType(variants)
-    if overlay.startswith("{"):
-        source, folder, text = OVERLAY_VARIABLE, Path.cwd(), overlay
+    if overlay:
+        source, folder, text = OVERLAY_VARIABLE, place, overlay
     else:
-        file = Path(overlay).expanduser()
-        source, folder = str(file), file.resolve().parent
+        source, folder = str(place), place.resolve().parent
         try:
-            text = file.read_text(encoding="utf-8")
+            text = place.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ManifestError(
-                f"{OVERLAY_VARIABLE} names {overlay!r}, which cannot be read ({error}). "
-                "Give the path of a manifest, or the JSON itself, or unset the variable."
-            ) from None
+            raise ManifestError(f"{place} ({OVERLAY_VARIABLE}) cannot be read: {error}") from None
     document = _read_json(text, source)
     try:
         merged = _merge(_rows(packaged), _rows(document))
@@ -310,7 +331,7 @@ def _load(overlay: str) -> Mapping[str, Variant]:
 def _read_json(text: str, source: str) -> object:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ManifestError(f"{source}: not JSON: {error}") from None
 
 
@@ -371,13 +392,13 @@ def _backbone(value: object, where: str) -> Backbone:
         inner = _object(fields["package"], f"{where}.package", {"name", "filename", "sha256"})
         package = Package(
             name=_text(inner["name"], f"{where}.package.name"),
-            filename=_filename(inner["filename"], f"{where}.package.filename"),
+            filename=relative_filename(inner["filename"], f"{where}.package.filename"),
             sha256=_hex(inner["sha256"], 64, f"{where}.package.sha256"),
         )
     name = _text(fields["name"], f"{where}.name")
     if not re.fullmatch(r"[a-z0-9_]+\.[a-z0-9_]+", name):
         raise ManifestError(f"{where}.name: must be timm's architecture.tag, is {name!r}")
-    filename = _filename(fields["filename"], f"{where}.filename")
+    filename = relative_filename(fields["filename"], f"{where}.filename")
     _safetensors(filename, f"{where}.filename")
     return Backbone(
         name=name,
@@ -424,11 +445,13 @@ def _accuracy(value: object, where: str) -> Accuracy:
 
 
 def _weights(value: object, where: str, folder: Path | None) -> Weights:
-    optional = {"bytes", "license", "measured"}
+    # the packaged manifest tells the whole story; an overlay must only pin the file
+    story = {"bytes", "license", "measured"}
+    must, optional = (story, set[str]()) if folder is None else (set[str](), story)
     if isinstance(value, dict) and "path" in value:
-        fields = _object(value, where, {"path", "sha256"}, optional)
+        fields = _object(value, where, {"path", "sha256"}, story)
     else:
-        fields = _object(value, where, {"repository", "filename", "revision", "sha256"}, optional)
+        fields = _object(value, where, {"repository", "filename", "revision", "sha256"} | must, optional)
     local = "path" in fields
     measured = fields.get("measured")
     if measured is not None:
@@ -441,7 +464,7 @@ def _weights(value: object, where: str, folder: Path | None) -> Weights:
         )
     found = Weights(
         repository=None if local else _repository(fields["repository"], f"{where}.repository"),
-        filename=None if local else _filename(fields["filename"], f"{where}.filename"),
+        filename=None if local else relative_filename(fields["filename"], f"{where}.filename"),
         revision=None if local else _hex(fields["revision"], 40, f"{where}.revision"),
         path=_local(fields["path"], f"{where}.path", folder) if local else None,
         sha256=_hex(fields["sha256"], 64, f"{where}.sha256"),
@@ -459,7 +482,7 @@ def _local(value: object, where: str, folder: Path | None) -> Path:
             f"{where}: a local path stands only in an overlay ({OVERLAY_VARIABLE}); "
             "the packaged manifest names Hub files"
         )
-    path = (folder / _filename(value, where)).resolve()
+    path = (folder / relative_filename(value, where)).resolve()
     if not path.is_relative_to(folder.resolve()):
         raise ManifestError(f"{where}: {value!r} leads out of the manifest's folder {folder}")
     return path
@@ -525,7 +548,12 @@ def _repository(value: object, where: str) -> str:
     return value
 
 
-def _filename(value: object, where: str) -> str:
+def relative_filename(value: object, where: str) -> str:
+    """Checks that a path from a file or a URI stays in its folder, and returns it.
+
+    Raises:
+        ManifestError: It is absolute, or leads out, or is empty.
+    """
     path = PurePosixPath(_text(value, where))
     if path.is_absolute() or ".." in path.parts or "\\" in str(value) or ":" in str(value):
         raise ManifestError(f"{where}: must be a relative path that does not leave its folder, is {value!r}")

@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 from fixefficientnet import manifest
-from fixefficientnet.errors import PictureError
+from fixefficientnet.errors import PictureError, UnsupportedModelError
 from fixefficientnet.preprocessing import PictureSource, open_picture
 from fixefficientnet.zoo import Pretrained, create
 
@@ -65,7 +65,7 @@ def predict(
             which has no FixRes weights.
         topk: How many labels each.
         batch_size: Pictures per forward pass.
-        device: Where to run; the model's own, or the CPU, if None.
+        device: Where to run: the model is moved there. None: where it is.
         on_error: Called with a picture that cannot be used and the reason, instead of raising.
 
     Returns:
@@ -73,9 +73,13 @@ def predict(
 
     Raises:
         PictureError: A picture cannot be used and there is no `on_error`.
+        UnsupportedModelError: The model gives features instead of logits.
+        ValueError: `topk` or `batch_size` is below 1.
     """
     if isinstance(pictures, Image.Image | str | bytes | os.PathLike):
         pictures = [pictures]
+    elif hasattr(pictures, "read"):
+        raise TypeError("An open file is no picture: give its path, or its bytes (file.read()).")
     if isinstance(model, str):
         model = load(model, pretrained, device)
     return list(stream(pictures, model, topk=topk, batch_size=batch_size, device=device, on_error=on_error))
@@ -98,6 +102,8 @@ def stream(
     on_error: Callable[[PictureSource, PictureError], None] | None = None,
 ) -> Iterator[Prediction]:
     """The same as `predict`, batch by batch, for a model from `create`."""
+    if topk < 1 or batch_size < 1:
+        raise ValueError(f"topk and batch_size must be 1 or more, are {topk} and {batch_size}.")
     if device is not None:
         model = model.to(device)
     batch: list[tuple[PictureSource, torch.Tensor]] = []
@@ -119,7 +125,15 @@ def stream(
 def _classify(batch: list[tuple[PictureSource, torch.Tensor]], model: "ZooModel", topk: int) -> list[Prediction]:
     parameter = next(model.parameters())
     inputs = torch.stack([tensor for _, tensor in batch]).to(parameter.device, parameter.dtype)
-    probabilities = model(inputs).float().softmax(dim=1)
+    training = model.training
+    model.eval()  # timm's door leaves models in train mode, where a batch norm would even learn from these
+    try:
+        logits = model(inputs)
+    finally:
+        model.train(training)
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or not model.num_classes:
+        raise UnsupportedModelError("This model gives features, not logits: build it with a classifier to predict.")
+    probabilities = logits.float().softmax(dim=1)
     best = probabilities.topk(min(topk, probabilities.shape[1]), dim=1)
     names = _names(probabilities.shape[1])
     return [

@@ -99,6 +99,7 @@ def open_picture(picture: PictureSource, *, upright: bool = False) -> Image.Imag
         upright: Whether to turn it as its EXIF orientation says.
 
     Raises:
+        TypeError: It is none of these.
         PictureError: Missing, not a picture, truncated, or above Pillow's own limit of
             `PIL.Image.MAX_IMAGE_PIXELS` (89,478,485) pixels; raise that limit to allow more.
     """
@@ -110,31 +111,42 @@ def open_picture(picture: PictureSource, *, upright: bool = False) -> Image.Imag
                 f"{_name(picture)} has {image.width} x {image.height} pixels, the limit is {limit:,} "
                 "(PIL.Image.MAX_IMAGE_PIXELS, which may be raised)."
             )
-        if upright:
-            image = ImageOps.exif_transpose(image)
-        return _rgb(image)
+        if not (image.width and image.height):
+            raise PictureError(f"{_name(picture)} has no pixels.")
+        return _rgb(_upright(image) if upright else image)
     except UnidentifiedImageError:
         raise PictureError(f"{_name(picture)} is not a picture that Pillow can read.") from None
     except Image.DecompressionBombError as error:
         raise PictureError(f"{_name(picture)} is too large: {error}") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        if isinstance(error, PictureError):
-            raise
+    except (PictureError, MemoryError, TypeError):
+        raise
+    except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise PictureError(f"{_name(picture)} cannot be read: {reason}") from error
 
 
 def _open(picture: str | os.PathLike[str] | bytes) -> Image.Image:
+    if not isinstance(picture, str | bytes | os.PathLike):
+        raise TypeError(f"A picture is a PIL image, a path or an encoded file's bytes, not {type(picture).__name__}.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked right after
         return Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # what is wrong with the pixels shows here, what follows is about the EXIF data alone
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF data is no reason to refuse sound pixels
+        return image
+
+
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # Pillow would clip 16-bit values at 255, which leaves a white picture
-        values = np.asarray(image)
-        if values.size and values.max() > 255:
-            image = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
+    """As Pillow converts, but for 16-bit values, which it clips at 255: that leaves a white picture."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode == "I" and (values := np.asarray(image)).max() > 255:  # 32 bits wide, files fill 16 of them
+        image = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
     return image.convert("RGB")
 
 

@@ -20,7 +20,7 @@ def pretrained_cfg(variant: Variant) -> "PretrainedCfg":
         hf_hub_id=weights.repository if weights else None,
         hf_hub_filename=weights.filename if weights else None,
         architecture=variant.architecture,
-        tag=variant.tag,
+        tag=variant.backbone.tag,
         input_size=(3, test.size, test.size),
         pool_size=(-(-test.size // 32),) * 2,
         crop_pct=test.crop_pct,

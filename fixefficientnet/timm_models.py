@@ -7,6 +7,7 @@ at the moment it is imported.
 
 import importlib.abc
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
@@ -14,11 +15,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fixefficientnet import manifest
+from fixefficientnet.errors import ManifestError
 from fixefficientnet.manifest import Variant
 from fixefficientnet.timm_cfg import pretrained_cfg
 
 if TYPE_CHECKING:
-    from timm.models._pretrained import DefaultCfg
+    from timm.models._pretrained import DefaultCfg, PretrainedCfg
     from torch import nn
 
 __all__: list[str] = []  # timm adds the entrypoints' names
@@ -28,9 +30,16 @@ default_cfgs: dict[str, "DefaultCfg"] = {}  # timm looks its configs up here
 def register_with_timm() -> None:
     """Registers all variants now, or as soon as timm is imported."""
     if "timm" in sys.modules:
-        _register()
+        _register_or_warn()
     else:
         sys.meta_path.insert(0, _AfterTimm())
+
+
+def _register_or_warn() -> None:
+    try:
+        _register()
+    except ManifestError as error:  # a slip in an environment variable must not break `import timm`
+        warnings.warn(f"The FixEfficientNet names are not registered with timm: {error}", stacklevel=2)
 
 
 def _register() -> None:
@@ -40,18 +49,23 @@ def _register() -> None:
     for variant in manifest.load().values():
         by_architecture[variant.architecture].append(variant)
     for architecture, variants in by_architecture.items():
-        default = _default(variants)
-        cfgs: dict[str, Any] = {f"{v.timm_name}{'*' if v is default else ''}": pretrained_cfg(v) for v in variants}
+        default = manifest.find(architecture)  # what the name means without a tag
+        siblings = sorted(variants, key=lambda variant: variant is not default)
+        cfgs: dict[str, Any] = {f"{v.timm_name}{'*' if v is default else ''}": pretrained_cfg(v) for v in siblings}
         default_cfgs.update(generate_default_cfgs(cfgs))
-        register_model(_entrypoint(architecture, default))
+        register_model(_entrypoint(architecture, siblings))
 
 
-def _default(variants: list[Variant]) -> Variant:
-    """Of the variants of one architecture, that which its name means without a tag: as in `manifest.find`."""
-    return manifest.find(variants[0].architecture)
+def _names_other_weights(cfg: "PretrainedCfg", variant: Variant) -> bool:
+    """Whether timm was told of other weights than the manifest's row has."""
+    own = pretrained_cfg(variant)
+    hub = (cfg.hf_hub_id, cfg.hf_hub_filename) != (own.hf_hub_id, own.hf_hub_filename)
+    return bool(hub or cfg.source or cfg.file or cfg.url or cfg.state_dict)
 
 
-def _entrypoint(architecture: str, default: Variant) -> Any:
+def _entrypoint(architecture: str, siblings: list[Variant]) -> Any:
+    """The entrypoint of an architecture; of its variants, the first is what it means without a tag."""
+
     def build(
         pretrained: bool = False,
         pretrained_cfg: Any = None,
@@ -59,19 +73,24 @@ def _entrypoint(architecture: str, default: Variant) -> Any:
         cache_dir: str | None = None,
         **kwargs: Any,
     ) -> "nn.Module":
+        import timm
         from timm.models import resolve_pretrained_cfg
 
         from fixefficientnet import zoo
 
         cfg = resolve_pretrained_cfg(architecture, pretrained_cfg, pretrained_cfg_overlay)
-        variant = manifest.find(f"{architecture}.{cfg.tag}") if cfg.tag else default
-        # timm's own way to name a local file of weights; ours is a delta
-        weights = (cfg.file or True) if pretrained else False
-        return zoo.build(variant, weights, cfg=cfg, cache_dir=cache_dir, **kwargs)
+        variant = next((v for v in siblings if v.backbone.tag == cfg.tag), siblings[0])
+        if pretrained and _names_other_weights(cfg, variant):
+            # whole checkpoints that someone made of such a model (hf-hub:, local-dir:, file, url): timm's business
+            model = timm.create_model(
+                variant.backbone.architecture, pretrained=True, pretrained_cfg=cfg, cache_dir=cache_dir, **kwargs
+            )
+            return zoo.attach(model, variant)
+        return zoo.build(variant, pretrained, cfg=cfg, cache_dir=cache_dir, **kwargs)
 
     build.__name__ = build.__qualname__ = architecture
     build.__module__ = __name__
-    build.__doc__ = f"{default.title} and its siblings by tag; see `fixefficientnet.create`."
+    build.__doc__ = f"{siblings[0].title}, and its siblings by tag; see `fixefficientnet.create`."
     return build
 
 
@@ -91,7 +110,7 @@ class _AfterTimm(importlib.abc.MetaPathFinder):
             execute(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-                _register()
+                _register_or_warn()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

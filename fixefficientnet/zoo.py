@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, cast
 import timm
 import torch
 from timm.models import adapt_input_conv
+from timm.models._efficientnet_builder import efficientnet_init_weights
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fixefficientnet import checkpoint, delta, hub, manifest
 from fixefficientnet.checkpoint import listed
 from fixefficientnet.delta import Delta, Head
-from fixefficientnet.errors import CheckpointError, WeightsNotPublishedError
+from fixefficientnet.errors import CheckpointError, MissingFileError, WeightsNotPublishedError
 from fixefficientnet.manifest import Variant
 from fixefficientnet.preprocessing import Preprocess
 from fixefficientnet.timm_cfg import CLASSIFIER, STEM, pretrained_cfg
@@ -22,6 +23,7 @@ from fixefficientnet.timm_cfg import CLASSIFIER, STEM, pretrained_cfg
 HEAD = Head(norm="bn2", classifier=CLASSIFIER)
 """Where every EfficientNet has the two modules that FixRes tunes: conv_head → bn2 → global_pool → classifier."""
 
+NUM_CLASSES = 1000
 Pretrained = bool | str | os.PathLike[str]
 
 if TYPE_CHECKING:
@@ -72,6 +74,7 @@ def create(
 
     Raises:
         UnknownVariantError: No variant has this name.
+        MissingFileError: `pretrained` names a file that is not there.
         WeightsNotPublishedError: `pretrained=True`, but nothing is published for this variant.
         DownloadError: A file can be had neither from the cache nor from the Hub.
         ChecksumError: A file is not the pinned one.
@@ -79,6 +82,8 @@ def create(
         DeltaFormatError: The delta is damaged or unusable.
         DeltaMismatchError: The delta is another variant's, or of another backbone.
     """
+    if refused := {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cfg"} & timm_kwargs.keys():
+        raise TypeError(f"create() takes no {', '.join(sorted(refused))}; timm.create_model does.")
     model = build(
         manifest.find(name),
         pretrained,
@@ -110,7 +115,15 @@ def build(
         model = _timm_model(variant, device=device, dtype=dtype, **timm_kwargs)
     else:
         model = _model_of(variant, _tensors(variant, pretrained, cache_dir), timm_kwargs).to(device, dtype)
-    model.preprocess = Preprocess.of(variant.test)  # type: ignore[assignment]
+    return attach(model, variant)
+
+
+def attach(model: nn.Module, variant: Variant) -> nn.Module:
+    """Gives a timm model its `variant`, and the `preprocess` that its `pretrained_cfg` describes."""
+    cfg = cast("dict[str, Any]", model.pretrained_cfg)
+    mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
+    preprocess = Preprocess(cfg["input_size"][-1], cfg["crop_pct"], cfg["interpolation"], mean, std)
+    model.preprocess = preprocess  # type: ignore[assignment]
     model.variant = variant  # type: ignore[assignment]
     return model
 
@@ -132,8 +145,7 @@ _RANDOM_FILLS = frozenset({Tensor.normal_, Tensor.uniform_})
 
 
 def _timm_model(variant: Variant, **timm_kwargs: Any) -> nn.Module:
-    architecture = variant.backbone.name.partition(".")[0]
-    return timm.create_model(architecture, pretrained=False, **timm_kwargs)
+    return timm.create_model(variant.backbone.architecture, pretrained=False, **timm_kwargs)
 
 
 def _tensors(variant: Variant, pretrained: Pretrained, cache_dir: str | os.PathLike[str] | None) -> dict[str, Tensor]:
@@ -161,9 +173,9 @@ def _delta(variant: Variant, pretrained: Pretrained, cache_dir: str | os.PathLik
     else:
         path = Path(str(pretrained)).expanduser()
         if not path.is_file():
-            raise FileNotFoundError(
-                f"pretrained={str(pretrained)!r}: there is no such file. It takes True, False, 'backbone', the path "
-                "of a delta, or hf://organisation/repository/file.safetensors@revision."
+            raise MissingFileError(
+                f"pretrained={str(pretrained)!r}: there is no such file. It takes 'backbone', the path of a delta, or "
+                "hf://organisation/repository/file.safetensors@revision; in Python also True and False."
             )
         return _checked(delta.load(path), variant, path)
     return _checked(delta.loads(hub.read(file, cache_dir), source=str(file)), variant, file)
@@ -184,7 +196,7 @@ def _not_published(variant: Variant) -> str:
         f"{first} What works:\n"
         f"  pretrained='backbone'   the original {variant.backbone.name} weights at {variant.test.size} pixels\n"
         f"  pretrained='PATH'       a delta of your own, such as runs/{key}/delta.safetensors\n"
-        f"  python -m fixefficientnet.reproduce {key} --data IMAGENET   makes one"
+        f"  python -m fixefficientnet.reproduce {key} --data IMAGENET   will make one (in a coming release)"
     )
 
 
@@ -194,8 +206,11 @@ def _model_of(variant: Variant, tensors: Mapping[str, Tensor], timm_kwargs: dict
         model = _timm_model(variant, **timm_kwargs, device="meta")
     weights = f"The weights of {variant.backbone.name}"
     wanted = {name: (_name_in_full_model(name), target) for name, target in model.state_dict().items()}
+    reset = getattr(model, "num_classes", 0) not in (0, NUM_CLASSES)
     chosen = {}
     for name, (source, target) in wanted.items():
+        if reset and source.startswith(f"{CLASSIFIER}."):
+            continue
         tensor = tensors.get(source)
         if tensor is None and source.endswith(".num_batches_tracked"):
             tensor = torch.zeros((), dtype=target.dtype)  # older ports lack it; torch too takes 0 then
@@ -205,7 +220,7 @@ def _model_of(variant: Variant, tensors: Mapping[str, Tensor], timm_kwargs: dict
             tensor = adapt_input_conv(target.shape[1], tensor)
         if tensor.shape == target.shape:
             chosen[name] = tensor.to(target.dtype)
-        elif not source.startswith(f"{CLASSIFIER}."):
+        else:
             raise CheckpointError(
                 f"{weights} have {source} in the shape {list(tensor.shape)}, the model has {list(target.shape)}."
             )
@@ -215,8 +230,10 @@ def _model_of(variant: Variant, tensors: Mapping[str, Tensor], timm_kwargs: dict
         if extra:
             raise CheckpointError(f"{weights} have {listed(sorted(extra))} too many.")
     model.load_state_dict(chosen, strict=False, assign=True)
-    if len(chosen) < len(wanted):  # another number of classes: a new classifier
-        cast(Any, model).reset_classifier(model.num_classes)
+    if reset:
+        built = cast(Any, model)
+        built.reset_classifier(model.num_classes)
+        efficientnet_init_weights(built.classifier)
     return model
 
 

@@ -74,9 +74,9 @@ def test_predict_folder_glob_stdin_and_json(tmp_path: Path):
     (tmp_path / "deep").mkdir()
     shutil.copy(EXAMPLES / "cat.jpg", tmp_path / "deep" / "one.JPG")
     shutil.copy(EXAMPLES / "coffee.jpg", tmp_path / "two.jpg")
-    (tmp_path / "notes.txt").write_text("not a picture, and none of a folder's pictures")
+    (tmp_path / "t.txt").write_text("not a picture: neither the folder nor the glob takes it")
     coffee = (EXAMPLES / "coffee.jpg").read_bytes()
-    out, _ = cli("predict", ".", "t*.jpg", "-", "--json", "--batch-size", "2", stdin=coffee, cwd=tmp_path)
+    out, _ = cli("predict", ".", "t*", "-", "--json", "--batch-size", "2", stdin=coffee, cwd=tmp_path)
     found = json.loads(out)
     assert (found["model"], found["weights"]) == ("lite0", "backbone")
     assert [(p["file"], p["labels"][0]["name"]) for p in found["predictions"]] == [
@@ -97,7 +97,12 @@ def test_predict_goes_on_after_bad_files_and_fails_in_the_end(tmp_path: Path):
     assert "Traceback" not in err
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "holds no pictures" in cli("predict", empty, status=1)[1]
+    assert "There are no pictures in" in cli("predict", empty, status=1)[1]
+    assert "Nothing came on stdin" in cli("predict", "-", status=1)[1]
+    assert "not a picture" in cli("predict", "-", stdin=b"no picture", status=1)[1]
+    found = json.loads(cli("predict", "--json", EXAMPLES / "cat.jpg", "missing.jpg", "x" * 300, status=1)[0])
+    assert len(found["predictions"]) == 1
+    assert [e["file"] for e in found["errors"]] == ["missing.jpg", "x" * 300]
 
 
 @pytest.mark.parametrize(
@@ -108,6 +113,7 @@ def test_predict_goes_on_after_bad_files_and_fails_in_the_end(tmp_path: Path):
         (["--pretrained", "nowhere.safetensors"], "there is no such file"),
         (["--pretrained", "hf://a/b"], "is not of the form hf://"),
         (["--device", "cuda:77"], "cuda:77"),
+        (["--device", "meta"], "Use --device cpu"),
         (["--model", "b0", "--pretrained", "backbone"], "not in the cache"),
     ],
 )

@@ -12,7 +12,6 @@ import safetensors.torch
 import timm
 import torch
 from conftest import lively, tuned_delta
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import fixefficientnet
 from fixefficientnet import delta, manifest, zoo
@@ -40,7 +39,7 @@ def test_head_is_what_runs_last_before_the_pooling(name: str):
         module.register_forward_hook(lambda module, i, o, path=path: called.append((path, module)))
     model(torch.empty(1, *model.pretrained_cfg["input_size"], device="meta"))
     pooling = max(i for i, (path, _) in enumerate(called) if path.endswith("global_pool"))
-    norms = [path for path, module in called[:pooling] if isinstance(module, _BatchNorm)]
+    norms = [path for path, module in called[:pooling] if isinstance(module, torch.nn.BatchNorm2d)]
     classifier = [path for path, module in called if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)][-1]
     head = delta.find_head(model)
     assert head.norm == norms[-1]
@@ -55,6 +54,17 @@ def test_head_leaves_shortcuts_out():
 @pytest.mark.parametrize("key", manifest.load())
 def test_head_of_every_variant_is_the_zoos(key: str):
     assert delta.find_head(fixefficientnet.create(key, device="meta")) == zoo.HEAD
+
+
+@pytest.mark.parametrize("name", ["repvit_m0_9", "levit_128s"])
+def test_head_norm_is_never_one_after_the_pooling(name: str):
+    """These pool without a module of that name, and have batch norms over pooled features or tokens."""
+    model = timm.create_model(name, device="meta")
+    try:
+        norm = model.get_submodule(delta.find_head(model).norm)
+    except UnsupportedModelError:
+        return
+    assert isinstance(norm, torch.nn.BatchNorm2d)
 
 
 @pytest.mark.parametrize(("name", "said"), [("convnext_atto", "no batch norm"), ("vgg11", "no batch norm")])
@@ -121,7 +131,8 @@ from fixefficientnet import delta
 torch.manual_seed(0)
 model = timm.create_model("test_efficientnet", num_classes=7)
 recipe = {key: 1 for key in sys.argv[1:]}
-print(delta.save(delta.extract(model, base=model.state_dict(), variant="v", backbone="b", recipe=recipe), "d"))
+base = {k: t.clone() for k, t in model.state_dict().items()}
+print(delta.save(delta.extract(model, base=base, variant="v", backbone="b", recipe=recipe), "d"))
 """
     seen = {
         subprocess.run(
@@ -211,6 +222,32 @@ def test_nan_is_not_extracted():
         delta.extract(model, base=base, variant="v", backbone="b")
 
 
+def test_base_that_changed_along_is_refused():
+    model = tiny()
+    with pytest.raises(DeltaMismatchError, match="clone the state dict before tuning"):
+        delta.extract(model, base=model.state_dict(), variant="v", backbone="b")
+
+
+def test_negative_variance_is_refused(tuned: delta.Delta, tmp_path: Path):
+    variance = tuned.tensors["bn2.running_var"].clone()
+    variance[0] = -1
+    (tmp_path / "d").write_bytes(delta.dumps(changed(tuned, bn2__running_var=variance)))
+    with pytest.raises(DeltaFormatError, match=r"bn2.running_var has a negative variance"):
+        delta.load(tmp_path / "d")
+
+
+@pytest.mark.parametrize("change", [{"license": None}, {"measured": {"top1": float("nan")}}, {"recipe": {"f": print}}])
+def test_what_could_not_be_read_again_is_not_written(tuned: delta.Delta, tmp_path: Path, change: dict):
+    with pytest.raises(DeltaFormatError, match=next(iter(change))):
+        delta.save(dataclasses.replace(tuned, **change), tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
+def test_save_makes_the_folder(tuned: delta.Delta, tmp_path: Path):
+    delta.save(tuned, tmp_path / "runs" / "tiny" / "delta.safetensors")
+    assert delta.load(tmp_path / "runs" / "tiny" / "delta.safetensors").variant == "tiny"
+
+
 def with_metadata(tuned: delta.Delta, **change: str | None) -> bytes:
     data = delta.dumps(tuned)
     size = struct.unpack("<Q", data[:8])[0]
@@ -230,6 +267,8 @@ def with_metadata(tuned: delta.Delta, **change: str | None) -> bytes:
         ({"fingerprint": None}, "lacks the metadata fingerprint"),
         ({"recipe": "{"}, "not JSON"),
         ({"recipe": "[1]"}, "recipe must be a JSON object"),
+        ({"recipe": "[" * 100_000}, "not JSON"),
+        ({"recipe": "9" * 5000}, "not JSON"),
     ],
 )
 def test_other_metadata_is_refused(tuned: delta.Delta, tmp_path: Path, change: dict, said: str):
@@ -250,6 +289,24 @@ def test_damaged_bytes_never_pass(tuned: delta.Delta, tmp_path: Path):
             delta.load(path)
     with pytest.raises(DeltaFormatError, match="cannot be read"):
         delta.load(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"__metadata__": None},
+        {"__metadata__": {}, "a": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}},
+        {"__metadata__": {}, "a": {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}},
+        {"__metadata__": {}, "a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 0]}},
+        [],
+    ],
+    ids=str,
+)
+def test_odd_headers_never_pass(tmp_path: Path, header: object):
+    text = json.dumps(header).encode()
+    (tmp_path / "d").write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(DeltaFormatError):
+        delta.load(tmp_path / "d")
 
 
 def test_full_checkpoint_is_no_delta(tmp_path: Path):

@@ -10,16 +10,18 @@ START, END = "<!-- models:", "<!-- end of models -->"
 def models_table() -> str:
     lines = []
     for v in manifest.load().values():
-        base, fix = (f"{v.paper.base.top1:.1f}", f"{v.paper.fix.top1:.1f}") if v.paper else ("-", "-")
+        base, fix = "-", "-"
+        if v.paper:
+            base, fix = f"{v.paper.base.top1:.1f} at {v.paper.base.test_size}", f"{v.paper.fix.top1:.1f}"
         weights = "published" if v.weights else "none (backbone only)" if v.backbone_only else "not yet"
         cells = (
             f"`{v.key}`",
             f"`{v.backbone.name}`",
             f"{v.parameters / 1e6:.1f}M",
             v.train_size,
-            v.test.size,
             base,
             fix,
+            v.test.size,
             weights,
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")

@@ -192,7 +192,10 @@ def bad(**change: object) -> dict:
         ({"backbone__filename": "/etc/model.safetensors"}, "b0.backbone.filename"),
         ({"backbone__filename": "pytorch_model.bin"}, "b0.backbone.filename: must be a .safetensors"),
         ({"backbone__sha256": "abc"}, "b0.backbone.sha256: must be 64"),
-        ({"weights": {"repository": "o/r"}}, "b0.weights: lacks the key filename, revision, sha256"),
+        (
+            {"weights": {"repository": "o/r"}},
+            "b0.weights: lacks the key bytes, filename, license, measured, revision, sha256",
+        ),
         ({"weights": {"path": "x.safetensors", "sha256": "a" * 64}}, "b0.weights.path: .* only in an overlay"),
     ],
 )
@@ -204,7 +207,7 @@ def test_malformed_row_is_named(change: dict, said: str):
 def test_unpinned_weights_are_refused():
     weights = {"repository": "o/r", "filename": "b0.safetensors", "revision": "main", "sha256": "a" * 64}
     with pytest.raises(ManifestError, match=r"b0.weights.revision: must be 40"):
-        manifest.parse(bad(weights=weights))
+        manifest.parse(bad(weights=weights), folder=Path())
 
 
 def test_another_schema_version_is_refused():
@@ -235,9 +238,35 @@ def test_overlay_as_file_takes_weights_beside_it(monkeypatch: pytest.MonkeyPatch
 
 def test_overlay_adds_a_row_of_its_own(monkeypatch: pytest.MonkeyPatch):
     row = rows()["variants"]["b0"] | {"title": "Ours", "paper": None}
-    overlay(monkeypatch, b0_ours=row)
+    overlay(monkeypatch, b0_ours=row, mine_ns=row | {"family": "noisy_student"})
     assert fixefficientnet.info("fixefficientnet_b0_ours").title == "Ours"
-    assert fixefficientnet.info("b0").title == "FixEfficientNet-B0"
+    assert fixefficientnet.info("fixefficientnet_mine").key == "mine_ns"
+    for name in ("b0", "tf_efficientnet_b0.ap_in1k", "fixefficientnet_b0"):  # the packaged row keeps its names
+        assert fixefficientnet.info(name).key == "b0"
+    code = "import fixefficientnet, timm; print(*timm.list_models('fixefficientnet_*', include_tags=True))"
+    names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert {"fixefficientnet_b0_ours.ap_in1k", "fixefficientnet_mine.ap_in1k", "fixefficientnet_b0.ap_in1k"} < {*names}
+
+
+def test_two_rows_with_one_timm_name_are_refused(monkeypatch: pytest.MonkeyPatch):
+    overlay(monkeypatch, b0_ns={"backbone": {"name": "tf_efficientnet_b0.ap_in1k"}})
+    with pytest.raises(ManifestError, match=r"b0_ns: its timm name fixefficientnet_b0.ap_in1k is that of the row b0"):
+        fixefficientnet.list_models()
+
+
+def test_overlay_file_is_read_again_when_it_changed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    mine = tmp_path / "mine.json"
+    monkeypatch.setenv("FIXEFFICIENTNET_MANIFEST", str(mine))
+    for title in ("one", "three"):
+        mine.write_text(json.dumps({"schema_version": 1, "variants": {"b0": {"title": title}}}))
+        assert fixefficientnet.info("b0").title == title
+
+
+def test_overlay_as_json_is_relative_to_where_one_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    overlay(monkeypatch, b0={"weights": {"path": "d.safetensors", "sha256": "a" * 64}})
+    for folder in (tmp_path, tmp_path.parent):
+        monkeypatch.chdir(folder)
+        assert fixefficientnet.info("b0").weights.path == folder / "d.safetensors"
 
 
 @pytest.mark.parametrize("path", ["../d.safetensors", "/d.safetensors", "a/../../d.safetensors", "link/d.safetensors"])
@@ -258,6 +287,7 @@ def test_overlay_path_does_not_leave_its_folder(monkeypatch: pytest.MonkeyPatch,
     [
         ("/nowhere/mine.json", "/nowhere/mine.json"),
         ("{not json", "not JSON"),
+        ('{"a":' + "[" * 100_000, "not JSON"),
         ('{"schema_version": 1}', "lacks the key variants"),
         ('{"schema_version": 1, "variants": {"b0": 3}}', "b0: must be an object, is the number 3"),
         ('{"schema_version": 1, "variants": {"b0": {"weights": {"path": "d.safetensors"}}}}', "b0.weights.*sha256"),
@@ -271,10 +301,19 @@ def test_bad_overlay_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, value: 
         fixefficientnet.list_models()
 
 
-def test_listing_imports_neither_torch_nor_timm():
-    code = (
-        "import sys, fixefficientnet; fixefficientnet.list_models(); fixefficientnet.info('l2');"
-        "import fixefficientnet.cli;"
-        "print([name for name in ('torch', 'timm', 'torchvision', 'huggingface_hub') if name in sys.modules])"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-c", "import fixefficientnet as f; f.list_models(); f.info('l2')"],
+        ["-m", "fixefficientnet", "list"],
+        ["-m", "fixefficientnet", "info", "b0"],
+        ["-m", "fixefficientnet", "--help"],
+        ["-m", "fixefficientnet", "predict", "--help"],
+    ],
+    ids=" ".join,
+)
+def test_looking_imports_neither_torch_nor_timm(command: list[str]):
+    done = subprocess.run([sys.executable, "-X", "importtime", *command], capture_output=True, text=True, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "fixefficientnet.manifest" in imported
+    assert not imported & {"torch", "timm", "torchvision", "huggingface_hub", "PIL", "numpy"}

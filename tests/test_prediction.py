@@ -6,7 +6,7 @@ from conftest import ROOT
 from PIL import Image, ImageOps
 
 import fixefficientnet
-from fixefficientnet.errors import PictureError, WeightsNotPublishedError
+from fixefficientnet.errors import PictureError, UnsupportedModelError, WeightsNotPublishedError
 
 EXAMPLES = ROOT / "examples"
 
@@ -75,6 +75,31 @@ def test_bad_picture_raises_or_is_reported(lite0: torch.nn.Module, tmp_path: Pat
     found = fixefficientnet.predict(mixed, lite0, on_error=lambda picture, error: seen.append((picture, str(error))))
     assert [p.picture for p in found] == [EXAMPLES / "cat.jpg"]
     assert [picture for picture, _ in seen] == [tmp_path / "bad.jpg"]
+
+
+def test_model_in_train_mode_predicts_the_same_and_stays_as_it_was(lite0: torch.nn.Module):
+    model = fixefficientnet.create("lite0", "backbone").train()
+    before = model.bn1.running_mean.clone()
+    assert fixefficientnet.predict(EXAMPLES / "cat.jpg", model) == fixefficientnet.predict(EXAMPLES / "cat.jpg", lite0)
+    assert model.training
+    assert torch.equal(model.bn1.running_mean, before)
+
+
+@pytest.mark.parametrize("options", [{"topk": 0}, {"batch_size": 0}, {"topk": -1}])
+def test_impossible_numbers_are_refused(lite0: torch.nn.Module, options: dict):
+    with pytest.raises(ValueError, match="must be 1 or more"):
+        fixefficientnet.predict(EXAMPLES / "cat.jpg", lite0, **options)
+
+
+@pytest.mark.parametrize("extra", [{"num_classes": 0}, {"features_only": True}])
+def test_model_without_logits_is_refused(extra: dict):
+    with pytest.raises(UnsupportedModelError, match="features, not logits"):
+        fixefficientnet.predict(EXAMPLES / "cat.jpg", fixefficientnet.create("b0", **extra))
+
+
+def test_open_file_is_refused(lite0: torch.nn.Module):
+    with (EXAMPLES / "cat.jpg").open("rb") as file, pytest.raises(TypeError, match="give its path"):
+        fixefficientnet.predict(file, lite0)
 
 
 def test_no_pictures_no_predictions(lite0: torch.nn.Module):

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import random
 import tracemalloc
@@ -81,6 +82,47 @@ def test_sixteen_bit_grey_keeps_its_contrast():
     Image.fromarray(eight.astype(np.uint16) * 257).save(encoded, "PNG")
     assert np.array_equal(np.asarray(open_picture(encoded.getvalue()))[..., 0], eight)
     assert np.array_equal(np.asarray(open_picture(Image.fromarray(eight.astype(np.int32) * 257)))[..., 0], eight)
+
+
+@pytest.mark.parametrize("value", [0, 255, 256, 4096, 65535])
+def test_sixteen_bit_scale_does_not_depend_on_the_content(value: int):
+    encoded = io.BytesIO()
+    Image.fromarray(np.full((8, 8), value, np.uint16)).save(encoded, "PNG")
+    assert open_picture(encoded.getvalue()).getpixel((0, 0)) == (value >> 8,) * 3
+
+
+def test_damaged_exif_leaves_the_picture_as_it_is():
+    encoded = io.BytesIO()
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01"  # cut off in its only entry
+    Image.new("RGB", (60, 30)).save(encoded, "JPEG", exif=exif)
+    assert open_picture(encoded.getvalue(), upright=True).size == (60, 30)
+
+
+def test_fuzzed_files_are_pictures_or_picture_errors():
+    rng = random.Random(11)
+    picture = random_picture(rng, "RGB", 64, 48)
+    for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"):
+        encoded = io.BytesIO()
+        picture.save(encoded, kind)
+        for _ in range(60):
+            data = bytearray(encoded.getvalue())
+            for _ in range(rng.randint(1, 30)):
+                data[rng.randrange(len(data))] = rng.randrange(256)
+            with contextlib.suppress(PictureError):
+                open_picture(bytes(data), upright=True)
+
+
+@pytest.mark.parametrize(
+    "thing", [3, None, np.zeros((4, 4, 3), np.uint8), io.BytesIO(b"")], ids=lambda t: type(t).__name__
+)
+def test_what_is_no_picture_at_all_is_a_type_error(thing: object):
+    with pytest.raises(TypeError, match="A picture is a PIL image, a path or"):
+        open_picture(thing)
+
+
+def test_picture_without_pixels():
+    with pytest.raises(PictureError, match="no pixels"):
+        fixefficientnet.preprocess("b0")(Image.new("RGB", (0, 5)))
 
 
 def test_animation_gives_its_first_frame():

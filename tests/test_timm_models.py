@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT
+from timm.models import save_for_hf
 
 import fixefficientnet
 from fixefficientnet import manifest
@@ -44,7 +45,7 @@ def test_cfg_is_the_manifests(key: str):
     assert cfg.input_size == (3, variant.test.size, variant.test.size)
     assert (cfg.crop_pct, cfg.interpolation) == (1.0, "bicubic")
     assert (cfg.mean, cfg.std) == (variant.test.mean, variant.test.std)
-    assert (cfg.architecture, cfg.tag) == (variant.architecture, variant.tag)
+    assert (cfg.architecture, cfg.tag) == (variant.architecture, variant.backbone.tag)
     assert cfg.license == "apache-2.0"
     assert not timm.is_model_pretrained(variant.timm_name)
 
@@ -77,15 +78,58 @@ def test_unknown_tag_is_timms_error():
         timm.create_model("fixefficientnet_b0.no_such_tag")
 
 
-def test_a_delta_as_timms_file_overlay(hub_cache, b0_delta, pictures: torch.Tensor):
+@pytest.mark.parametrize("which", ["backbone", "delta"])
+def test_pretrained_takes_what_create_takes(hub_cache, b0_delta, pictures: torch.Tensor, which: str):
+    weights = "backbone" if which == "backbone" else str(b0_delta)
+    model = timm.create_model("fixefficientnet_b0.ap_in1k", pretrained=weights, cache_dir=hub_cache).eval()
+    reference = fixefficientnet.create("b0", weights, cache_dir=hub_cache)
+    torch.testing.assert_close(model(pictures), reference(pictures))
+
+
+def test_checkpoint_that_a_user_made_of_a_model_goes_through_timm(hub_cache, b0_delta, tmp_path, pictures):
+    """Fine-tune, save as timm saves for the Hub, load again by timm's name: these weights, and no others."""
+    model = fixefficientnet.create("b0", b0_delta, num_classes=7, cache_dir=hub_cache)
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    for name in (f"local-dir:{tmp_path}", "fixefficientnet_b0"):
+        overlay = {"file": str(tmp_path / "model.safetensors"), "num_classes": 7} if ":" not in name else None
+        again = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+        torch.testing.assert_close(again(pictures), model(pictures))
+        assert again.preprocess == model.preprocess
+        assert again.variant.key == "b0"
+
+
+def test_other_hub_repository_is_never_replaced_by_our_weights(hub_cache):
+    with pytest.raises(Exception, match=r"nobody/nothing|find|locate"):
+        timm.create_model("fixefficientnet_b0", pretrained=True, pretrained_cfg_overlay={"hf_hub_id": "nobody/nothing"})
+
+
+def test_number_of_classes_from_timms_cfg_overlay(hub_cache, b0_delta):
     model = timm.create_model(
         "fixefficientnet_b0",
-        pretrained=True,
-        pretrained_cfg_overlay={"file": str(b0_delta)},
+        pretrained=str(b0_delta),
+        pretrained_cfg_overlay={"num_classes": 6, "input_size": (3, 256, 256), "crop_pct": 0.9},
         cache_dir=hub_cache,
-    ).eval()
+    )
     reference = fixefficientnet.create("b0", b0_delta, cache_dir=hub_cache)
-    torch.testing.assert_close(model(pictures), reference(pictures))
+    assert model.classifier.out_features == 6
+    assert torch.equal(model.bn2.running_mean, reference.bn2.running_mean)
+    assert (model.preprocess.size, model.preprocess.crop_pct) == (256, 0.9)
+
+
+def test_malformed_overlay_does_not_break_timm(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FIXEFFICIENTNET_MANIFEST", "{oops")
+    code = """
+import warnings
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    import fixefficientnet, timm
+assert any("not registered" in str(w.message) and "not JSON" in str(w.message) for w in seen), seen
+try:
+    fixefficientnet.create("b0")
+except fixefficientnet.ManifestError:
+    print("told")
+"""
+    assert run(code) == "told\n"
 
 
 def test_overlaid_row_is_registered_as_pretrained(monkeypatch: pytest.MonkeyPatch):
@@ -103,15 +147,3 @@ def test_features_only_and_other_options():
     model = timm.create_model("fixefficientnet_b0", num_classes=3, in_chans=1, drop_rate=0.3, scriptable=True)
     assert model.classifier.out_features == 3
     torch.jit.script(model.eval())(torch.rand(1, 1, 64, 64))
-
-
-def test_number_of_classes_from_timms_cfg_overlay(hub_cache, b0_delta):
-    model = timm.create_model(
-        "fixefficientnet_b0",
-        pretrained=True,
-        pretrained_cfg_overlay={"file": str(b0_delta), "num_classes": 6},
-        cache_dir=hub_cache,
-    )
-    reference = fixefficientnet.create("b0", b0_delta, cache_dir=hub_cache)
-    assert model.classifier.out_features == 6
-    assert torch.equal(model.bn2.running_mean, reference.bn2.running_mean)

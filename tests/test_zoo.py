@@ -142,6 +142,8 @@ def test_missing_delta_file_says_what_pretrained_takes():
     [
         (lambda t: t.pop("blocks.0.0.conv_dw.weight"), "lack blocks.0.0.conv_dw.weight"),
         (lambda t: t.update(extra=torch.zeros(1)), "have extra too many"),
+        (lambda t: t.update({"classifier.bias": torch.zeros(5)}), r"classifier.bias in the shape \[5\]"),
+        (lambda t: t.pop("classifier.weight"), "lack classifier.weight"),
         (lambda t: t.update({"bn1.bias": torch.zeros(5)}), r"bn1.bias in the shape \[5\]"),
     ],
 )
@@ -184,7 +186,10 @@ def test_other_number_of_classes_keeps_the_norm_and_resets_the_classifier(
     assert ours(pictures).shape == (2, 10)
     assert ours.num_classes == 10
     torch.testing.assert_close(ours.forward_features(pictures), reference.forward_features(pictures))
-    assert ours.classifier.weight.std() > 0
+    torch.manual_seed(0)
+    timms = timm.create_model("tf_efficientnet_b0", num_classes=10).classifier
+    assert ours.classifier.weight.std().item() == pytest.approx(timms.weight.std().item(), rel=0.1)
+    assert not ours.classifier.bias.any()
 
 
 def test_without_classifier(hub_cache: Path, b0_delta: Path, pictures: torch.Tensor):
@@ -228,6 +233,17 @@ def test_timm_options_reach_timm(hub_cache: Path):
     assert model.drop_rate == 0.4
     with pytest.raises(TypeError, match="no_such_option"):
         fixefficientnet.create("b0", no_such_option=1)
+
+
+@pytest.mark.parametrize("option", ["checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cfg"])
+def test_options_that_name_other_weights_are_refused(option: str):
+    with pytest.raises(TypeError, match=option):
+        fixefficientnet.create("b0", **{option: "x"})
+
+
+def test_pooling_that_the_classifier_does_not_fit_is_refused_as_in_timm(hub_cache: Path, b0_delta: Path):
+    with pytest.raises(CheckpointError, match=r"classifier.weight in the shape \[1000, 1280\]"):
+        fixefficientnet.create("b0", b0_delta, global_pool="catavgmax", cache_dir=hub_cache)
 
 
 def test_dtype_and_device(hub_cache: Path):

@@ -227,6 +227,8 @@ def test_hf_uri(server: Server, home: Path, tmp_path: Path):
         (f"hf://{DELTAS}/nothing.safetensors@main", "nothing.safetensors"),
         (f"hf://{DELTAS}/b0.safetensors@{'0' * 40}", "0" * 40),
         (f"hf://{DELTAS}/b0.safetensors", "the revision.*is required"),
+        (f"hf://{DELTAS}/../../b0.safetensors@main", "does not leave its folder"),
+        (f"hf://{DELTAS}//etc/b0.safetensors@main", "does not leave its folder"),
     ],
 )
 def test_wrong_places_are_named(server: Server, home: Path, place: str, said: str):
@@ -356,7 +358,22 @@ def test_server_gone_in_the_middle_then_back(server: Server, tmp_path: Path):
         gate.close()
 
 
-def test_eight_processes_on_an_empty_cache(server: Server, tmp_path: Path):
+def test_damaged_note_of_a_hash_is_not_believed(server: Server, home: Path, tmp_path: Path):
+    shutil.copytree(home / "hub", tmp_path / "hub", symlinks=True)
+    notes = list((tmp_path / "hub").glob("models--timm*b0*/.fixefficientnet/*"))
+    assert notes
+    for content in (b"", b"\xff\xfe", b"0" * 64):
+        for note in notes:
+            note.write_bytes(content)
+        python("import fixefficientnet as f; f.create('b0', True)", environment(server, tmp_path, HF_HUB_OFFLINE="1"))
+
+
+@pytest.mark.parametrize("cache", ["empty", "damaged"])
+def test_eight_processes_at_once(server: Server, home: Path, tmp_path: Path, cache: str):
+    if cache == "damaged":
+        shutil.copytree(home / "hub", tmp_path / "hub", symlinks=True)
+        for file in (tmp_path / "hub").glob("models--*/snapshots/*/*.safetensors"):
+            file.resolve().write_bytes(b"damaged")
     env = environment(server, tmp_path, OMP_NUM_THREADS="1")
     code = "import fixefficientnet as f; print(f.create('b0', True).classifier.weight.sum().item())"
     processes = [
