@@ -3,7 +3,7 @@
 import io
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -13,7 +13,7 @@ from torchvision.transforms import functional as F
 
 from fixefficientnet import manifest
 from fixefficientnet.errors import PictureError
-from fixefficientnet.manifest import TestTime, Triple
+from fixefficientnet.manifest import TestTime
 
 PIXEL_LIMIT = 2**27
 """Above so many pixels after resizing (a very narrow picture), only the part that the crop keeps is resized."""
@@ -21,31 +21,17 @@ PIXEL_LIMIT = 2**27
 PictureSource = Image.Image | str | os.PathLike[str] | bytes
 
 
-@dataclass(frozen=True)
-class Preprocess:
+class Preprocess(TestTime):
     """The test-time transform of the released FixEfficientNet evaluation, as a callable.
 
-    Resize the shorter side to `int(size / crop_pct)`, centre crop, scale to [0, 1], normalise. A
-    picture is never turned by its EXIF orientation, as in the original.
-
-    Attributes:
-        size: Side of the output, in pixels.
-        crop_pct: Share of the resized shorter side that the crop keeps, in (0, 1].
-        interpolation: "bicubic" or "bilinear" (Pillow's).
-        mean: Per channel (RGB), on the [0, 1] scale.
-        std: Per channel (RGB), on the [0, 1] scale.
+    Resize the shorter side to `int(size / crop_pct)` with Pillow, centre crop, scale to [0, 1], normalise.
+    A picture is never turned by its EXIF orientation, as in the original.
     """
-
-    size: int
-    crop_pct: float
-    interpolation: str
-    mean: Triple
-    std: Triple
 
     @classmethod
     def of(cls, test: TestTime) -> "Preprocess":
         """The transform that a manifest row describes."""
-        return cls(test.size, test.crop_pct, test.interpolation, test.mean, test.std)
+        return cls(**asdict(test))
 
     def __call__(self, picture: PictureSource) -> Tensor:
         """Transforms one picture.
