@@ -5,6 +5,7 @@ and progress bars work as its users know them. Imports no torch.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -171,7 +172,9 @@ def _verified(file: HubFile, cache_dir: PathLike | None, inspect: Callable[[Path
             return result
     try:
         return _mended(file, cache_dir, inspect)
-    except PermissionError as error:
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
         raise ChecksumError(
             f"The cached copy of {file} is not the one with the sha256 {file.sha256}, and cannot be replaced: {error}"
         ) from error

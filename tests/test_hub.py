@@ -1,0 +1,40 @@
+"""What needs no server; the rest is in e2e/test_hub_server.py."""
+
+from pathlib import Path
+
+import pytest
+from conftest import COMMIT
+
+from fixefficientnet import hub
+from fixefficientnet.errors import ChecksumError, DownloadError
+
+
+@pytest.mark.parametrize("load", [hub.read, hub.fetch])
+def test_wrong_copy_in_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load):
+    snapshot = tmp_path / "models--o--r" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (snapshot / "d.safetensors").write_bytes(b"wrong")
+
+    def refuse(*_: object) -> None:  # the tests may run as root, whom no permission stops
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(hub, "WeakFileLock", refuse)
+    with pytest.raises(ChecksumError, match=f"{'0' * 64}.*cannot be replaced"):
+        load(hub.HubFile("o/r", "d.safetensors", COMMIT, "0" * 64), tmp_path)
+    assert (snapshot / "d.safetensors").read_bytes() == b"wrong"
+
+
+def test_closed_endpoint_says_so(tmp_path: Path):
+    with pytest.raises(DownloadError, match=r"127.0.0.1:9 did not answer"):
+        hub.read(hub.HubFile("o/r", "d.safetensors", COMMIT), tmp_path)
+
+
+@pytest.mark.parametrize("uri", ["hf://o/r/f@", "hf://o/f@main", "hf:/o/r/f@main", "hf://o/r/a\\..\\b@main", "f@main"])
+def test_other_uris_are_refused(uri: str):
+    with pytest.raises(DownloadError, match="is not of the form hf://"):
+        hub.parse_uri(uri)
+
+
+def test_uri():
+    found = hub.parse_uri("hf://org/fixeffnet/deltas/b4.safetensors@v1.0")
+    assert found == hub.HubFile("org/fixeffnet", "deltas/b4.safetensors", "v1.0")
