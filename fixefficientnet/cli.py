@@ -144,7 +144,7 @@ def info(
 @app.command()
 def predict(
     images: Annotated[list[str], typer.Argument(help="Files, folders, globs, or - for one picture on stdin.")],
-    model: Annotated[str, typer.Option(help="A variant's name or alias.")] = "lite0",
+    model: Annotated[str, typer.Option(help="A variant's name or alias.")] = manifest.DEFAULT_MODEL,
     pretrained: Annotated[
         str | None,
         typer.Option(
@@ -159,10 +159,11 @@ def predict(
 ) -> None:
     """Classify pictures into ImageNet's 1000 classes."""
     variant = manifest.find(model)
-    from fixefficientnet import prediction
+    from fixefficientnet import prediction, zoo
 
-    network = prediction.load(variant.key, pretrained, _device(device))
-    tuned = not (pretrained == "backbone" or (pretrained is None and variant.backbone_only))
+    weights = variant.usual_weights if pretrained is None else pretrained
+    network = zoo.create(variant.key, weights, device=_device(device))
+    tuned = weights != "backbone"
     said = f"{variant.title}, {'FixRes' if tuned else 'backbone'} weights, test size {variant.test.size}"
     if not tuned:
         said += " (not tuned by FixRes)"
@@ -177,8 +178,8 @@ def predict(
     )
     if as_json:
         found = [{"file": _shown(p.picture), "labels": [asdict(label) for label in p.labels]} for p in predictions]
-        weights = "fixres" if tuned else "backbone"
-        _print_json({"model": variant.key, "weights": weights, "predictions": found, "errors": failed})
+        kind = "fixres" if tuned else "backbone"
+        _print_json({"model": variant.key, "weights": kind, "predictions": found, "errors": failed})
     else:
         out.print(said, soft_wrap=True)
         for found_one in predictions:

@@ -227,8 +227,8 @@ def _download(file: HubFile, cache_dir: PathLike | None) -> Path:
         ) from error
     except RepositoryNotFoundError as error:
         raise DownloadError(
-            f"{file} is not to be had: {_endpoint()} has no repository {file.repository} with it, or it is private. "
-            "Check the names, or run `hf auth login`."
+            f"{file} is not to be had: {constants.ENDPOINT} has no repository {file.repository} with it, "
+            "or it is private. Check the names, or run `hf auth login`."
         ) from error
     except RevisionNotFoundError as error:
         raise DownloadError(f"{file.repository} has no revision {file.revision}.") from error
@@ -239,7 +239,7 @@ def _download(file: HubFile, cache_dir: PathLike | None) -> Path:
         raise DownloadError(f"{file} is not a valid Hub name: {error}") from error
     except (HfHubHTTPError, HTTPError, OSError) as error:
         raise DownloadError(
-            f"{file} could not be downloaded from {_endpoint()}: {error}\nNothing of it is kept; try again."
+            f"{file} could not be downloaded from {constants.ENDPOINT}: {error}\nNothing of it is kept; try again."
         ) from error
 
 
@@ -248,9 +248,9 @@ def _bring_it_yourself(file: HubFile, cache_dir: PathLike | None, cause: BaseExc
     if constants.HF_HUB_OFFLINE:
         why = "HF_HUB_OFFLINE is set"
     elif isinstance(cause, HfHubHTTPError) and cause.response is not None:
-        why = f"{_endpoint()} answered with the status {cause.response.status_code}"
+        why = f"{constants.ENDPOINT} answered with the status {cause.response.status_code}"
     else:
-        why = f"{_endpoint()} did not answer"
+        why = f"{constants.ENDPOINT} did not answer"
     return (
         f"{file} is not in the cache, and {why}.\n"
         "Bring it from a machine with a connection: there run\n"
@@ -258,10 +258,6 @@ def _bring_it_yourself(file: HubFile, cache_dir: PathLike | None, cause: BaseExc
         f"and copy the folder {folder.name} from its ~/.cache/huggingface/hub to\n"
         f"  {folder}"
     )
-
-
-def _endpoint() -> str:
-    return constants.ENDPOINT
 
 
 def _repository_folder(file: HubFile, cache_dir: PathLike | None) -> Path:

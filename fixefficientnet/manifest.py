@@ -25,6 +25,8 @@ OVERLAY_VARIABLE = "FIXEFFICIENTNET_MANIFEST"
 FAMILIES = ("advprop", "noisy_student", "lite")
 INTERPOLATIONS = ("bilinear", "bicubic")
 PREFIX = "fixefficientnet"
+DEFAULT_MODEL = "lite0"
+"""What `predict` runs when it is not told: its weights need no Hub."""
 
 Triple = tuple[float, float, float]
 
@@ -204,6 +206,11 @@ class Variant:
     def backbone_only(self) -> bool:
         """Whether no FixRes weights exist by design: our extension, which the paper did not tune."""
         return self.paper is None and self.weights is None
+
+    @property
+    def usual_weights(self) -> bool | str:
+        """What `predict` takes for `pretrained` when it is not told: "backbone" where nothing else exists."""
+        return "backbone" if self.backbone_only else True
 
     def aliases(self) -> set[str]:
         """All names that mean this variant, in the normal form of `find`."""

@@ -18,8 +18,6 @@ from fixefficientnet.zoo import Pretrained, create
 if TYPE_CHECKING:
     from fixefficientnet.zoo import ZooModel
 
-DEFAULT_MODEL = "lite0"
-
 
 @dataclass(frozen=True, slots=True)
 class Label:
@@ -48,7 +46,7 @@ class Prediction:
 
 def predict(
     pictures: PictureSource | Iterable[PictureSource],
-    model: "str | ZooModel" = DEFAULT_MODEL,
+    model: "str | ZooModel" = manifest.DEFAULT_MODEL,
     *,
     pretrained: Pretrained | None = None,
     topk: int = 5,
@@ -81,15 +79,8 @@ def predict(
     elif hasattr(pictures, "read"):
         raise TypeError("An open file is no picture: give its path, or its bytes (file.read()).")
     if isinstance(model, str):
-        model = load(model, pretrained, device)
+        model = create(model, manifest.find(model).usual_weights if pretrained is None else pretrained)
     return list(stream(pictures, model, topk=topk, batch_size=batch_size, device=device, on_error=on_error))
-
-
-def load(name: str, pretrained: Pretrained | None = None, device: torch.device | str | None = None) -> "ZooModel":
-    """The model that `predict` takes for a variant's name; see there for `pretrained=None`."""
-    if pretrained is None:
-        pretrained = "backbone" if manifest.find(name).backbone_only else True
-    return create(name, pretrained, device=device)
 
 
 def stream(
@@ -125,12 +116,15 @@ def stream(
 def _classify(batch: list[tuple[PictureSource, torch.Tensor]], model: "ZooModel", topk: int) -> list[Prediction]:
     parameter = next(model.parameters())
     inputs = torch.stack([tensor for _, tensor in batch]).to(parameter.device, parameter.dtype)
-    training = model.training
-    model.eval()  # timm's door leaves models in train mode, where a batch norm would even learn from these
+    # timm's door leaves models in train mode, where a batch norm would even learn from these pictures
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         logits = model(inputs)
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or not model.num_classes:
         raise UnsupportedModelError("This model gives features, not logits: build it with a classifier to predict.")
     probabilities = logits.float().softmax(dim=1)

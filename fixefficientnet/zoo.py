@@ -218,12 +218,11 @@ def _model_of(variant: Variant, tensors: Mapping[str, Tensor], timm_kwargs: dict
             raise CheckpointError(f"{weights} lack {source}, which the model has.")
         if source == f"{STEM}.weight" and tensor.ndim == 4:
             tensor = adapt_input_conv(target.shape[1], tensor)
-        if tensor.shape == target.shape:
-            chosen[name] = tensor.to(target.dtype)
-        else:
+        if tensor.shape != target.shape:
             raise CheckpointError(
                 f"{weights} have {source} in the shape {list(tensor.shape)}, the model has {list(target.shape)}."
             )
+        chosen[name] = tensor.to(target.dtype)
     extra = set(tensors) - {source for source, _ in wanted.values()}
     if not timm_kwargs.get("features_only"):
         extra = {name for name in extra if not name.startswith(f"{CLASSIFIER}.")}
