@@ -54,3 +54,15 @@ class UnsupportedModelError(FixEfficientNetError, ValueError):
 
 class PictureError(FixEfficientNetError, ValueError):
     """A picture cannot be opened or is too large; names it."""
+
+
+class DataError(FixEfficientNetError, ValueError):
+    """A data set cannot be used: not there, no classes, other classes than the model's, unreadable pictures."""
+
+
+class RecipeError(FixEfficientNetError, ValueError):
+    """A fine-tuning recipe has an unknown key, or a value that cannot be."""
+
+
+class RunError(FixEfficientNetError, RuntimeError):
+    """A fine-tuning run cannot start, go on or finish; what it had reached is kept."""

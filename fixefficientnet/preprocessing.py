@@ -1,13 +1,18 @@
-"""From a picture to the network's input."""
+"""From a picture to the network's input: at test time, in FixRes fine-tuning, in training."""
 
+import contextlib
+import hashlib
 import io
 import os
 import warnings
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
@@ -45,11 +50,11 @@ class Preprocess(TestTime):
         Raises:
             PictureError: It cannot be opened, or is above the pixel limit (see `open_picture`).
         """
-        image = self._square(open_picture(picture))
-        tensor: Tensor = F.normalize(F.to_tensor(image), list(self.mean), list(self.std))
-        return tensor
+        square: Image.Image = F.center_crop(self.resize(open_picture(picture)), [self.size, self.size])
+        return self.normalise(square)
 
-    def _square(self, image: Image.Image) -> Image.Image:
+    def resize(self, image: Image.Image) -> Image.Image:
+        """The first step: the shorter side to `int(size / crop_pct)`; RGB to RGB."""
         short, long = sorted(image.size)
         resized = int(self.size / self.crop_pct)
         mode = InterpolationMode(self.interpolation)
@@ -60,9 +65,101 @@ class Preprocess(TestTime):
             left, top = (image.width - side) / 2, (image.height - side) / 2
             box = (left, top, left + side, top + side)
             return image.resize((self.size, self.size), Image.Resampling[mode.name], box)
-        image = F.resize(image, [resized], mode)
-        square: Image.Image = F.center_crop(image, [self.size, self.size])
-        return square
+        result: Image.Image = F.resize(image, [resized], mode)
+        return result
+
+    def normalise(self, image: Image.Image) -> Tensor:
+        """The last step: an RGB picture of any size to float32 [3, H, W]."""
+        tensor: Tensor = F.normalize(F.to_tensor(image), list(self.mean), list(self.std))
+        return tensor
+
+
+@dataclass(frozen=True, slots=True)
+class FineTuningTransform:
+    """FixRes's augmentation: test-time-like, at the test size (FixRes paper; FixEfficientNet note).
+
+    Resize as at test time, mirror, jitter the colours a little, and crop at a height of the centre, at a
+    horizontal offset drawn uniformly from all that the picture's width allows.
+
+    Attributes:
+        test: The test-time transform.
+        seed: With epoch and picture index, decides every draw.
+        hflip: Probability of mirroring.
+        color_jitter: Most relative change of brightness, contrast and saturation, each.
+    """
+
+    test: Preprocess
+    seed: int
+    hflip: float
+    color_jitter: float
+
+    def __call__(self, picture: Image.Image, epoch: int, index: int) -> Tensor:
+        """Transforms one RGB picture: float32 [3, size, size]."""
+        size = self.test.size
+        with _draws_of(self.seed, epoch, index):
+            image = self.test.resize(picture)
+            image = transforms.RandomHorizontalFlip(self.hflip)(image)
+            image = transforms.ColorJitter(*[self.color_jitter] * 3)(image)
+            left = int(torch.randint(image.width - size + 1, (1,)))
+            top = round((image.height - size) / 2)
+            return self.test.normalise(F.crop(image, top, left, size, size))
+
+
+@dataclass(frozen=True, slots=True)
+class Views:
+    """The fixed views of a picture that features are computed from.
+
+    The first is the test-time transform's, the second its mirror image, any further one a draw of the
+    fine-tuning augmentation.
+
+    Attributes:
+        count: How many, at least 1.
+        augmented: The fine-tuning transform.
+    """
+
+    count: int
+    augmented: FineTuningTransform
+
+    def __call__(self, picture: Image.Image, epoch: int, index: int) -> Tensor:
+        """Transforms one RGB picture: float32 [count, 3, size, size]; `epoch` makes no difference."""
+        plain = self.augmented.test(picture)
+        drawn = [self.augmented(picture, view, index) for view in range(2, self.count)]
+        return torch.stack([plain, plain.flip(-1), *drawn][: self.count])
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingTransform:
+    """What networks are usually trained with, at the train size: RandomResizedCrop and mirroring.
+
+    Attributes:
+        train: The test-time transform of the train size: size, interpolation, mean and std count.
+        seed: With epoch and picture index, decides every draw.
+        hflip: Probability of mirroring.
+    """
+
+    train: Preprocess
+    seed: int
+    hflip: float
+
+    def __call__(self, picture: Image.Image, epoch: int, index: int) -> Tensor:
+        """Transforms one RGB picture: float32 [3, size, size]."""
+        mode = InterpolationMode(self.train.interpolation)
+        with _draws_of(self.seed, epoch, index):
+            image = transforms.RandomResizedCrop(self.train.size, interpolation=mode)(picture)
+            return self.train.normalise(transforms.RandomHorizontalFlip(self.hflip)(image))
+
+
+@contextlib.contextmanager
+def _draws_of(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Makes torch's random numbers a function of these three alone, and leaves the generator as it was."""
+    digest = hashlib.sha256(f"{seed} {epoch} {index}".encode()).digest()
+    generator = torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    try:
+        yield
+    finally:
+        generator.set_state(before)
 
 
 def preprocess(name: str) -> Preprocess:
