@@ -1,0 +1,294 @@
+"""Pictures with labels: any data set that timm opens, its classes mapped to the model's, and batches of them.
+
+Pictures are addressed by their index, every batch says which it holds, and a picture that cannot be read is
+named, never silently replaced.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, create_dataset
+from timm.data.readers.img_extensions import get_img_extensions
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fixefficientnet.checkpoint import listed
+from fixefficientnet.errors import DataError, PictureError
+from fixefficientnet.preprocessing import open_picture
+
+TRAIN, VALIDATION = "train", "validation"
+_SYNONYMS = {
+    TRAIN: ("train", "training"),
+    VALIDATION: ("val", "valid", "validation", "eval", "evaluation"),
+}
+_STREAMS = ("hfids/", "wds/", "tfds/")
+_WORDNET_ID = re.compile(r"n\d{8}")
+
+Transform = Callable[[Image.Image, int, int], Tensor]
+"""(RGB picture, epoch, index) → tensor; every draw is a function of epoch and index alone."""
+Task = tuple[int, int]
+"""(epoch, index) of one picture to load."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A data set's split with random access.
+
+    Attributes:
+        source: timm's reader, or a torchvision data set.
+        classes: Names of the classes, by the model's index; empty where the data set names none.
+        targets: From the data set's class index to the model's; empty: they are the same.
+        what: The split, for messages.
+    """
+
+    source: Any
+    classes: tuple[str, ...]
+    targets: dict[int, int]
+    what: str
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """One picture as RGB, and its class in the model's numbering.
+
+        Raises:
+            PictureError: It cannot be read; names it.
+        """
+        try:
+            picture, target = self.source[index][:2]
+            if hasattr(picture, "read"):
+                with picture:
+                    picture = picture.read()
+            return open_picture(picture), self.targets.get(int(target), int(target))
+        except (PictureError, OSError) as error:
+            raise PictureError(f"{self.name(index)}: {error}") from error
+
+    @property
+    def imagenet(self) -> bool:
+        """Whether the classes are named by WordNet ids, as ImageNet's are."""
+        return bool(self.classes) and all(_WORDNET_ID.fullmatch(name) for name in self.classes)
+
+    def name(self, index: int) -> str:
+        """What to call a picture: its file, or its index."""
+        filename = getattr(self.source, "filename", None)
+        try:
+            return str(filename(index)) if filename else f"picture {index} of {self.what}"
+        except Exception:  # readers without file names raise what they like
+            return f"picture {index} of {self.what}"
+
+    def fingerprint(self) -> str:
+        """sha256 over number, file names (where there are some) and classes; not over the pixels."""
+        digest = hashlib.sha256(f"{len(self)} {self.classes}".encode())
+        if hasattr(self.source, "samples") and hasattr(self.source, "filename"):
+            for index in range(len(self)):
+                digest.update(f"{self.name(index)}\0".encode())
+        return digest.hexdigest()
+
+
+def open_pictures(data: str, split: str, *, root: str | None = None, num_classes: int | None = None) -> Pictures:
+    """Opens one split of a data set.
+
+    Args:
+        data: A folder with one subfolder per split, each with one per class; or what timm's `create_dataset`
+            takes: "hfds/organisation/name", "torch/cifar10".
+        split: "train" or "validation", which finds training/, val/ and the like too; or the exact name of another.
+        root: Where a named data set lies or is cached, as timm's `root`.
+        num_classes: Of the model. With 1000, classes named by WordNet ids are mapped to ImageNet's by id, and
+            some may be missing. None: as many as the data set has.
+
+    Raises:
+        DataError: No such folder or split, no pictures, a class without any, or other classes than the model's.
+    """
+    kind, _, _ = data.partition("/")
+    if data.lower().startswith(_STREAMS):
+        raise DataError(
+            f"{data} is read as a stream, but fine-tuning needs each picture by its index: use a folder, or hfds/."
+        )
+    if kind.lower() in ("hfds", "torch"):
+        source = _named(data, split, root)
+        what = f"{data} ({split})"
+    else:
+        folder = _split_folder(Path(data).expanduser(), split)
+        what = str(folder)
+        try:
+            source = create_dataset("", root=str(folder), split=split, search_split=False).reader
+        except (RuntimeError, AssertionError) as error:
+            raise DataError(f"{folder} holds no pictures: {error}") from error
+        _refuse_empty_classes(folder, source)
+    if not len(source):
+        raise DataError(f"{what} holds no pictures.")
+    names = _class_names(source)
+    return Pictures(source, *_mapping(names, num_classes, what), what)
+
+
+def follow(pictures: Pictures, train: Pictures) -> Pictures:
+    """Gives a split the class numbers of the training split, by name: folders are numbered as they come.
+
+    Raises:
+        DataError: It has classes that the training split lacks.
+    """
+    if not pictures.classes or not train.classes or pictures.classes == train.classes:
+        return pictures
+    if unknown := sorted(set(pictures.classes) - set(train.classes)):
+        raise DataError(f"{pictures.what} has classes that {train.what} has not: {listed(unknown)}.")
+    number = {name: index for index, name in enumerate(train.classes)}
+    targets = {index: number[name] for index, name in enumerate(pictures.classes)}
+    return Pictures(pictures.source, train.classes, targets, pictures.what)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a loader gives.
+
+    Attributes:
+        inputs: float32 [n, ...]: the transform's results, stacked.
+        targets: int64 [n].
+        indices: Of the pictures that the results are of; int64 [n].
+        unreadable: Those that were asked for and could not be read: index and reason.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    indices: Tensor
+    unreadable: list[tuple[int, str]]
+
+    def pin_memory(self) -> "Batch":
+        """The same in page-locked memory, as DataLoader asks for."""
+        return Batch(self.inputs.pin_memory(), self.targets, self.indices, self.unreadable)
+
+
+def load_batches(
+    pictures: Pictures,
+    transform: Transform,
+    tasks: Iterable[list[Task]],
+    *,
+    workers: int = 0,
+    substitute: bool = False,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Loads batches of pictures, in order, in worker processes if asked.
+
+    Args:
+        pictures: The data set.
+        transform: What is done to each.
+        tasks: The pictures of each batch; drawn from as loading goes on.
+        workers: Number of loading processes; 0 loads in this one.
+        substitute: Whether the next readable picture takes the place of an unreadable one, so that batches
+            keep their size; else it is left out.
+        pin_memory: As in DataLoader.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _Loading(pictures, transform, substitute),
+        batch_sampler=tasks,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+    )
+    return iter(loader)
+
+
+def shard_tasks(length: int, shard: int, batch: int, shards: Sequence[int]) -> list[list[Task]]:
+    """Batches for whole shards of a data set: fixed runs of `shard` pictures, so that no batch is in two.
+
+    Args:
+        length: Pictures in all.
+        shard: Pictures per shard.
+        batch: Pictures per batch.
+        shards: Which shards, in order.
+    """
+    tasks = []
+    for number in shards:
+        indices = range(number * shard, min((number + 1) * shard, length))
+        tasks += [[(0, index) for index in indices[at : at + batch]] for at in range(0, len(indices), batch)]
+    return tasks
+
+
+class _Loading(Dataset[Any]):
+    """What runs in a worker: (epoch, index) → the transformed picture, or why not."""
+
+    def __init__(self, pictures: Pictures, transform: Transform, substitute: bool):
+        self.pictures, self.transform, self.substitute = pictures, transform, substitute
+
+    def __getitem__(self, task: Task) -> tuple[Tensor | None, int, int, list[tuple[int, str]]]:
+        epoch, index = task
+        unreadable: list[tuple[int, str]] = []
+        for _ in range(10 if self.substitute else 1):
+            try:
+                picture, target = self.pictures[index]
+                return self.transform(picture, epoch, index), target, index, unreadable
+            except PictureError as error:
+                unreadable.append((index, str(error)))
+                index = (index + 1) % len(self.pictures)
+        return None, -1, index, unreadable
+
+
+def _collate(items: list[tuple[Tensor | None, int, int, list[tuple[int, str]]]]) -> Batch:
+    good = [(tensor, target, index) for tensor, target, index, _ in items if tensor is not None]
+    inputs = torch.stack([tensor for tensor, _, _ in good]) if good else torch.empty(0)
+    targets = torch.tensor([target for _, target, _ in good], dtype=torch.int64)
+    indices = torch.tensor([index for _, _, index in good], dtype=torch.int64)
+    return Batch(inputs, targets, indices, [failure for *_, failures in items for failure in failures])
+
+
+def _named(data: str, split: str, root: str | None) -> Any:
+    try:
+        dataset = create_dataset(data, root=root, split=split, download=False)
+    except ImportError as error:
+        raise DataError(f"{data} needs another package: {error}. `pip install datasets` brings it.") from error
+    except Exception as error:  # torchvision, datasets and timm raise a dozen kinds
+        raise DataError(f"{data} ({split}) cannot be opened: {error}") from error
+    return getattr(dataset, "reader", dataset)
+
+
+def _split_folder(folder: Path, split: str) -> Path:
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {folder}. --data takes one with {TRAIN}/ and val/ in it.")
+    candidates = _SYNONYMS.get(split, (split,))
+    for name in candidates:
+        if (folder / name).is_dir():
+            return folder / name
+    there = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    raise DataError(
+        f"{folder} has no folder {candidates[0]}/ (nor {', '.join(candidates[1:]) or 'another name for it'}). "
+        f"It has: {listed(there) or 'no folder at all'}."
+    )
+
+
+def _refuse_empty_classes(folder: Path, source: Any) -> None:
+    """timm's reader numbers only classes with pictures in them, so an empty one would shift the others."""
+    suffixes: set[str] = get_img_extensions(as_set=True)  # type: ignore[no-untyped-call]
+    for path in sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+        files = (name for _, _, names in os.walk(path, followlinks=True) for name in names)
+        if not any(Path(name).suffix.lower() in suffixes for name in files):
+            raise DataError(f"The class {path.name} has no pictures in {path}: add some, or remove the folder.")
+
+
+def _class_names(source: Any) -> tuple[str, ...]:
+    numbers = getattr(source, "class_to_idx", None)
+    if numbers:
+        return tuple(str(name) for name, _ in sorted(numbers.items(), key=lambda item: item[1]))
+    return tuple(str(name) for name in getattr(source, "classes", ()))
+
+
+def _mapping(names: tuple[str, ...], num_classes: int | None, what: str) -> tuple[tuple[str, ...], dict[int, int]]:
+    """Names by the model's index, and the model's index of each of the data set's classes."""
+    if num_classes == 1000 and names and all(_WORDNET_ID.fullmatch(name) for name in names):
+        info = ImageNetInfo("imagenet-1k")
+        order = tuple(info.index_to_label_name(index) for index in range(1000))
+        if unknown := sorted(set(names) - set(order)):
+            raise DataError(f"{what} has classes that are none of ImageNet-1k's: {listed(unknown)}.")
+        return order, {index: order.index(name) for index, name in enumerate(names)}
+    if num_classes is not None and names and len(names) != num_classes:
+        raise DataError(
+            f"{what} has {len(names)} classes, the network {num_classes}. Train a network for these classes first "
+            "(--stage base) and give its file with --checkpoint; or name the folders by ImageNet's WordNet ids."
+        )
+    return names, {}
