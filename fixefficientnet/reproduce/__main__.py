@@ -1,0 +1,228 @@
+"""`python -m fixefficientnet.reproduce`: each option fills a field of the recipe or of the run's options."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fixefficientnet import manifest
+from fixefficientnet.errors import FixEfficientNetError, RecipeError
+
+EXTRA = "pip install 'fixefficientnet[reproduce]'"
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+err = Console(stderr=True, highlight=False)
+
+
+@app.command()
+def reproduce(
+    variants: Annotated[
+        list[str] | None, typer.Argument(help="Variants (b2, b4_ns) or wildcards ('*_ns'); one after the other.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="A folder with train/ and val/, one folder per class in each; or hfds/NAME, torch/NAME."),
+    ] = None,
+    data_root: Annotated[str | None, typer.Option(help="Where a named data set lies or is cached.")] = None,
+    train_split: Annotated[str, typer.Option(help="Split to train on.")] = "train",
+    val_split: Annotated[str, typer.Option(help="Split to measure on.")] = "validation",
+    all_: Annotated[bool, typer.Option("--all", help="All 18 variants of the paper.")] = False,
+    backbone: Annotated[str | None, typer.Option(help="Any timm CNN instead of a variant, by its timm name.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights of your own to start from (.safetensors or .pth).")
+    ] = None,
+    pretrained: Annotated[
+        bool, typer.Option(help="Start from timm's weights, or (base stage) from random ones.")
+    ] = True,
+    stage: Annotated[str | None, typer.Option(help="fixres, or base: the training before it.")] = None,
+    method: Annotated[str | None, typer.Option(help="online (the paper's) or cached. Default: the recipe's.")] = None,
+    tune: Annotated[str | None, typer.Option(help="all, classifier, bn or bn-stats.")] = None,
+    train_size: Annotated[int | None, typer.Option(help="Size it was trained at, in pixels.")] = None,
+    test_size: Annotated[int | None, typer.Option(help="Size to tune it for, in pixels.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides every random draw.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other field of the recipe; repeatable.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for runs.")] = Path("runs"),
+    experiment: Annotated[str | None, typer.Option(help="The run's folder in it. Default: the variant.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Delete what an earlier run left in the folder.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Train nothing; print what it would take.")] = False,
+    throughput: Annotated[
+        float | None, typer.Option(help="For --plan: what a device sustains, in GMAC/s (pictures/s x GMACs each).")
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="For --plan: how many devices share a batch.")] = 1,
+    workers: Annotated[int, typer.Option("--workers", "-j", min=0, help="Loading processes per device.")] = 4,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = None,
+    mixed_precision: Annotated[str | None, typer.Option(help="Of the frozen part: no, bf16 or fp16.")] = None,
+    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the network.")] = False,
+    sync_bn: Annotated[bool | None, typer.Option(help="Synchronise the norm's statistics (CUDA).")] = None,
+    auto_batch: Annotated[bool, typer.Option("--auto-batch", help="Halve the batch when memory runs out.")] = False,
+    keep_features: Annotated[
+        bool, typer.Option("--keep-features", help="Keep cached features, for other runs under --output to use.")
+    ] = False,
+    max_unreadable: Annotated[float, typer.Option(min=0, max=1, help="Tolerated share of bad pictures.")] = 0.01,
+    checkpoint_steps: Annotated[int, typer.Option(min=1, help="Save after so many steps.")] = 1000,
+    checkpoint_minutes: Annotated[float, typer.Option(min=0, help="Save after so many minutes.")] = 10.0,
+) -> None:
+    """Fine-tune a network's classifier and last batch norm at its test size (FixRes).
+
+    The same command goes on where a killed run was. On several devices: accelerate launch -m
+    fixefficientnet.reproduce …, or torchrun --nproc-per-node N -m fixefficientnet.reproduce …
+    """
+    from fixefficientnet.reproduce import recipe as recipes
+
+    subjects = _subjects(variants or [], all_, backbone)
+    choices = {
+        "stage": stage,
+        "method": method,
+        "tune": tune,
+        "train_size": train_size,
+        "test_size": test_size,
+        "seed": seed,
+        "mixed_precision": mixed_precision,
+        "sync_bn": sync_bn,
+    }
+    if plan:
+        planned = [recipes.resolve(subject, choices, set_ or []) for subject in subjects]
+        _print_plan(planned, throughput, devices, (data, data_root, train_split, val_split))
+        return
+    if data is None:
+        raise typer.BadParameter("--data is missing: a folder with train/ and val/ in it, or hfds/NAME, torch/NAME.")
+    if len(subjects) > 1 and (experiment or checkpoint):
+        raise typer.BadParameter("--experiment and --checkpoint go with one network only.")
+    from fixefficientnet.reproduce.run import Data, Options, run, weights_of
+
+    choices["weights"] = weights_of(checkpoint, pretrained)
+    resolved = [recipes.resolve(subject, choices, set_ or []) for subject in subjects]
+    if not pretrained and resolved[0].stage != "base":
+        raise RecipeError("FixRes tunes a trained network: --no-pretrained goes with --stage base only.")
+    accelerator = _accelerator(device, resolved[0].mixed_precision)
+    where = Data(data, data_root, train_split, val_split)
+    for subject, recipe in zip(subjects, resolved, strict=True):
+        name = experiment or (subject.folder + ("-base" if recipe.stage == "base" else ""))
+        options = Options(
+            folder=output / name,
+            checkpoint=checkpoint,
+            workers=workers,
+            compile=compile_,
+            features=output / "features" if keep_features else None,
+            auto_batch=auto_batch,
+            overwrite=overwrite,
+            max_unreadable=max_unreadable,
+            checkpoint_steps=checkpoint_steps,
+            checkpoint_minutes=checkpoint_minutes,
+        )
+        run(subject, recipe, where, options, accelerator)
+        if accelerator.is_main_process:
+            Console(highlight=False).print(escape(f"{output / name}/report.md"), soft_wrap=True)
+
+
+def _subjects(names: list[str], everything: bool, backbone: str | None) -> list[Any]:
+    from fixefficientnet.reproduce import recipe as recipes
+
+    if sum((bool(names), everything, backbone is not None)) != 1:
+        raise typer.BadParameter("Name one or more variants, or give --all, or --backbone with a timm name.")
+    if backbone:
+        return [recipes.subject_of_backbone(backbone.removeprefix("timm/"))]
+    paper = [key for key, variant in manifest.load().items() if variant.paper]
+    keys = paper if everything else []
+    for name in names:
+        if any(sign in name for sign in "*?["):
+            found = manifest.list_models(name)
+            if not found:
+                raise typer.BadParameter(f"No variant matches {name!r}.")
+            keys += found
+        else:
+            keys.append(manifest.find(name).key)
+    return [recipes.subject_of_variant(manifest.find(key)) for key in dict.fromkeys(keys)]
+
+
+def _accelerator(device: str | None, mixed_precision: str) -> Any:
+    import datetime
+
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    if device not in (None, "cpu", "cuda"):
+        raise typer.BadParameter(f"--device {device}: it is cpu or cuda; which one, CUDA_VISIBLE_DEVICES says.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise FixEfficientNetError("--device cuda: there is no CUDA device here. Use --device cpu, or leave it out.")
+    handlers = [
+        DistributedDataParallelKwargs(broadcast_buffers=False),  # statistics are averaged instead
+        InitProcessGroupKwargs(timeout=datetime.timedelta(days=1)),  # others wait while the first trains on features
+    ]
+    cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
+    return Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=handlers)
+
+
+def _print_plan(
+    planned: list[Any], throughput: float | None, devices: int, where: tuple[str | None, str | None, str, str]
+) -> None:
+    from fixefficientnet.reproduce import plan
+
+    pictures, num_classes = plan.IMAGENET, 1000
+    if where[0] is not None:
+        from fixefficientnet.data import open_pictures
+
+        train, validation = (open_pictures(where[0], split, root=where[1]) for split in where[2:])
+        pictures = len(train), len(validation)
+        num_classes = 1000 if train.imagenet else len(train.classes) or 1000
+    plans = [plan.plan(recipe, pictures=pictures, num_classes=num_classes, devices=devices) for recipe in planned]
+    console = Console(highlight=False)
+    if len(plans) == 1:
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="bold", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for label, text in plan.describe(plans[0], throughput).items():
+            grid.add_row(label, escape(text))
+        console.print(grid)
+        return
+    header, *rows = plan.as_table(plans, throughput)
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in header:
+        table.add_column(column, justify="left" if column in ("variant", "method") else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(
+        f"For {pictures[0]:,} pictures to train on, {pictures[1]:,} to measure on. trained: values that change. GMACs: "
+        "billions of multiply-adds per picture. memory: tensors per device, float32. "
+        + ("hours: of one device." if throughput else "EMACs: 10^18 multiply-adds in all; hours with --throughput.")
+    )
+
+
+def main() -> None:
+    """Runs the command; an error of this package becomes one message and status 1, a signal its own status."""
+    try:
+        app()
+    except FixEfficientNetError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            err.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        if error.name not in ("accelerate", "matplotlib", "tensorboard"):
+            raise
+        err.print(f"[red]Error:[/] Fine-tuning needs {error.name}: {EXTRA}", markup=True, soft_wrap=True)
+        sys.exit(1)
+    except Exception as error:
+        from fixefficientnet.reproduce.session import Interrupted
+
+        if not isinstance(error, Interrupted):
+            raise
+        err.print(f"{error} The same command goes on from here.")
+        os._exit(128 + error.number)  # other processes may wait for this one in a collective call
+
+
+if __name__ == "__main__":
+    main()

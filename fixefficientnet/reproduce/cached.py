@@ -1,0 +1,391 @@
+"""Fine-tuning on features: the backbone sees each picture a few times only, however many epochs follow.
+
+One pass re-estimates the head norm's statistics at the test size, exactly. One pass computes the pooled
+features of each view with that norm in place. Then the classifier trains on them. Statistics and features
+are computed in fixed shards of pictures, each saved when done: a killed run goes on with the next shard, and
+any number of processes shares them out without changing a bit of the result.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+
+from fixefficientnet import delta
+from fixefficientnet.data import Batch, Pictures, Transform, load_batches, shard_tasks
+from fixefficientnet.errors import DataError, RunError
+from fixefficientnet.files import write_atomically
+from fixefficientnet.preprocessing import Views
+from fixefficientnet.reproduce.checkpoints import Checkpoints
+from fixefficientnet.reproduce.network import Network
+from fixefficientnet.reproduce.online import order, transform_of
+from fixefficientnet.reproduce.recipe import Recipe
+from fixefficientnet.reproduce.session import Interrupted, Session
+
+Shard = dict[str, Tensor]
+
+
+def tune(
+    session: Session,
+    network: Network,
+    pictures: Pictures,
+    recipe: Recipe,
+    checkpoints: Checkpoints,
+    folder: Path,
+) -> dict[str, int]:
+    """Re-estimates the statistics, computes features, trains the classifier; goes on where it was.
+
+    Args:
+        session: The run's surroundings.
+        network: Prepared for the recipe; left in eval mode.
+        pictures: To tune on.
+        recipe: How.
+        checkpoints: Of the classifier's training.
+        folder: For shards and features; those already there are used if they are of this network and pictures.
+
+    Returns:
+        How many pictures went forward through the backbone.
+
+    Raises:
+        RunError: Too little disk for the features; NaN or Inf in features or loss.
+        Interrupted: A signal asked to stop; what was done is saved.
+    """
+    network.model.eval()
+    with session.stoppable():
+        if recipe.moves_statistics:
+            chosen = _subset(recipe, len(pictures))
+            _estimate_statistics(session, network, pictures, chosen, recipe, folder)
+        if recipe.trains_classifier:
+            features, targets = _compute_features(session, network, pictures, recipe, folder)
+            session.on_main(lambda: _train_classifier(session, network, features, targets, recipe, checkpoints))
+            for parameter in network.trained.values():
+                parameter.data.copy_(cast(Tensor, broadcast(parameter.data)))
+    return {"forwards": forwards(recipe, len(pictures))}
+
+
+def forwards(recipe: Recipe, pictures: int) -> int:
+    """How many pictures go forward through the backbone."""
+    statistics = min(recipe.statistics_pictures or pictures, pictures) if recipe.moves_statistics else 0
+    return statistics + (recipe.views * pictures if recipe.trains_classifier else 0)
+
+
+def feature_bytes(recipe: Recipe, pictures: int, channels: int) -> int:
+    """Size of the feature file."""
+    return pictures * recipe.views * channels * np.dtype(recipe.feature_dtype).itemsize
+
+
+def _subset(recipe: Recipe, length: int) -> list[int]:
+    """The pictures that the statistics come from; folders are sorted by class, so a part is drawn at random."""
+    asked = recipe.statistics_pictures
+    return list(range(length)) if not asked or asked >= length else sorted(order(recipe, 0, length)[:asked])
+
+
+# --- statistics -------------------------------------------------------------------------------------------
+
+
+def _estimate_statistics(
+    session: Session, network: Network, pictures: Pictures, chosen: list[int], recipe: Recipe, folder: Path
+) -> None:
+    channels = cast(Tensor, network.norm.running_mean).numel()
+    sums: Shard = {}
+
+    def take(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        with _one_thread():
+            values = inputs[0].double()
+            sums["sum"] = values.sum((0, 2, 3))
+            sums["squares"] = values.square().sum((0, 2, 3))
+        sums["count"] = torch.tensor(values.numel() // channels, dtype=torch.float64)
+
+    def forward(batch: Batch) -> Shard:
+        _forward(session, network, batch.inputs)
+        return {name: tensor.cpu() for name, tensor in sums.items()}
+
+    def add(total: Shard | None, part: Shard) -> Shard:
+        return part if total is None else {name: total[name] + part[name] for name in total}
+
+    key = _key(network, pictures, recipe, "statistics", chosen=chosen if len(chosen) < len(pictures) else None)
+    place = folder / f"statistics-{key}"
+    chosen_pictures = _Chosen(pictures, chosen)
+    transform = Views(1, cast(Any, transform_of(recipe)))
+    hook = network.norm.register_forward_pre_hook(take)
+    try:
+        _over_shards(session, "Statistics", chosen_pictures, transform, recipe, place, forward, add)
+    finally:
+        hook.remove()
+    total: Shard | None = None
+    for path in _paths(place, len(chosen), recipe):
+        part = _read(path)
+        total = part if total is None else add(total, part) if "sum" in part else total
+    if total is None or "sum" not in total:
+        raise DataError(f"None of the pictures of {pictures.what} could be read.")
+    count = float(total["count"])
+    mean = total["sum"] / count
+    variance = (total["squares"] / count - mean.square()).clamp_min(0) * (count / max(1.0, count - 1))
+    if not (torch.isfinite(mean).all() and torch.isfinite(variance).all()):
+        raise RunError("The statistics of the head norm are NaN or infinite: look for broken weights.")
+    cast(Tensor, network.norm.running_mean).copy_(mean)
+    cast(Tensor, network.norm.running_var).copy_(variance)
+
+
+class _Chosen:
+    """Some pictures of a data set, as a data set."""
+
+    def __init__(self, pictures: Pictures, chosen: list[int]):
+        self._pictures, self._chosen, self.what = pictures, chosen, pictures.what
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._pictures[self._chosen[index]]
+
+
+# --- features ---------------------------------------------------------------------------------------------
+
+
+def _compute_features(
+    session: Session, network: Network, pictures: Pictures, recipe: Recipe, folder: Path
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Memory-mapped features [pictures, views, channels], and targets [pictures] (-1: unreadable)."""
+    key = _key(network, pictures, recipe, "features")
+    place = folder / f"features-{key}"
+    channels = cast(Tensor, network.classifier.weight).shape[1]
+    shape = (len(pictures), recipe.views, channels)
+    path = place / "features.bin"
+    session.on_main(lambda: _allocate(path, feature_bytes(recipe, len(pictures), channels)))
+    features = np.memmap(path, dtype=recipe.feature_dtype, mode="r+", shape=shape)
+    pooled: list[Tensor] = []
+
+    def take(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        pooled.append(inputs[0].flatten(1).float())
+
+    def forward(batch: Batch) -> Shard:
+        pooled.clear()
+        _forward(session, network, batch.inputs)
+        values = pooled[0].view(len(batch.targets), recipe.views, channels).cpu().numpy().astype(recipe.feature_dtype)
+        if not np.isfinite(values).all():
+            raise RunError(
+                f"The features of {pictures.name(int(batch.indices[0]))} or one after it are NaN or infinite in "
+                f"{recipe.feature_dtype}. Try --set feature_dtype=float32, or look for broken weights."
+            )
+        features[batch.indices.numpy()] = values
+        return {"indices": batch.indices, "targets": batch.targets}
+
+    def add(total: Shard | None, part: Shard) -> Shard:
+        return part if total is None else {name: torch.cat([total[name], part[name]]) for name in total}
+
+    def digest(number: int) -> str:
+        rows = features[number * recipe.shard : (number + 1) * recipe.shard]
+        return hashlib.sha256(np.ascontiguousarray(rows).data).hexdigest()
+
+    transform = Views(recipe.views, cast(Any, transform_of(recipe)))
+    hook = network.classifier.register_forward_pre_hook(take)
+    try:
+        _over_shards(session, "Features", pictures, transform, recipe, place, forward, add, digest, features.flush)
+    finally:
+        hook.remove()
+    targets = np.full(len(pictures), -1, dtype=np.int64)
+    for shard_path in _paths(place, len(pictures), recipe):
+        shard = _read(shard_path)
+        if "indices" in shard:
+            targets[shard["indices"].numpy()] = shard["targets"].numpy()
+    return features, targets
+
+
+def _allocate(path: Path, size: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    there = path.stat().st_blocks * 512 if path.exists() else 0
+    free = shutil.disk_usage(path.parent).free
+    if size - there > free:
+        raise RunError(
+            f"The features take {size / 1e9:.2f} GB, {path.parent} has {free / 1e9:.2f} GB free. Make room, choose "
+            "another place with --output, or take --set views=1 or --method online, which stores none."
+        )
+    with path.open("ab") as file:
+        file.truncate(size)
+
+
+# --- the classifier ---------------------------------------------------------------------------------------
+
+
+def _train_classifier(
+    session: Session,
+    network: Network,
+    features: np.ndarray[Any, Any],
+    targets: np.ndarray[Any, Any],
+    recipe: Recipe,
+    checkpoints: Checkpoints,
+) -> None:
+    """Every view of every picture is one example; one process alone, as it takes seconds."""
+    device = session.accelerator.device
+    rows = np.flatnonzero(targets >= 0)
+    if not len(rows):
+        raise DataError("None of the pictures could be read.")
+    examples = len(rows) * recipe.views
+    size = min(recipe.batch_size, examples)
+    steps = examples // size
+    optimizer = torch.optim.SGD(
+        network.trained.values(), lr=0.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
+    # statistics were put in place by the passes before, and are in the checkpoint with all that moves
+    position = checkpoints.restore(network.moving, optimizer)
+    session.log.resume(position.steps)
+    criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+    flat = features.reshape(-1, features.shape[-1])
+    image_shape = (
+        (-1, features.shape[-1], 1, 1) if isinstance(network.classifier, nn.Conv2d) else (-1, features.shape[-1])
+    )
+    last_write = 0.0
+    with _one_thread(), session.log.bar("Classifier", recipe.epochs * steps * size) as bar:
+        bar.advance(position.steps * size)
+        while position.epoch < recipe.epochs:
+            sequence = np.array(order(recipe, position.epoch, examples))
+            loss_sum = correct = 0.0
+            while position.step < steps:
+                chosen = sequence[position.step * size : (position.step + 1) * size]
+                picture, view = np.divmod(chosen, recipe.views)
+                values = flat[rows[picture] * recipe.views + view]
+                inputs = torch.from_numpy(values).to(device).float().view(image_shape)
+                labels = torch.from_numpy(targets[rows[picture]]).to(device)
+                rate = recipe.learning_rate(position.epoch + position.step / steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                logits = network.classifier(inputs).flatten(1)
+                loss = criterion(logits, labels)
+                if not math.isfinite(value := loss.item()):
+                    raise RunError(
+                        f"The loss is {value} at step {position.steps + 1} (epoch {position.epoch + 1}). The last "
+                        "good checkpoint is kept. Try a smaller base_lr (--set base_lr=…)."
+                    )
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                position.step += 1
+                position.steps += 1
+                loss_sum += value
+                correct += float((logits.argmax(1) == labels).sum())
+                bar.advance(size)
+                if session.stopped_by:
+                    checkpoints.save(position, network.moving, optimizer)
+                    raise Interrupted(session.stopped_by)
+                if checkpoints.due(position):
+                    checkpoints.save(position, network.moving, optimizer)
+            position.epoch, position.step = position.epoch + 1, 0
+            top1 = 100 * correct / (steps * size)
+            session.log.write(position.steps, epoch=position.epoch - 1, loss=loss_sum / steps, top1=top1, lr=rate)
+            bar.advance(0, f"loss {loss_sum / steps:.3f}, top-1 {top1:.1f}")
+            if time.monotonic() - last_write > 1 or position.epoch == recipe.epochs:
+                last_write = time.monotonic()
+                checkpoints.save(position, network.moving, optimizer)
+
+
+# --- shards -----------------------------------------------------------------------------------------------
+
+
+def _over_shards(
+    session: Session,
+    title: str,
+    pictures: Any,
+    transform: Transform,
+    recipe: Recipe,
+    place: Path,
+    forward: Callable[[Batch], Shard],
+    add: Callable[[Shard | None, Shard], Shard],
+    digest: Callable[[int], str] = lambda number: "",
+    flush: Callable[[], None] = lambda: None,
+) -> None:
+    """Computes the shards that are not done yet, each process its share, and saves each when it is complete."""
+    paths = _paths(place, len(pictures), recipe)
+    mine = range(session.rank, len(paths), session.world)
+    left = [number for number in mine if not _is_done(paths[number], number, digest)]
+    lengths = {number: min(recipe.shard, len(pictures) - number * recipe.shard) for number in mine}
+    tasks = shard_tasks(len(pictures), recipe.shard, recipe.forward_batch, left)
+    pin = session.accelerator.device.type == "cuda"
+    with session.log.bar(title, sum(lengths.values())) as bar:
+        bar.advance(sum(lengths[number] for number in mine if number not in set(left)))
+        batches = load_batches(pictures, transform, tasks, workers=min(session.workers, len(tasks)), pin_memory=pin)
+        for number in left:
+            total: Shard | None = None
+            for batch in _take(batches, -(-lengths[number] // recipe.forward_batch)):
+                session.count_unreadable(pictures.what, batch.unreadable, len(pictures))
+                if len(batch.targets):
+                    total = add(total, forward(batch))
+                bar.advance(len(batch.targets) + len(batch.unreadable))
+            flush()
+            unreadable = json.dumps(session.unreadable)
+            metadata = {"digest": digest(number), "unreadable": unreadable}
+            write_atomically(paths[number], safetensors.torch.save(total or {"none": torch.zeros(0)}, metadata))
+            if session.stopped_by:
+                raise Interrupted(session.stopped_by)
+    session.accelerator.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """The bits of a sum or matrix product on a CPU depend on the number of threads, and that on the processes'."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _take(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
+    for _ in range(count):
+        yield next(batches)
+
+
+def _paths(place: Path, length: int, recipe: Recipe) -> list[Path]:
+    return [place / f"{number:06d}.safetensors" for number in range(math.ceil(length / recipe.shard))]
+
+
+def _is_done(path: Path, number: int, digest: Callable[[int], str]) -> bool:
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return bool((file.metadata() or {}).get("digest") == digest(number))
+    except (safetensors.SafetensorError, OSError):
+        return False
+
+
+def _read(path: Path) -> Shard:
+    return safetensors.torch.load_file(path)
+
+
+@torch.inference_mode()
+def _forward(session: Session, network: Network, inputs: Tensor) -> None:
+    """Runs the whole network for its hooks' sake; inputs [n, views, 3, S, S]."""
+    pictures = inputs.flatten(0, 1).to(session.accelerator.device, non_blocking=True)
+    with session.accelerator.autocast():
+        network.model(pictures.contiguous(memory_format=torch.channels_last))
+
+
+def _key(network: Network, pictures: Pictures, recipe: Recipe, kind: str, **more: Any) -> str:
+    """What decides these shards: the network as it is now, the pictures, the views. Others are computed anew."""
+    fields = ["test_size", "crop_pct", "interpolation", "mean", "std", "forward_batch", "shard", "mixed_precision"]
+    if kind == "features":
+        fields += ["views", "feature_dtype"]
+        if recipe.views > 2:
+            fields += ["seed", "hflip", "color_jitter"]
+    state: Mapping[str, Tensor] = {
+        name: tensor
+        for name, tensor in network.model.state_dict().items()
+        if not name.startswith(f"{network.head.classifier}.") and not name.endswith("num_batches_tracked")
+    }
+    if kind == "statistics":  # which the norm's own values do not enter
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{network.head.norm}.")}
+    decides = {name: getattr(recipe, name) for name in fields} | more
+    decides |= {"network": delta.fingerprint(state), "pictures": pictures.fingerprint()}
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,162 @@
+"""The network of a run: where its weights come from, what is frozen in it, what moves."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from fixefficientnet import delta, zoo
+from fixefficientnet.checkpoint import listed
+from fixefficientnet.delta import Head
+from fixefficientnet.errors import CheckpointError, MissingFileError, RunError, UnsupportedModelError
+from fixefficientnet.reproduce.recipe import Recipe, Subject
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network prepared for a recipe.
+
+    Attributes:
+        model: The whole network.
+        head: Names of its classifier and last batch norm before pooling.
+        norm: The latter.
+        classifier: The former.
+        trained: Parameters that gradients move, by state-dict name.
+        statistics: State-dict names of the running statistics that move.
+    """
+
+    model: nn.Module
+    head: Head
+    norm: nn.Module
+    classifier: nn.Module
+    trained: dict[str, nn.Parameter]
+    statistics: tuple[str, ...]
+
+    @property
+    def moving(self) -> dict[str, Tensor]:
+        """All tensors that the run changes, by state-dict name; looked up anew, as wrappers replace buffers."""
+        buffers = {name: self.model.get_buffer(name) for name in self.statistics}
+        return dict(sorted({**self.trained, **buffers}.items()))
+
+    def train(self, recipe: Recipe) -> None:
+        """Puts what moves in train mode; what is frozen stays in eval mode."""
+        self.model.eval()
+        if recipe.stage == "base" and recipe.tune == "all":
+            self.model.train()
+        elif recipe.stage == "fixres" and recipe.moves_statistics:
+            self.norm.train()
+
+
+def load(subject: Subject, weights: str | Path, *, num_classes: int, seed: int) -> nn.Module:
+    """Builds the network.
+
+    Args:
+        subject: Which.
+        weights: "pretrained", "random", or a checkpoint file (safetensors, or a `.pth` of tensors alone).
+        num_classes: Where the weights do not decide it; a classifier of another size starts at random.
+        seed: Of what starts at random.
+
+    Raises:
+        MissingFileError: There is no such checkpoint.
+        CheckpointError: It is no checkpoint of this network.
+        RunError: timm's weights could not be had.
+    """
+    torch.manual_seed(seed)
+    if isinstance(weights, Path):
+        return _from_checkpoint(subject, weights)
+    if weights == "random":
+        return timm.create_model(_architecture(subject), pretrained=False, num_classes=num_classes)
+    if subject.variant:
+        return zoo.create(subject.variant.key, "backbone", num_classes=num_classes)
+    try:
+        return timm.create_model(subject.backbone, pretrained=True, num_classes=num_classes)
+    except Exception as error:  # timm and huggingface_hub raise a dozen kinds
+        raise RunError(
+            f"The weights of {subject.backbone} could not be had: {error}\n"
+            "Give a file of them with --checkpoint, or start the base stage from random ones with --no-pretrained."
+        ) from error
+
+
+def prepare(model: nn.Module, recipe: Recipe) -> Network:
+    """Freezes what the recipe does not move.
+
+    Raises:
+        UnsupportedModelError: The network has no classifier, or no batch norm before its pooling.
+    """
+    if getattr(model, "training", False):
+        model.eval()
+    head = delta.find_head(model)
+    modules = dict(model.named_modules())
+    norm, classifier = modules[head.norm], modules[head.classifier]
+    model.requires_grad_(False)
+    names: list[str] = []
+    if recipe.stage == "base" and recipe.tune == "all":
+        names = [name for name, _ in model.named_parameters()]
+        statistics = [name for name, _ in model.named_buffers() if name.endswith((".running_mean", ".running_var"))]
+    else:
+        if recipe.trains_classifier:
+            names += [f"{head.classifier}.{name}" for name, _ in classifier.named_parameters()]
+        if recipe.method == "online" and recipe.tune in ("all", "bn") and recipe.stage == "fixres":
+            names += [f"{head.norm}.{name}" for name, _ in norm.named_parameters()]
+        moves = recipe.stage == "fixres" and recipe.moves_statistics
+        statistics = [f"{head.norm}.{name}" for name in ("running_mean", "running_var") if moves]
+    if statistics and norm.running_mean is None:
+        raise UnsupportedModelError(f"{type(model).__name__}: its {head.norm} keeps no running statistics.")
+    parameters = dict(model.named_parameters())
+    trained = {name: parameters[name] for name in sorted(names)}
+    for parameter in trained.values():
+        parameter.requires_grad_()
+    if recipe.stage == "fixres" and recipe.mixed_precision != "no":
+        _in_float32(norm)
+        _in_float32(classifier)
+    return Network(model, head, norm, classifier, trained, tuple(statistics))
+
+
+def _architecture(subject: Subject) -> str:
+    return subject.backbone.partition(".")[0]
+
+
+def _from_checkpoint(subject: Subject, path: Path) -> nn.Module:
+    if not path.is_file():
+        raise MissingFileError(f"--checkpoint {path}: there is no such file.")
+    try:
+        tensors = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
+    except Exception as error:  # pickle, zip and safetensors raise a dozen kinds
+        raise CheckpointError(f"{path} cannot be read as a checkpoint of tensors: {error}") from error
+    with torch.device("meta"):
+        model = timm.create_model(_architecture(subject), pretrained=False)
+    name = delta.find_head(model).classifier
+    weight = tensors.get(f"{name}.weight")
+    if weight is None:
+        raise CheckpointError(f"{path} has no {name}.weight: it is no checkpoint of {_architecture(subject)}.")
+    model = timm.create_model(_architecture(subject), pretrained=False, num_classes=len(weight))
+    wanted = model.state_dict()
+    wrong = [
+        key
+        for key in wanted
+        if not key.endswith(".num_batches_tracked")
+        and (key not in tensors or getattr(tensors[key], "shape", None) != wanted[key].shape)
+    ]
+    wrong += sorted(set(tensors) - set(wanted))
+    if wrong:
+        raise CheckpointError(
+            f"{path} is no checkpoint of {_architecture(subject)}: {listed(wrong)} missing, too many, or of another "
+            "shape."
+        )
+    model.load_state_dict(tensors, strict=False)
+    return model.eval()
+
+
+def _in_float32(module: nn.Module) -> None:
+    """Keeps a module out of autocast: the frozen part may run in half precision, what trains may not."""
+    forward = cast("Callable[[Tensor], Any]", module.forward)
+
+    def in_float32(inputs: Tensor) -> Any:
+        with torch.autocast(inputs.device.type, enabled=False):
+            return forward(inputs.float())
+
+    module.forward = in_float32

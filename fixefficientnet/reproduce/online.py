@@ -1,0 +1,198 @@
+"""Fine-tuning as the paper does it: a forward pass per picture and epoch, the head norm in train mode.
+
+Serves the base stage too, where the whole network trains.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fixefficientnet.data import Batch, Pictures, Task, load_batches
+from fixefficientnet.errors import DataError, RecipeError, RunError
+from fixefficientnet.preprocessing import FineTuningTransform, Preprocess, TrainingTransform
+from fixefficientnet.reproduce.checkpoints import Checkpoints, Position
+from fixefficientnet.reproduce.network import Network
+from fixefficientnet.reproduce.recipe import Recipe
+from fixefficientnet.reproduce.session import Interrupted, Session
+
+
+def transform_of(recipe: Recipe) -> FineTuningTransform | TrainingTransform:
+    """The augmentation of the recipe's stage."""
+    if recipe.stage == "base":
+        return TrainingTransform(Preprocess.of(recipe.base), recipe.seed, recipe.hflip)
+    return FineTuningTransform(Preprocess.of(recipe.test), recipe.seed, recipe.hflip, recipe.color_jitter)
+
+
+def order(recipe: Recipe, epoch: int, length: int) -> list[int]:
+    """In which order an epoch takes the pictures."""
+    return cast("list[int]", np.random.default_rng([recipe.seed, epoch]).permutation(length).tolist())
+
+
+def steps_of_epoch(recipe: Recipe, length: int, world: int = 1) -> tuple[int, int]:
+    """Steps per epoch and pictures per step; a last, partial batch is left out unless it is the only one.
+
+    Raises:
+        RecipeError: The batch cannot be shared out evenly.
+    """
+    size = min(recipe.batch_size, length - length % world)
+    if size % world or not size:
+        raise RecipeError(f"batch_size is {size}, which {world} processes cannot share evenly.")
+    return length // size, size
+
+
+def tasks_from(position: Position, recipe: Recipe, length: int, rank: int = 0, world: int = 1) -> Iterator[list[Task]]:
+    """One process's share of each step's batch, from a position to the end of training."""
+    steps, size = steps_of_epoch(recipe, length, world)
+    for epoch in range(position.epoch, recipe.epochs):
+        sequence = order(recipe, epoch, length)
+        for step in range(position.step if epoch == position.epoch else 0, steps):
+            yield [(epoch, index) for index in sequence[step * size + rank : (step + 1) * size : world]]
+
+
+def tune(
+    session: Session, network: Network, pictures: Pictures, recipe: Recipe, checkpoints: Checkpoints
+) -> dict[str, int]:
+    """Trains from where the checkpoint is to the end; the network is left in eval mode.
+
+    Returns:
+        How many pictures went forward through the backbone.
+
+    Raises:
+        RunError: The loss is NaN or infinite.
+        Interrupted: A signal asked to stop; the state is saved.
+    """
+    accelerator = session.accelerator
+    optimizer: Any = None
+    if network.trained:
+        optimizer = torch.optim.SGD(
+            network.trained.values(), lr=0.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+        )
+    position = checkpoints.restore(network.moving, optimizer, accelerator.scaler)
+    if position.steps:
+        session.log.say(f"Going on after step {position.steps} (epoch {position.epoch}).")
+    session.log.resume(position.steps)
+    model, stepper = _distributed(session, network, recipe, optimizer)
+    criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+    statistics = [network.model.get_buffer(name) for name in network.statistics]
+    raw = optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer
+
+    def save() -> None:
+        checkpoints.save(position, network.moving, raw, accelerator.scaler and accelerator.scaler.state_dict())
+
+    steps, size = steps_of_epoch(recipe, len(pictures), session.world)
+    network.train(recipe)
+    with session.stoppable():
+        batches = _batches(session, pictures, recipe, replace(position))
+        while position.epoch < recipe.epochs:
+            epoch = position.epoch
+            with session.log.bar(f"Epoch {epoch + 1}/{recipe.epochs}", steps * size) as bar:
+                bar.advance(position.step * size)
+                seen = correct = loss_sum = 0.0
+                while position.epoch == epoch:
+                    batch = next(batches)
+                    rate = recipe.learning_rate(epoch + position.step / steps)
+                    for group in optimizer.param_groups if optimizer else ():
+                        group["lr"] = rate
+                    loss, right, count, stop = _step(session, model, criterion, stepper, batch, position)
+                    _average(session, statistics, recipe)
+                    position.step += 1
+                    position.steps += 1
+                    seen, correct, loss_sum = seen + count, correct + right, loss_sum + loss * count
+                    if position.step == steps:
+                        position.epoch, position.step = epoch + 1, 0
+                    said = f"loss {loss_sum / seen:.3f}, top-1 {100 * correct / seen:.1f}"
+                    bar.advance(int(count), said)
+                    session.log.write(position.steps, epoch=epoch, loss=loss, top1=100 * right / count, lr=rate)
+                    if stop:
+                        save()
+                        raise Interrupted(int(stop))
+                    if checkpoints.due(position) or position.epoch == recipe.epochs:
+                        save()
+    network.model.eval()
+    return {"forwards": recipe.epochs * steps * size}
+
+
+def _distributed(session: Session, network: Network, recipe: Recipe, optimizer: Any) -> tuple[nn.Module, Any]:
+    """The model and optimizer as Accelerate wraps them; nothing to wrap where no gradient flows."""
+    if recipe.sync_bn and session.world > 1:
+        if session.accelerator.device.type != "cuda":
+            raise RecipeError("sync_bn works on CUDA devices only.")
+        _synchronise(network)
+    if optimizer is None:
+        return network.model, None
+    with warnings.catch_warnings():
+        # torch's successor to broadcast_buffers is not in Accelerate yet
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+        model, stepper = session.accelerator.prepare(network.model, optimizer)
+    return model, stepper
+
+
+def _synchronise(network: Network) -> None:
+    """Makes the head norm compute its batch statistics over all devices; its tensors stay the same objects."""
+    norm = cast(Any, network.norm)
+    group = torch.distributed.group.WORLD
+    batch_norm = torch.nn.SyncBatchNorm.forward
+
+    def forward(inputs: Tensor) -> Any:
+        result = batch_norm(norm, inputs)
+        return norm.act(norm.drop(result)) if hasattr(norm, "act") else result
+
+    norm.process_group = group
+    norm._check_input_dim = lambda inputs: None
+    norm._check_non_zero_input_channels = lambda inputs: None
+    norm.forward = forward
+
+
+def _batches(session: Session, pictures: Pictures, recipe: Recipe, position: Position) -> Iterator[Batch]:
+    tasks = tasks_from(position, recipe, len(pictures), session.rank, session.world)
+    pin = session.accelerator.device.type == "cuda"
+    transform = transform_of(recipe)
+    for batch in load_batches(pictures, transform, tasks, workers=session.workers, substitute=True, pin_memory=pin):
+        session.count_unreadable(pictures.what, batch.unreadable, len(pictures))
+        if not len(batch.targets):
+            raise DataError(f"Ten pictures of {pictures.what} in a row cannot be read: {batch.unreadable[-1][1]}")
+        yield batch
+
+
+def _step(
+    session: Session, model: nn.Module, criterion: nn.Module, stepper: Any, batch: Batch, position: Position
+) -> tuple[float, float, float, float]:
+    """One step. Mean loss, number of right guesses, number of pictures, signal to stop: of all processes."""
+    accelerator = session.accelerator
+    device = accelerator.device
+    inputs = batch.inputs.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+    targets = batch.targets.to(device, non_blocking=True)
+    with torch.set_grad_enabled(stepper is not None), accelerator.autocast():
+        logits = model(inputs).float()
+        loss = criterion(logits, targets)
+    right = (logits.detach().argmax(1) == targets).sum()
+    count = len(targets)
+    signals = torch.tensor(float(session.stopped_by), device=device)
+    totals = torch.stack([loss.detach() * count, right.float(), torch.tensor(float(count), device=device), signals])
+    loss_sum, correct, seen, stop = cast(Tensor, accelerator.reduce(totals, "sum")).tolist()
+    if not math.isfinite(loss_sum):
+        raise RunError(
+            f"The loss is {loss_sum / seen} at step {position.steps + 1} (epoch {position.epoch + 1}, step "
+            f"{position.step + 1} in it). The last good checkpoint is kept. Try a smaller base_lr "
+            "(--set base_lr=…), or look for broken weights."
+        )
+    if stepper is not None:
+        accelerator.backward(loss)
+        stepper.step()
+        stepper.zero_grad()
+    return loss_sum / seen, correct, seen, stop / session.world if stop else 0.0
+
+
+def _average(session: Session, statistics: list[Tensor], recipe: Recipe) -> None:
+    """Gives all processes the mean of their running statistics, so that each holds the same state."""
+    if session.world == 1 or not statistics or recipe.sync_bn:
+        return
+    flat = cast(Tensor, session.accelerator.reduce(torch.cat([tensor.view(-1) for tensor in statistics]), "mean"))
+    for tensor, part in zip(statistics, torch.split(flat, [tensor.numel() for tensor in statistics]), strict=True):
+        tensor.copy_(part.view_as(tensor))

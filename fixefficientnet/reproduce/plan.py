@@ -1,0 +1,218 @@
+"""What a run would take, without running it: on torch's meta device, which computes shapes only."""
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fixefficientnet.reproduce import cached, network, online
+from fixefficientnet.reproduce.recipe import Recipe
+
+IMAGENET = (1_281_167, 50_000)
+"""Training and validation pictures of ImageNet-2012."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A recipe's cost.
+
+    Attributes:
+        recipe: What would be run.
+        moving: Values per tensor that changes, by state-dict name; running statistics too.
+        gradients: How many of them are trained by gradients.
+        parameters: Of the whole network.
+        gmacs: Billions of multiply-adds of one picture's forward pass, at the size that the stage works at.
+        forwards: Pictures that go through the backbone to tune it.
+        evaluations: Pictures that go through it to be measured.
+        total_gmacs: Of the whole run: forward passes, backward passes of the base stage, evaluations.
+        memory: Most bytes of tensors that live at once on a device, in float32; the allocator and the
+            convolutions' workspaces come on top.
+        feature_bytes: Of the feature file (cached).
+    """
+
+    recipe: Recipe
+    moving: dict[str, int]
+    gradients: int
+    parameters: int
+    gmacs: float
+    forwards: int
+    evaluations: int
+    total_gmacs: float
+    memory: int
+    feature_bytes: int
+
+    def device_hours(self, gmacs_per_second: float) -> float:
+        """Time on one device that sustains a throughput; on N devices it is shared out among them."""
+        return self.total_gmacs / gmacs_per_second / 3600
+
+
+def plan(recipe: Recipe, *, pictures: tuple[int, int] = IMAGENET, num_classes: int = 1000, devices: int = 1) -> Plan:
+    """Counts what a recipe takes.
+
+    Args:
+        recipe: What would be run.
+        pictures: To train on, and to measure on.
+        num_classes: Of the classifier.
+        devices: That share each batch.
+
+    Raises:
+        UnsupportedModelError: The network has no classifier, or no batch norm before its pooling.
+    """
+    train, validation = pictures
+    with torch.device("meta"):
+        net = network.prepare(timm.create_model(recipe.backbone.partition(".")[0], num_classes=num_classes), recipe)
+    base = recipe.stage == "base"
+    work_size = recipe.train_size if base else recipe.test_size
+    gmacs = {size: gmacs_of(net.model, size) for size in {recipe.train_size, work_size}}
+    epoch_pictures = 1
+    if recipe.method == "online":
+        steps, size = online.steps_of_epoch(recipe, train, devices)
+        forwards = recipe.epochs * steps * size
+        epoch_pictures = size // devices
+    else:
+        forwards = cached.forwards(recipe, train)
+    measured = [recipe.train_size] if base else [recipe.train_size, recipe.test_size, recipe.test_size]
+    # a backward pass of the whole network costs about two forward passes: once for inputs, once for weights
+    passes = 3 if base and recipe.tune == "all" else 1
+    channels: int = net.classifier.weight.shape[1]  # type: ignore[assignment, index]
+    stores = recipe.method == "cached" and recipe.trains_classifier
+    return Plan(
+        recipe=recipe,
+        moving={name: tensor.numel() for name, tensor in net.moving.items()},
+        gradients=sum(parameter.numel() for parameter in net.trained.values()),
+        parameters=sum(parameter.numel() for parameter in net.model.parameters()),
+        gmacs=gmacs[work_size],
+        forwards=forwards,
+        evaluations=len(measured) * validation,
+        total_gmacs=forwards * passes * gmacs[work_size] + sum(validation * gmacs[size] for size in measured),
+        memory=_peak_memory(net, recipe, work_size, epoch_pictures),
+        feature_bytes=cached.feature_bytes(recipe, train, channels) if stores else 0,
+    )
+
+
+def gmacs_of(model: nn.Module, size: int) -> float:
+    """Billions of multiply-adds of one picture's forward pass; the model is on the meta device."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(torch.empty(1, 3, size, size, device="meta"))
+    return counter.get_total_flops() / 2 / 1e9
+
+
+def as_table(plans: Sequence[Plan], gmacs_per_second: float | None) -> list[list[str]]:
+    """Header and one row per plan, for a terminal 80 columns wide."""
+    header = ["variant", "method", "size", "epochs", "trained", "GMACs", "forwards", "memory", "EMACs"]
+    rows = [
+        [
+            plan.recipe.variant,
+            plan.recipe.method,
+            str(plan.recipe.train_size if plan.recipe.stage == "base" else plan.recipe.test_size),
+            str(plan.recipe.epochs),
+            _short(sum(plan.moving.values())),
+            f"{plan.gmacs:.1f}",
+            _short(plan.forwards),
+            f"{plan.memory / 1e9:.1f} GB",
+            f"{plan.total_gmacs / 1e9:.3f}",
+        ]
+        for plan in plans
+    ]
+    if gmacs_per_second:
+        header[-1] = "hours"
+        for row, plan in zip(rows, plans, strict=True):
+            row[-1] = f"{plan.device_hours(gmacs_per_second):,.1f}"
+    return [header, *rows]
+
+
+def describe(plan: Plan, gmacs_per_second: float | None) -> dict[str, str]:
+    """One plan in full: label → text."""
+    recipe = plan.recipe
+    rate = recipe.learning_rate(0)
+    decay = (
+        "to 0 along half a cosine"
+        if recipe.schedule == "cosine"
+        else f"x {recipe.lr_decay:g} every {recipe.lr_decay_epochs} epochs"
+    )
+    moving = list(plan.moving.items())
+    tensors = ", ".join(f"{name} ({count:,})" for name, count in moving[:8])
+    if len(moving) > 8:
+        tensors += f" and {len(moving) - 8} more"
+    size = recipe.train_size if recipe.stage == "base" else recipe.test_size
+    described = {
+        "variant": f"{recipe.variant} ({recipe.backbone})",
+        "stage": f"{recipe.stage}, {recipe.method}, tune {recipe.tune}",
+        "sizes": f"trained at {recipe.train_size}, tested at {recipe.test_size}, crop_pct {recipe.crop_pct:g}",
+        "schedule": f"{recipe.epochs} epochs, batch {recipe.batch_size}, learning rate {rate:g} "
+        f"(8 x {recipe.base_lr:g} x {recipe.batch_size} / 512), {decay}",
+        "optimizer": f"SGD, momentum {recipe.momentum:g}, weight decay {recipe.weight_decay:g}, "
+        f"label smoothing {recipe.label_smoothing:g}",
+        "moves": tensors,
+        "values": f"{sum(plan.moving.values()):,} change, {plan.gradients:,} of them by gradients; the network has "
+        f"{plan.parameters:,} parameters",
+        "forward": f"{plan.gmacs:.3f} GMACs per picture at {size} pixels",
+        "pictures": f"{plan.forwards:,} forward passes to tune, {plan.evaluations:,} to measure",
+        "memory": f"about {plan.memory / 1e9:.2f} GB of tensors per device in float32, workspaces not counted",
+    }
+    if plan.feature_bytes:
+        described["features"] = f"{plan.feature_bytes / 1e9:.2f} GB on disk"
+    described["work"] = f"{plan.total_gmacs / 1e9:.3g} EMACs (10^18 multiply-adds)"
+    described["cost"] = (
+        f"{plan.device_hours(gmacs_per_second):,.1f} device-hours at {gmacs_per_second:,g} GMAC/s per device"
+        if gmacs_per_second
+        else "in device-hours with --throughput GMAC/s: pictures/s that a device reaches x GMACs per picture"
+    )
+    return described
+
+
+def _short(number: float) -> str:
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.2f}{name}"
+    return f"{number:.0f}"
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors made within that are alive, and their most."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self._alive: MutableMapping[Any, int] = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                self._alive[storage] = storage.nbytes()
+        self.peak = max(self.peak, sum(self._alive.values()))
+        return result
+
+
+def _peak_memory(net: network.Network, recipe: Recipe, size: int, step_pictures: int) -> int:
+    """The tensors of the network itself, of its gradients and momentum, and of its largest forward or step."""
+    fixed: int = sum(tensor.nbytes for tensor in net.model.state_dict().values())
+    fixed += 2 * sum(parameter.nbytes for parameter in net.trained.values())
+    views = recipe.views if recipe.method == "cached" else 1
+    peak: int = 0
+    if recipe.method == "online":
+        net.train(recipe)
+        live = _LiveBytes()
+        with live, torch.set_grad_enabled(bool(net.trained)):
+            inputs = torch.empty(step_pictures, 3, size, size, device="meta")
+            loss = F.cross_entropy(net.model(inputs), torch.zeros(step_pictures, dtype=torch.long, device="meta"))
+            if net.trained:
+                torch.autograd.grad(loss, list(net.trained.values()))
+            del loss, inputs
+        net.model.eval()
+        peak = live.peak
+    live = _LiveBytes()
+    with live, torch.no_grad():
+        net.model(torch.empty(recipe.forward_batch * views, 3, size, size, device="meta"))
+    return fixed + max(peak, live.peak)

@@ -1,0 +1,134 @@
+"""What a run leaves to read: report.json, report.md and curve.png."""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fixefficientnet.evaluation import Evaluation, paired
+from fixefficientnet.files import write_atomically
+from fixefficientnet.manifest import Variant
+from fixefficientnet.reproduce.recipe import Recipe
+
+NOISE = 0.1
+"""Accuracy points between runs of the same training (the note, section 3.4)."""
+IMAGENET = (50_000, 1000)
+"""Pictures and classes of ImageNet-2012's validation set: only there the paper's figures can be compared."""
+
+TITLES = {
+    "base": "base, at its train size",
+    "base_at_test": "base, at the test size",
+    "tuned": "FixRes, at the test size",
+    "trained": "base stage, at the train size",
+}
+
+
+def build(
+    recipe: Recipe,
+    variant: Variant | None,
+    evaluations: Mapping[str, Evaluation],
+    *,
+    num_classes: int,
+    more: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The report as JSON values: figures, intervals, the paired test, and the paper's figures beside."""
+    report: dict[str, Any] = {"variant": recipe.variant, "backbone": recipe.backbone, **more}
+    report["measured"] = {name: evaluation.summary() for name, evaluation in evaluations.items()}
+    if "tuned" in evaluations and "base_at_test" in evaluations:
+        lost, won, p = paired(evaluations["base_at_test"].right, evaluations["tuned"].right)
+        report["fixres_against_base_at_test_size"] = {"only_base_right": lost, "only_fixres_right": won, "p": p}
+    if variant and variant.paper and recipe.stage == "fixres":
+        paper = variant.paper
+        found = next(iter(evaluations.values()))
+        comparable = (found.pictures, num_classes) == IMAGENET
+        report["paper"] = {
+            "table": paper.table,
+            "base_top1": paper.base.top1,
+            "fix_top1": paper.fix.top1,
+            "fix_top5": paper.fix.top5,
+            "comparable": comparable,
+        }
+        if comparable and "tuned" in evaluations and recipe.test_size == paper.fix.test_size:
+            difference = evaluations["tuned"].top1 - paper.fix.top1
+            report["paper"] |= {"difference": difference, "within_noise": abs(difference) <= NOISE + 0.05}
+    return report
+
+
+def as_markdown(report: Mapping[str, Any], recipe: Recipe) -> str:
+    """The report as a page."""
+    title = "FixRes fine-tuning" if recipe.stage == "fixres" else "base stage"
+    lines = [f"# {report['variant']}: {title}", ""]
+    lines += ["| | size | top-1 | 95% interval | top-5 | loss | pictures |", "|---|---|---|---|---|---|---|"]
+    for name, row in report["measured"].items():
+        lines.append(
+            f"| {TITLES[name]} | {row['size']} | {row['top1']:.2f} | {row['top1_low']:.2f} to {row['top1_high']:.2f} "
+            f"| {row['top5']:.2f} | {row['loss']:.4f} | {row['pictures']:,} |"
+        )
+    if test := report.get("fixres_against_base_at_test_size"):
+        lines += [
+            "",
+            f"Of the same pictures at the test size, {test['only_fixres_right']} are right after FixRes only and "
+            f"{test['only_base_right']} before it only (McNemar's exact test: p = {test['p']:.2g}).",
+        ]
+    if paper := report.get("paper"):
+        lines += [
+            "",
+            f"The paper (ImageNet-2012 validation, Table {paper['table']}): base {paper['base_top1']}, FixRes "
+            f"{paper['fix_top1']} top-1, {paper['fix_top5']} top-5.",
+        ]
+        if "difference" in paper:
+            within = "within" if paper["within_noise"] else "outside"
+            lines[-1] += f" Difference: {paper['difference']:+.2f}, {within} the paper's noise of {NOISE}."
+        else:
+            lines[-1] += " Not comparable: these figures are of other pictures, or of another test size."
+    elif recipe.stage == "fixres":
+        lines += ["", "The paper has no figures for this network."]
+    if report["unreadable"]:
+        lines += ["", f"Unreadable pictures: {len(report['unreadable'])}, left out:"]
+        lines += [f"- {reason}" for reason in report["unreadable"][:20]]
+    lines += [
+        "",
+        f"Pictures that went forward through the backbone to tune it: {report['forwards']:,} "
+        f"({report['forwards'] / max(1, report['train_pictures']):g} per training picture).",
+        "",
+        "## Recipe",
+        "",
+        "```json",
+        recipe.dumps(),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def curve(lines: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Draws loss and accuracy on the training pictures against steps, as logged."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    points = [line for line in lines if "loss" in line]
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2)
+    for axis, key, label in zip(panels, ("loss", "top1"), ("loss", "top-1, %"), strict=True):
+        axis.plot(
+            [point["steps"] for point in points],
+            [point[key] for point in points],
+            color="#1f6f8b",
+            linewidth=1,
+            marker="." if len(points) < 50 else "",
+        )
+        axis.set_xlabel("step")
+        axis.set_ylabel(f"{label} (training pictures)")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    figure.suptitle(title, fontsize=10)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=120)
+    write_atomically(path, stream.getvalue())
+
+
+def write(folder: Path, report: Mapping[str, Any], recipe: Recipe) -> None:
+    """Writes report.md, then report.json, whose presence says that the run is complete."""
+    write_atomically(folder / "report.md", as_markdown(report, recipe).encode())
+    write_atomically(folder / "report.json", (json.dumps(report, indent=2) + "\n").encode())

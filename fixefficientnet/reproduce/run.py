@@ -1,0 +1,369 @@
+"""One fine-tuning run, from a network and pictures to a delta and a report."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
+
+from fixefficientnet import delta, evaluation
+from fixefficientnet.data import TRAIN, VALIDATION, Pictures, follow, open_pictures
+from fixefficientnet.errors import CheckpointError, DataError, RunError
+from fixefficientnet.evaluation import Evaluation
+from fixefficientnet.files import write_atomically
+from fixefficientnet.hub import sha256_of
+from fixefficientnet.manifest import TestTime
+from fixefficientnet.reproduce import cached, network, online, report
+from fixefficientnet.reproduce.checkpoints import Checkpoints
+from fixefficientnet.reproduce.log import Log
+from fixefficientnet.reproduce.network import Network
+from fixefficientnet.reproduce.recipe import Recipe, Subject, differences
+from fixefficientnet.reproduce.session import Session
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the pictures are.
+
+    Attributes:
+        name: A folder, or a name for timm's `create_dataset`.
+        root: As timm's `root`.
+        train_split: Name of the split to train on.
+        val_split: Name of the split to measure on.
+    """
+
+    name: str
+    root: str | None = None
+    train_split: str = TRAIN
+    val_split: str = VALIDATION
+
+
+@dataclass(frozen=True)
+class Options:
+    """What does not decide the result.
+
+    Attributes:
+        folder: The run's.
+        checkpoint: File of the weights to start from.
+        workers: Loading processes per process.
+        compile: Whether torch.compile goes over the network.
+        features: Folder for cached features that stays, for other runs of the same network and pictures to use;
+            None: one in the run's, deleted on success.
+        auto_batch: Whether running out of memory halves the batch.
+        overwrite: Whether a run of another recipe in the folder is deleted.
+        max_unreadable: Largest tolerated share of unreadable pictures.
+        checkpoint_steps: Save after so many steps.
+        checkpoint_minutes: Save after so many minutes.
+    """
+
+    folder: Path
+    checkpoint: Path | None = None
+    workers: int = 4
+    compile: bool = False
+    features: Path | None = None
+    auto_batch: bool = False
+    overwrite: bool = False
+    max_unreadable: float = 0.01
+    checkpoint_steps: int = 1000
+    checkpoint_minutes: float = 10.0
+    console: Any = field(default=None, compare=False)
+
+
+def run(subject: Subject, recipe: Recipe, data: Data, options: Options, accelerator: Accelerator) -> dict[str, Any]:
+    """Tunes, measures and reports; goes on where a killed run of the same recipe was.
+
+    Args:
+        subject: The network.
+        recipe: How it is tuned.
+        data: On what.
+        options: How the run behaves.
+        accelerator: On which devices.
+
+    Returns:
+        The report.
+
+    Raises:
+        DataError: The pictures cannot be used.
+        CheckpointError: A checkpoint is damaged or of another network.
+        RunError: The folder is in use or holds another run; the loss is NaN; no memory or disk.
+        Interrupted: A signal asked to stop; the same call goes on.
+    """
+    while True:
+        try:
+            return _run(subject, recipe, data, options, accelerator)
+        except (RuntimeError, MemoryError) as error:
+            out_of_memory = isinstance(error, MemoryError) or should_reduce_batch_size(error)
+            if isinstance(error, RunError) or not out_of_memory:
+                raise
+            smaller = _halved(recipe)
+            if not options.auto_batch or smaller is None:
+                raise RunError(
+                    f"Out of memory with batch_size {recipe.batch_size} and forward_batch {recipe.forward_batch}. Try "
+                    "--auto-batch, or set smaller ones (--set batch_size=… --set forward_batch=…); --plan estimates "
+                    "what a run takes."
+                ) from error
+        torch.cuda.empty_cache()
+        options = replace(options, overwrite=True)
+        recipe = smaller
+
+
+def _halved(recipe: Recipe) -> Recipe | None:
+    if recipe.batch_size == 1 and recipe.forward_batch == 1:
+        return None
+    return replace(recipe, batch_size=max(1, recipe.batch_size // 2), forward_batch=max(1, recipe.forward_batch // 2))
+
+
+def _run(subject: Subject, recipe: Recipe, data: Data, options: Options, accelerator: Accelerator) -> dict[str, Any]:
+    folder = options.folder
+    log = Log(folder, enabled=accelerator.is_main_process, console=options.console)
+    session = Session(accelerator, folder, log, options.workers, options.max_unreadable)
+    with session.locked(folder):
+        try:
+            train, validation, num_classes = _open(data, subject, recipe, options)
+            weights: str | Path = recipe.weights if options.checkpoint is None else options.checkpoint
+            model = network.load(subject, weights, num_classes=num_classes, seed=recipe.seed)
+            num_classes = int(getattr(model, "num_classes", num_classes))
+            identity = {
+                "recipe": asdict(recipe),
+                "pictures": {"train": train.fingerprint(), "validation": validation.fingerprint()},
+                "network": delta.fingerprint(model.state_dict()),
+            }
+            identity = json.loads(json.dumps(identity))
+            finished = session.on_main(lambda: _claim(session, identity, recipe, options))
+            if finished is not None:
+                log.say(f"{folder} is finished already; --overwrite does it again.")
+                return finished
+            return _tune(session, subject, recipe, options, model, train, validation, identity)
+        finally:
+            log.close()
+
+
+def _open(data: Data, subject: Subject, recipe: Recipe, options: Options) -> tuple[Pictures, Pictures, int]:
+    """Both splits, numbered as the network's classes; how many classes a network without weights of them gets."""
+    if options.checkpoint is not None:
+        expected: int | None = None
+    else:
+        expected = 1000 if recipe.stage == "fixres" else None
+    train = open_pictures(data.name, data.train_split, root=data.root, num_classes=expected)
+    if expected is None and train.imagenet:
+        expected = 1000
+        train = open_pictures(data.name, data.train_split, root=data.root, num_classes=expected)
+    validation = open_pictures(
+        data.name, data.val_split, root=data.root, num_classes=expected if train.imagenet else None
+    )
+    validation = follow(validation, train)
+    return train, validation, len(train.classes) or expected or 1000
+
+
+def _claim(session: Session, identity: Mapping[str, Any], recipe: Recipe, options: Options) -> dict[str, Any] | None:
+    """Makes the folder this run's. The report, if the run is finished; refuses another run's folder."""
+    folder = session.folder
+    if options.overwrite:
+        for path in folder.iterdir():
+            if path.name in _OURS:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    file = folder / "recipe.json"
+    for path, there in (
+        (file, _saved(file)),
+        (folder / "checkpoint", _checkpoints(session, {}, options).saved_identity()),
+    ):
+        if there is None or there == identity:
+            continue
+        differ = differences(there.get("recipe", {}), identity["recipe"])
+        differ += [f"other {what}" for what in ("pictures", "network") if there.get(what) != identity[what]]
+        raise RunError(
+            f"{path} is of another run:\n  "
+            + "\n  ".join(differ)
+            + "\nChoose another folder with --experiment, or start anew in this one with --overwrite."
+        )
+    finished = _saved(folder / "report.json")
+    if finished is not None:
+        return dict(finished)
+    write_atomically(file, (json.dumps(identity, indent=2) + "\n").encode())
+    return None
+
+
+_OURS = (
+    "checkpoint",
+    "curve.png",
+    "delta.safetensors",
+    "evaluations.json",
+    "features",
+    "log.jsonl",
+    "model.safetensors",
+    "recipe.json",
+    "report.json",
+    "report.md",
+    "tensorboard",
+)
+"""All that a run writes into its folder."""
+
+
+def _saved(path: Path) -> Mapping[str, Any] | None:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}). Delete it, or start anew with --overwrite.") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path} is damaged. Delete it, or start anew with --overwrite.")
+    return record
+
+
+def _checkpoints(session: Session, identity: Mapping[str, Any], options: Options) -> Checkpoints:
+    path = session.folder / "checkpoint" / "state.safetensors"
+    seconds = options.checkpoint_minutes * 60
+    return Checkpoints(path, identity, options.checkpoint_steps, seconds, enabled=session.main)
+
+
+def _tune(
+    session: Session,
+    subject: Subject,
+    recipe: Recipe,
+    options: Options,
+    model: torch.nn.Module,
+    train: Pictures,
+    validation: Pictures,
+    identity: Mapping[str, Any],
+) -> dict[str, Any]:
+    folder, log, accelerator = session.folder, session.log, session.accelerator
+    model = model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = network.prepare(model, recipe)
+    original = {name: tensor.detach().clone() for name, tensor in net.head.select(model.state_dict()).items()}
+    _introduce(session, net, recipe, train, validation)
+    if options.compile:
+        model.compile()
+    measured = Measurements(session, net, validation, recipe)
+    if recipe.stage == "fixres":
+        measured.take("base", recipe.base)
+        measured.take("base_at_test", recipe.test)
+    checkpoints = _checkpoints(session, identity, options)
+    if recipe.method == "cached":
+        place = options.features or folder / "features"
+        with session.locked(place):
+            done = cached.tune(session, net, train, recipe, checkpoints, place)
+        if session.main and options.features is None:
+            shutil.rmtree(place, ignore_errors=True)
+    else:
+        done = online.tune(session, net, train, recipe, checkpoints)
+    model = net.model.eval()
+    if recipe.stage == "fixres":
+        measured.take("tuned", recipe.test)
+    else:
+        measured.take("trained", replace(recipe.base, crop_pct=recipe.crop_pct))
+
+    def finish() -> dict[str, Any]:
+        more = {
+            "train_pictures": len(train),
+            "unreadable": list(session.unreadable.values()),
+            **done,
+            "recipe": asdict(recipe),
+        }
+        classes = int(getattr(model, "num_classes", 0))
+        finished = report.build(recipe, subject.variant, measured.found, num_classes=classes, more=more)
+        _save_weights(folder, subject, recipe, model, original, finished, own=options.checkpoint is not None)
+        report.curve(log.lines(), folder / "curve.png", f"{recipe.variant}, {recipe.stage} stage, {recipe.method}")
+        report.write(folder, finished, recipe)
+        return finished
+
+    return session.on_main(finish)
+
+
+def _save_weights(
+    folder: Path,
+    subject: Subject,
+    recipe: Recipe,
+    model: torch.nn.Module,
+    original: Mapping[str, torch.Tensor],
+    finished: Mapping[str, Any],
+    *,
+    own: bool,
+) -> None:
+    """The delta of a FixRes stage; the whole network where its weights are nobody else's."""
+    if recipe.stage == "fixres":
+        measured = {
+            name: {key: row[key] for key in ("size", "crop_pct", "pictures", "top1", "top5")}
+            for name, row in finished["measured"].items()
+        }
+        tuned = delta.extract(
+            model,
+            base=original,
+            variant=subject.name,
+            backbone=subject.backbone,
+            license=subject.variant.backbone.license if subject.variant and not own else "unknown",
+            recipe=asdict(recipe),
+            measured=measured,
+        )
+        delta.save(tuned, folder / "delta.safetensors")
+    if recipe.stage == "base" or recipe.weights != "pretrained":
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors))
+
+
+def _introduce(session: Session, net: Network, recipe: Recipe, train: Pictures, validation: Pictures) -> None:
+    size = recipe.train_size if recipe.stage == "base" else recipe.test_size
+    session.log.say(
+        f"{recipe.variant}: {recipe.stage} stage, {recipe.method}, tune {recipe.tune}, at {size} pixels; "
+        f"{len(train):,} pictures to train on, {len(validation):,} to measure on; {session.world} "
+        f"{'process' if session.world == 1 else 'processes'} on {session.accelerator.device.type}"
+    )
+    count = sum(tensor.numel() for tensor in net.moving.values())
+    names = ", ".join(net.moving) if len(net.moving) <= 6 else f"{len(net.moving)} tensors"
+    session.log.say(f"moves {count:,} values: {names}")
+
+
+class Measurements:
+    """Evaluations of a run, kept on disk so that a run that goes on does not repeat them."""
+
+    def __init__(self, session: Session, net: Network, pictures: Pictures, recipe: Recipe):
+        self._session, self._net, self._pictures, self._recipe = session, net, pictures, recipe
+        self._path = session.folder / "evaluations.json"
+        saved = session.on_main(lambda: _saved(self._path)) or {}
+        self.found: dict[str, Evaluation] = {name: evaluation.from_json(row) for name, row in saved.items()}
+
+    def take(self, name: str, test: TestTime) -> None:
+        """Measures the network as it is now, unless that was done."""
+        session, recipe = self._session, self._recipe
+        if name not in self.found:
+            with session.log.bar(f"{report.TITLES[name]} ({test.size})", len(self._pictures)) as bar:
+                self.found[name] = evaluation.evaluate(
+                    self._net.model,
+                    self._pictures,
+                    test,
+                    batch_size=recipe.forward_batch,
+                    shard=recipe.shard,
+                    workers=session.workers,
+                    accelerator=session.accelerator,
+                    on_batch=lambda batch: bar.advance((len(batch.targets) + len(batch.unreadable)) * session.world),
+                )
+            text = json.dumps({key: asdict(row) for key, row in self.found.items()})
+            session.on_main(lambda: write_atomically(self._path, text.encode()))
+        row = self.found[name]
+        low, high = row.interval
+        unread = [(i, self._pictures.name(i)) for i, mark in enumerate(row.right) if mark == "-"]
+        session.count_unreadable(self._pictures.what, unread, len(self._pictures))
+        session.log.say(
+            f"  {report.TITLES[name]} ({row.size}): top-1 {row.top1:.2f} (95%: {low:.2f} to {high:.2f}), "
+            f"top-5 {row.top5:.2f}, of {row.pictures:,} pictures"
+        )
+
+
+def weights_of(checkpoint: Path | None, pretrained: bool) -> str:
+    """What a recipe says of where its weights come from.
+
+    Raises:
+        DataError: The checkpoint cannot be read.
+    """
+    if checkpoint is None:
+        return "pretrained" if pretrained else "random"
+    try:
+        return f"sha256:{sha256_of(checkpoint)}"
+    except OSError as error:
+        raise DataError(f"--checkpoint {checkpoint} cannot be read: {error.strerror}.") from error

@@ -1,0 +1,562 @@
+"""Fine-tuning end to end, on a tiny network and pictures that are made here."""
+
+import fcntl
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import timm
+import tiny
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from torch import nn
+
+import fixefficientnet
+from fixefficientnet import data, delta
+from fixefficientnet.errors import RunError
+from fixefficientnet.preprocessing import FineTuningTransform, Preprocess
+from fixefficientnet.reproduce import online
+from fixefficientnet.reproduce import recipe as recipes
+
+HEAD = {"bn2.weight", "bn2.bias", "bn2.running_mean", "bn2.running_var", "classifier.weight", "classifier.bias"}
+SMALL = ["--set", "epochs=3", "--set", "batch_size=6", "--set", "shard=8", "--set", "forward_batch=4", "-j", "0"]
+SIZES = ["--train-size", "32", "--test-size", "48"]
+
+
+@dataclass(frozen=True)
+class Ground:
+    """Pictures, and a network trained on them from scratch."""
+
+    folder: Path
+    pictures: Path
+    checkpoint: Path
+
+    def fixres(self, *more: str, out: Path, experiment: str = "run") -> list[str]:
+        network = [*tiny.NETWORK, "--checkpoint", str(self.checkpoint)]
+        place = ["--data", str(self.pictures), "--output", str(out), "--experiment", experiment]
+        return [*network, *place, *SIZES, *SMALL, *more]
+
+    def model(self) -> nn.Module:
+        model = timm.create_model("test_efficientnet", num_classes=3)
+        model.load_state_dict(load_file(self.checkpoint))
+        return model.eval()
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
+    folder = tmp_path_factory.mktemp("ground")
+    pictures = tiny.make_data(folder / "data")
+    base = [*tiny.NETWORK, "--stage", "base", "--no-pretrained", "--data", str(pictures), "--output", str(folder)]
+    tiny.run([*base, *SIZES, "--set", "epochs=4", "--set", "batch_size=6", "-j", "0"], folder / "said.txt")
+    return Ground(folder, pictures, folder / "test_efficientnet.r160_in1k-base" / "model.safetensors")
+
+
+def sha(folder: Path) -> str:
+    return hashlib.sha256((folder / "delta.safetensors").read_bytes()).hexdigest()
+
+
+def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set[str]:
+    """Names of the tensors that differ, but for the counters of batches, which have no effect."""
+    assert set(one) == set(other)
+    return {
+        name for name in one if not name.endswith("num_batches_tracked") and not torch.equal(one[name], other[name])
+    }
+
+
+def run_anew(arguments: list[str], *, status: int = 0, **environment: str) -> str:
+    """In a process that imports everything itself, as some libraries read their environment then."""
+    command = [sys.executable, "-m", "fixefficientnet.reproduce", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def report(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+# --- what a run does ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["online", "cached"])
+def test_a_run_leaves_what_it_measured(ground: Ground, tmp_path: Path, method: str):
+    said = tiny.run(ground.fixres("--method", method, out=tmp_path), tmp_path / "said.txt")
+    folder = tmp_path / "run"
+    assert "FixRes, at the test size (48): top-1" in said
+    names = {"delta.safetensors", "model.safetensors", "recipe.json", "report.json", "report.md", "log.jsonl"}
+    names |= {"curve.png", "checkpoint", "evaluations.json", "tensorboard", ".lock"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "tensorboard").iterdir())
+
+    # the delta on the untuned network is the network that was measured
+    model = ground.model()
+    tuned = delta.load(folder / "delta.safetensors")
+    delta.apply(model, tuned)
+    whole = load_file(folder / "model.safetensors")
+    assert differing(model.state_dict(), whole) == set()
+
+    # measured again, by a plain loop
+    found = report(folder)["measured"]
+    pictures = data.open_pictures(str(ground.pictures), "validation")
+    for name, size, network in (
+        ("base", 32, ground.model()),
+        ("base_at_test", 48, ground.model()),
+        ("tuned", 48, model.eval()),
+    ):
+        cfg = timm.get_pretrained_cfg(tiny.NETWORK[1])
+        preprocess = Preprocess(size, 1.0, cfg.interpolation, cfg.mean, cfg.std)
+        with torch.inference_mode():
+            right = [
+                network(preprocess(pictures[i][0])[None]).argmax().item() == pictures[i][1]
+                for i in range(len(pictures))
+            ]
+        assert found[name]["top1"] == pytest.approx(100 * sum(right) / len(right)), name
+        assert found[name]["size"] == size
+    assert f"{found['tuned']['top1']:.2f}" in (folder / "report.md").read_text()
+
+    recipe = json.loads((folder / "recipe.json").read_text())["recipe"]
+    assert tuned.recipe == recipe
+    assert tuned.measured["tuned"]["top1"] == found["tuned"]["top1"]
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["steps"] for line in lines] == sorted(line["steps"] for line in lines)
+    assert lines[-1]["steps"] == {"online": 3 * 5, "cached": 3 * 10}[method]
+    assert report(folder)["forwards"] == {"online": 3 * 30, "cached": (1 + 2) * 30}[method]
+
+
+def plain_online(ground: Ground, processes: int = 1) -> dict[str, torch.Tensor]:
+    """The method of the paper in the simplest way: the whole model forward, the norm in train mode.
+
+    With several processes, each one's norm sees its part of the batch; gradients and statistics are averaged.
+    """
+    subject = recipes.subject_of_backbone(tiny.NETWORK[1])
+    recipe = recipes.resolve(subject, {"test_size": 48, "weights": "sha256:"}, ["epochs=3", "batch_size=6"])
+    model = ground.model()
+    model.requires_grad_(False)
+    trained = [*model.classifier.parameters(), *model.bn2.parameters()]
+    for parameter in trained:
+        parameter.requires_grad_()
+    optimizer = torch.optim.SGD(trained, lr=8 * 1e-3 * 6 / 512, momentum=0.9, weight_decay=1e-4)
+    pictures = data.open_pictures(str(ground.pictures), "train")
+    transform = FineTuningTransform(Preprocess.of(recipe.test), 0, 0.5, 0.05)
+    model.bn2.train()
+    for epoch in range(3):
+        sequence = online.order(recipe, epoch, 30)
+        for start in range(0, 30, 6):
+            chosen = sequence[start : start + 6]
+            inputs = torch.stack([transform(pictures[index][0], epoch, index) for index in chosen])
+            targets = torch.tensor([pictures[index][1] for index in chosen])
+            optimizer.zero_grad()
+            before = [model.bn2.running_mean.clone(), model.bn2.running_var.clone()]
+            after = [torch.zeros_like(tensor) for tensor in before]
+            for part in range(processes):
+                model.bn2.running_mean.copy_(before[0])
+                model.bn2.running_var.copy_(before[1])
+                logits = model(inputs[part::processes])
+                loss = nn.functional.cross_entropy(logits, targets[part::processes], label_smoothing=0.1)
+                (loss / processes).backward()
+                after[0] += model.bn2.running_mean / processes
+                after[1] += model.bn2.running_var / processes
+            model.bn2.running_mean.copy_(after[0])
+            model.bn2.running_var.copy_(after[1])
+            optimizer.step()
+    return model.state_dict()
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for name in differing(found, expected):
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_online_is_the_papers_method(ground: Ground, tmp_path: Path):
+    tiny.run(ground.fixres("--method", "online", out=tmp_path), tmp_path / "said.txt")
+    assert_close(load_file(tmp_path / "run" / "model.safetensors"), plain_online(ground))
+
+
+def test_cached_statistics_and_features_are_exact(ground: Ground, tmp_path: Path):
+    more = ["--method", "cached", "--keep-features", "--set", "feature_dtype=float32"]
+    tiny.run(ground.fixres(*more, out=tmp_path), tmp_path / "said.txt")
+    model = ground.model()
+    pictures = data.open_pictures(str(ground.pictures), "train")
+    recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"]
+    preprocess = Preprocess(48, 1.0, recipe["interpolation"], tuple(recipe["mean"]), tuple(recipe["std"]))
+    inputs = torch.stack([preprocess(pictures[index][0]) for index in range(30)])
+    seen: list[torch.Tensor] = []
+    model.bn2.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    pooled: list[torch.Tensor] = []
+    model.classifier.register_forward_pre_hook(lambda module, given: pooled.append(given[0]))
+    with torch.inference_mode():
+        model(inputs)
+        variance, mean = torch.var_mean(seen[0].double(), (0, 2, 3))
+        model.bn2.running_mean.copy_(mean)
+        model.bn2.running_var.copy_(variance)
+        pooled.clear()
+        model(inputs)
+        model(inputs.flip(-1))
+    tuned = delta.load(tmp_path / "run" / "delta.safetensors").tensors
+    torch.testing.assert_close(tuned["bn2.running_mean"], mean.float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(tuned["bn2.running_var"], variance.float(), rtol=1e-5, atol=1e-6)
+    (file,) = (tmp_path / "features").glob("features-*/features.bin")
+    features = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.float32).view(30, 2, -1)
+    torch.testing.assert_close(features, torch.stack(pooled, 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "tune", "moves"),
+    [
+        ("online", "all", HEAD),
+        ("online", "classifier", {"classifier.weight", "classifier.bias"}),
+        ("online", "bn-stats", {"bn2.running_mean", "bn2.running_var"}),
+        ("online", "bn", {"bn2.running_mean", "bn2.running_var", "bn2.weight", "bn2.bias"}),
+        ("cached", "all", HEAD - {"bn2.weight", "bn2.bias"}),
+        ("cached", "classifier", {"classifier.weight", "classifier.bias"}),
+        ("cached", "bn-stats", {"bn2.running_mean", "bn2.running_var"}),
+    ],
+)
+def test_only_what_the_ablation_says_moves(ground: Ground, tmp_path: Path, method: str, tune: str, moves: set[str]):
+    tiny.run(ground.fixres("--method", method, "--tune", tune, out=tmp_path), tmp_path / "said.txt")
+    before, after = load_file(ground.checkpoint), load_file(tmp_path / "run" / "model.safetensors")
+    assert differing(before, after) == moves
+
+
+def test_base_stage_moves_everything_and_classifier_alone_if_asked(ground: Ground, tmp_path: Path):
+    more = ["--stage", "base", "--tune", "classifier", "--set", "epochs=1"]
+    tiny.run(ground.fixres(*more, out=tmp_path), tmp_path / "said.txt")
+    before, after = load_file(ground.checkpoint), load_file(tmp_path / "run" / "model.safetensors")
+    assert differing(before, after) == {"classifier.weight", "classifier.bias"}
+    assert report(ground.checkpoint.parent)["measured"]["trained"]["top1"] > 60
+
+
+def test_a_variant_of_the_zoo_loads_its_delta(hub_cache: Path, tmp_path: Path):
+    pictures = tiny.make_data(tmp_path / "data", ("n01440764", "n02124075", "n07920052"), train=4, val=2)
+    place = ["--data", str(pictures), "--output", str(tmp_path)]
+    sizes = ["--train-size", "32", "--test-size", "48", "--set", "epochs=1", "--set", "batch_size=4", "-j", "0"]
+    run_anew(["b0", *place, *sizes], HF_HUB_CACHE=str(hub_cache))
+    folder = tmp_path / "b0"
+    model = fixefficientnet.create("b0", folder / "delta.safetensors", cache_dir=hub_cache)
+    base = fixefficientnet.create("b0", "backbone", cache_dir=hub_cache)
+    assert differing(model.state_dict(), base.state_dict()) == HEAD
+    assert not (folder / "model.safetensors").exists()
+    found = report(folder)
+    assert found["paper"]["fix_top1"] == 79.3
+    assert found["paper"]["comparable"] is False
+    test = replace(model.preprocess, size=48)
+    validation = data.open_pictures(str(pictures), "validation", num_classes=1000)
+    assert [validation[index][1] for index in range(6)] == [0, 0, 285, 285, 967, 967]
+    with torch.inference_mode():
+        right = [
+            int(model(test(image)[None]).argmax()) == label for image, label in map(validation.__getitem__, range(6))
+        ]
+    assert found["measured"]["tuned"]["top1"] == pytest.approx(100 * sum(right) / 6)
+
+
+def test_resnet_has_its_last_norm_tuned(ground: Ground, tmp_path: Path):
+    network = ["--backbone", "test_resnet", "--data", str(ground.pictures), "--output", str(tmp_path), *SIZES, *SMALL]
+    tiny.run([*network, "--stage", "base", "--no-pretrained"], tmp_path / "said.txt")
+    before = tmp_path / "test_resnet-base" / "model.safetensors"
+    for method in ("online", "cached"):
+        arguments = [*network, "--checkpoint", str(before), "--method", method, "--experiment", method]
+        tiny.run(arguments, tmp_path / "said.txt")
+        changed = differing(load_file(before), load_file(tmp_path / method / "model.safetensors"))
+        norm = delta.find_head(timm.create_model("test_resnet")).norm
+        assert {f"{norm}.running_mean", f"{norm}.running_var", "fc.weight", "fc.bias"} <= changed
+        assert {name.rpartition(".")[0] for name in changed} == {norm, "fc"}
+
+
+# --- the same bytes, whatever happens -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["online", "cached"])
+def uninterrupted(request: pytest.FixtureRequest, ground: Ground, tmp_path_factory: pytest.TempPathFactory):
+    out = tmp_path_factory.mktemp(request.param)
+    arguments = ["--method", request.param, "--checkpoint-steps", "1"]
+    started = time.monotonic()
+    tiny.run(ground.fixres(*arguments, out=out), out / "said.txt")
+    return arguments, out / "run", time.monotonic() - started
+
+
+def kill_when(process, reached: Callable[[], bool]) -> bool:
+    """Ends a process by SIGKILL at a point of its work; whether it was still at work."""
+    until = time.monotonic() + 60
+    while process.is_alive() and not reached() and time.monotonic() < until:
+        time.sleep(0.001)
+    killed = process.is_alive()
+    process.kill()
+    process.join()
+    return killed
+
+
+def test_killed_runs_go_on_to_the_same_bytes(uninterrupted, ground: Ground, tmp_path: Path):
+    arguments, done, seconds = uninterrupted
+    command, folder = ground.fixres(*arguments, out=tmp_path), tmp_path / "run"
+    shards = [folder / "features", "*/*.safetensors"]
+    points: list[Callable[[], bool]] = [
+        lambda: (folder / "evaluations.json").exists(),
+        lambda: len(list(shards[0].glob(shards[1]))) >= 2,
+        lambda: len(list(shards[0].glob(shards[1]))) >= 6,
+        lambda: (folder / "checkpoint" / "state.safetensors").exists(),
+        lambda: (folder / "log.jsonl").exists() and (folder / "log.jsonl").read_text().count("\n") >= 7,
+    ]
+    generator = random.Random(str(arguments))
+    for _ in range(3):
+        wait = generator.uniform(0.2, seconds)
+        points.append(
+            lambda end=wait, start=[]: time.monotonic() - (start or start.append(time.monotonic()) or start)[0] > end
+        )
+    killed = sum(kill_when(tiny.start(command, tmp_path / "said.txt"), point) for point in points)
+    assert killed >= 3
+    said = tiny.run(command, tmp_path / "said.txt")
+    assert sha(folder) == sha(done)
+    assert not [path for path in folder.rglob(".*") if path.name != ".lock"], "half-written files were left"
+    steps = [json.loads(line)["steps"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)), said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_goes_on(uninterrupted, ground: Ground, tmp_path: Path, number: int):
+    arguments, done, _ = uninterrupted
+    arguments = arguments[:2]  # without --checkpoint-steps: nothing is saved but on the signal
+    command = ground.fixres(*arguments, out=tmp_path)
+    log = tmp_path / "run" / "log.jsonl"
+    process = tiny.start(command, tmp_path / "said.txt")
+    until = time.monotonic() + 60
+    while process.is_alive() and not log.exists() and time.monotonic() < until:
+        time.sleep(0.001)
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode in (0, 128 + number)  # 0: it was done by then
+    if process.exitcode:
+        assert f"Stopped by {signal.Signals(number).name}" in (tmp_path / "said.txt").read_text()
+        assert (tmp_path / "run" / "checkpoint" / "state.safetensors").exists()
+        tiny.run(command, tmp_path / "said.txt")
+    assert sha(tmp_path / "run") == sha(done)
+
+
+def test_workers_change_nothing(uninterrupted, ground: Ground, tmp_path: Path):
+    arguments, done, _ = uninterrupted
+    tiny.run([*ground.fixres(*arguments, out=tmp_path), "-j", "2"], tmp_path / "said.txt")
+    assert sha(tmp_path / "run") == sha(done)
+
+
+def test_two_processes(uninterrupted, ground: Ground, tmp_path: Path):
+    arguments, done, _ = uninterrupted
+    command, folder = ground.fixres(*arguments, out=tmp_path), tmp_path / "run"
+    killed = tiny.start_two(command, tmp_path / "killed")
+    until = time.monotonic() + 60
+    while killed[0].is_alive() and not (folder / "evaluations.json").exists() and time.monotonic() < until:
+        time.sleep(0.001)
+    for process in killed:
+        process.kill()
+        process.join()
+    assert not (folder / "report.json").exists()
+    for attempt in ("run", "again"):
+        processes = tiny.start_two([*command, "--experiment", attempt], tmp_path / attempt)
+        for process in processes:
+            process.join(120)
+        said = [Path(f"{tmp_path / attempt}.{rank}").read_text() for rank in range(2)]
+        assert [process.exitcode for process in processes] == [0, 0], said
+        assert "top-1" in said[0]
+        assert "top-1" not in said[1]
+    assert sha(folder) == sha(tmp_path / "again")  # interrupted or not
+    if "cached" in arguments:
+        assert sha(folder) == sha(done)  # as with one process
+        return
+    # online, each process's norm sees its own part of the batch, as in the paper's multi-GPU training
+    assert_close(load_file(folder / "model.safetensors"), plain_online(ground, processes=2))
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--standalone"],
+        [
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+        ],
+    ],
+    ids=["torchrun", "accelerate launch"],
+)
+@pytest.mark.slow
+def test_launchers(ground: Ground, tmp_path: Path, launcher: list[str]):
+    command = ground.fixres("--method", "cached", out=tmp_path)
+    tiny.run([*command, "--experiment", "one"], tmp_path / "said.txt")
+    subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", "fixefficientnet.reproduce", *command],
+        check=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert sha(tmp_path / "run") == sha(tmp_path / "one")
+
+
+# --- bad input ------------------------------------------------------------------------------------------------
+
+
+def refused(ground: Ground, tmp_path: Path, *more: str) -> str:
+    text = tiny.run(ground.fixres(*more, out=tmp_path), tmp_path / "said.txt", status=1)
+    assert "Traceback" not in text
+    assert not (tmp_path / "run" / "delta.safetensors").exists()
+    return text
+
+
+def test_another_recipe_in_the_same_folder_is_refused(ground: Ground, tmp_path: Path):
+    command = ground.fixres("--method", "cached", out=tmp_path)
+    tiny.run(command, tmp_path / "said.txt")
+    before = sha(tmp_path / "run")
+    assert "is finished already" in tiny.run(command, tmp_path / "said.txt")
+    text = tiny.run([*command, "--set", "base_lr=0.5"], tmp_path / "said.txt", status=1)
+    assert "base_lr: 0.01 there, 0.5 here" in text
+    assert "--overwrite" in text
+    assert sha(tmp_path / "run") == before
+    (tmp_path / "other" / "checkpoint").mkdir(parents=True)
+    state = "checkpoint/state.safetensors"
+    shutil.copy(tmp_path / "run" / state, tmp_path / "other" / state)
+    text = tiny.run([*command, "--experiment", "other", "--seed", "5"], tmp_path / "said.txt", status=1)
+    assert "seed: 0 there, 5 here" in text
+    (tmp_path / "run" / "mine.txt").write_text("not the run's")
+    tiny.run([*command, "--set", "base_lr=0.5", "--overwrite"], tmp_path / "said.txt")
+    assert sha(tmp_path / "run") != before
+    assert (tmp_path / "run" / "mine.txt").exists()
+
+
+def test_a_folder_in_use_is_refused(ground: Ground, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("4711")
+        lock.flush()
+        assert "is in use by the process 4711" in refused(ground, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["online", "cached"])
+def test_a_loss_that_explodes_stops_the_run(ground: Ground, tmp_path: Path, method: str):
+    more = ["--method", method, "--set", "base_lr=1e30", "--checkpoint-steps", "1"]
+    text = refused(ground, tmp_path, *more)
+    assert "The loss is" in text
+    assert "at step" in text
+    kept = load_file(tmp_path / "run" / "checkpoint" / "state.safetensors")
+    assert "model.classifier.weight" in kept
+
+
+def test_unreadable_pictures_are_named_and_tolerated_up_to_a_limit(ground: Ground, tmp_path: Path):
+    pictures = tmp_path / "data"
+    shutil.copytree(ground.pictures, pictures)
+    for name in ("train/apple/3.jpg", "val/cloud/0.jpg"):
+        (pictures / name).write_bytes(b"no picture")
+    for method in ("online", "cached"):
+        more = ["--data", str(pictures), "--method", method, "--experiment", method]
+        text = refused(ground, tmp_path, *more)
+        assert "cannot be read so far" in text
+        assert "cloud/0.jpg" in text
+        tiny.run([*ground.fixres(*more, out=tmp_path), "--max-unreadable", "0.2"], tmp_path / "said.txt")
+        found = report(tmp_path / method)
+        assert found["measured"]["tuned"]["pictures"] == 17
+        assert any("apple/3.jpg" in reason for reason in found["unreadable"])
+        assert "apple/3.jpg" in (tmp_path / method / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--device", "cuda"], "there is no CUDA device"),
+        (["--data", "nowhere"], "There is no folder nowhere"),
+        (["--checkpoint", "nowhere.safetensors"], "cannot be read"),
+        (["--set", "base_lrr=1"], "Did you mean base_lr?"),
+        (["--tune", "bn", "--method", "cached"], "use --method online"),
+        (["--backbone", "resnet51"], "timm has no model 'resnet51'"),
+        (["--no-pretrained", "--checkpoint", "nowhere"], "cannot be read"),
+        (["--backbone", "test_vit"], "no batch norm before its pooling"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_bad_arguments(ground: Ground, tmp_path: Path, arguments: list[str], said: str):
+    if arguments[-1] == "test_vit":
+        network = timm.create_model("test_vit", num_classes=3)
+        from safetensors.torch import save_file
+
+        save_file(network.state_dict(), tmp_path / "vit.safetensors")
+        arguments = [*arguments, "--checkpoint", str(tmp_path / "vit.safetensors")]
+    assert said in refused(ground, tmp_path, *arguments)
+
+
+def test_a_checkpoint_of_another_network_is_refused(ground: Ground, tmp_path: Path):
+    text = refused(ground, tmp_path, "--backbone", "test_resnet")
+    assert "is no checkpoint of test_resnet" in text
+
+
+def test_classes_that_do_not_match(ground: Ground, tmp_path: Path, hub_cache: Path):
+    arguments = ["b0", "--data", str(ground.pictures), "--output", str(tmp_path), "-j", "0"]
+    text = run_anew(arguments, status=1, HF_HUB_CACHE=str(hub_cache))
+    assert "has 3 classes, the network 1000" in text
+    assert "--stage base" in text
+
+
+# --- memory and disk: what cannot be made to happen for real here ---------------------------------------------
+
+
+def in_process(ground: Ground, out: Path, settings: list[str], **options: object) -> dict:
+    from accelerate import Accelerator
+
+    from fixefficientnet.reproduce.run import Data, Options, run
+
+    subject = recipes.subject_of_backbone(tiny.NETWORK[1])
+    choices = {"train_size": 32, "test_size": 48, "weights": "sha256:0"}
+    recipe = recipes.resolve(subject, choices, ["epochs=1", "shard=8", *settings])
+    where = Options(folder=out / "run", checkpoint=ground.checkpoint, workers=0, **options)
+    return run(subject, recipe, Data(str(ground.pictures)), where, Accelerator(cpu=True))
+
+
+def test_too_little_disk_is_said_before_the_pass(ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(RunError, match=r"The features take 0\.00 GB, .* has 0\.00 GB free") as error:
+        in_process(ground, tmp_path, ["method=cached"])
+    assert "--set views=1" in str(error.value)
+
+
+def test_out_of_memory(ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    convolve = nn.Conv2d.forward
+
+    def small_memory(self: nn.Conv2d, inputs: torch.Tensor) -> torch.Tensor:
+        if len(inputs) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return convolve(self, inputs)
+
+    monkeypatch.setattr(nn.Conv2d, "forward", small_memory)
+    with pytest.raises(RunError, match=r"Out of memory with batch_size 12.*--auto-batch"):
+        in_process(ground, tmp_path, ["batch_size=12", "forward_batch=8"])
+    found = in_process(ground, tmp_path, ["batch_size=12", "forward_batch=8"], auto_batch=True)
+    assert (found["recipe"]["batch_size"], found["recipe"]["forward_batch"]) == (3, 2)
+
+
+# --- the plan -------------------------------------------------------------------------------------------------
+
+
+def test_plan_of_one_and_of_all(tmp_path: Path):
+    text = tiny.run(["b2", "--plan", "--throughput", "1000"], tmp_path / "said.txt", COLUMNS="80")
+    assert "classifier.weight" in text
+    assert "420" in text
+    text = tiny.run(["--all", "--plan"], tmp_path / "said.txt", COLUMNS="80")
+    assert all(f" {key} " in text for key in fixefficientnet.list_models() if not key.startswith("lite"))
+    assert max(map(len, text.splitlines())) <= 80

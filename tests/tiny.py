@@ -1,0 +1,80 @@
+"""A small data set and small networks for fine-tuning tests; and processes that start without importing anew."""
+
+import multiprocessing
+import os
+import socket
+import sys
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+CLASSES = ("apple", "brick", "cloud")
+NETWORK = ["--backbone", "test_efficientnet.r160_in1k"]
+
+
+def draw(path: Path, label: int, seed: int) -> None:
+    """A picture whose colour tells its class, with noise on it."""
+    generator = np.random.default_rng([label, seed])
+    height, width = generator.integers(40, 90, 2)
+    pixels = generator.integers(0, 160, (height, width, 3))
+    pixels[..., label % 3] += 90
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.astype(np.uint8)).save(path, quality=90)
+
+
+def make_data(folder: Path, classes: tuple[str, ...] = CLASSES, train: int = 10, val: int = 6) -> Path:
+    for label, name in enumerate(classes):
+        for index in range(train):
+            draw(folder / "train" / name / f"{index}.jpg", label, index)
+        for index in range(val):
+            draw(folder / "val" / name / f"{index}.jpg", label, 1000 + index)
+    return folder
+
+
+def _command(arguments: list[str], environment: dict[str, str], said: str) -> None:
+    os.environ.update(environment)
+    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    multiprocessing.set_start_method("fork", force=True)  # else loading processes would import everything anew
+    import torch
+
+    torch.set_num_threads(int(environment.get("THREADS", "1")))
+    from fixefficientnet.reproduce.__main__ import main
+
+    sys.argv = ["fixefficientnet.reproduce", *arguments]
+    main()
+
+
+def start(arguments: list[str], said: Path, **environment: str) -> BaseProcess:
+    """Starts the command in a process that has the imports done; its output goes to the file `said`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "timm", "accelerate", "fixefficientnet.reproduce.run"])
+    process = context.Process(target=_command, args=(arguments, environment, str(said)))
+    process.start()
+    return process
+
+
+def run(arguments: list[str], said: Path, *, status: int | None = 0, **environment: str) -> str:
+    """Runs the command to its end; what it said since it started."""
+    before = said.stat().st_size if said.exists() else 0
+    process = start(arguments, said, **environment)
+    process.join(240)
+    text = said.read_text()[before:]
+    assert process.exitcode is not None, f"still running: {text}"
+    assert status is None or process.exitcode == status, f"status {process.exitcode}: {text}"
+    return text
+
+
+def start_two(arguments: list[str], said: Path) -> list[BaseProcess]:
+    """Starts the command as two processes of one run, as torchrun does; each says what it says in its own file."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return [
+        start(arguments, said.with_name(f"{said.name}.{rank}"), RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+        for rank in range(2)
+    ]
