@@ -22,13 +22,13 @@ from torch.utils.data import DataLoader, Dataset
 from fixefficientnet.checkpoint import listed
 from fixefficientnet.errors import DataError, PictureError
 from fixefficientnet.preprocessing import open_picture
+from fixefficientnet.tar_shards import TarShards
 
 TRAIN, VALIDATION = "train", "validation"
 _SYNONYMS = {
     TRAIN: ("train", "training"),
     VALIDATION: ("val", "valid", "validation", "eval", "evaluation"),
 }
-_STREAMS = ("hfids/", "wds/", "tfds/")
 _WORDNET_ID = re.compile(r"n\d{8}")
 
 Transform = Callable[[Image.Image, int, int], Tensor]
@@ -98,7 +98,8 @@ def open_pictures(data: str, split: str, *, root: str | None = None, num_classes
 
     Args:
         data: A folder with one subfolder per split, each with one per class; or what timm's `create_dataset`
-            takes: "hfds/organisation/name", "torch/cifar10".
+            takes: "hfds/organisation/name", "torch/cifar10", "wds/name". What timm would stream is opened by
+            index: "hfids/" is downloaded as "hfds/" is, and "wds/" takes tar files on disk.
         split: "train" or "validation", which finds training/, val/ and the like too; or the exact name of another.
         root: Where a named data set lies or is cached, as timm's `root`.
         num_classes: Of the model. With 1000, classes named by WordNet ids are mapped to ImageNet's by id, and
@@ -107,13 +108,14 @@ def open_pictures(data: str, split: str, *, root: str | None = None, num_classes
     Raises:
         DataError: No such folder or split, no pictures, a class without any, or other classes than the model's.
     """
-    kind, _, _ = data.partition("/")
-    if data.lower().startswith(_STREAMS):
-        raise DataError(
-            f"{data} is read as a stream, but fine-tuning needs each picture by its index: use a folder, or hfds/."
-        )
-    if kind.lower() in ("hfds", "torch"):
-        source = _named(data, split, root)
+    kind, _, name = data.partition("/")
+    if kind.lower() == "tfds":
+        raise DataError(f"{data} is a stream, but pictures are needed by index: use a folder, hfds/ or wds/.")
+    if kind.lower() in ("hfds", "hfids", "torch"):
+        source = _named(data.replace("hfids/", "hfds/", 1), split, root)
+        what = f"{data} ({split})"
+    elif kind.lower() == "wds":
+        source = TarShards(Path(root or name).expanduser(), _SYNONYMS.get(split, (split,)))
         what = f"{data} ({split})"
     else:
         folder = _split_folder(Path(data).expanduser(), split)

@@ -31,9 +31,13 @@ def reproduce(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="A folder with train/ and val/, one folder per class in each; or hfds/NAME, torch/NAME."),
+        typer.Option(
+            help="A folder with train/ and val/, one folder per class in each; or hfds/NAME, torch/NAME, wds/NAME."
+        ),
     ] = None,
-    data_root: Annotated[str | None, typer.Option(help="Where a named data set lies or is cached.")] = None,
+    data_root: Annotated[
+        str | None, typer.Option(help="Where a named data set lies or is cached, such as wds/ shards.")
+    ] = None,
     train_split: Annotated[str, typer.Option(help="Split to train on.")] = "train",
     val_split: Annotated[str, typer.Option(help="Split to measure on.")] = "validation",
     all_: Annotated[bool, typer.Option("--all", help="All 18 variants of the paper.")] = False,
@@ -97,7 +101,9 @@ def reproduce(
         _print_plan(planned, throughput, devices, (data, data_root, train_split, val_split))
         return
     if data is None:
-        raise typer.BadParameter("--data is missing: a folder with train/ and val/ in it, or hfds/NAME, torch/NAME.")
+        raise typer.BadParameter(
+            "--data is missing: a folder with train/ and val/ in it, or hfds/NAME, torch/NAME, wds/NAME."
+        )
     if len(subjects) > 1 and (experiment or checkpoint):
         raise typer.BadParameter("--experiment and --checkpoint go with one network only.")
     from fixefficientnet.reproduce.run import Data, Options, run, weights_of

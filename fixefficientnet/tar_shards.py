@@ -1,0 +1,117 @@
+"""Labelled pictures in tar files (webdataset's layout), addressed by index.
+
+timm and webdataset read such files as a stream, which knows no index. The files are plain tar, so their headers tell
+where each picture lies.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from timm.data.readers.img_extensions import get_img_extensions
+
+from fixefficientnet.errors import DataError
+
+
+class TarShards:
+    """One split of a folder of tar files.
+
+    A sample is the files of one tar that share a name up to its first dot: a picture, and its class as a number in
+    `.cls`, or as "label" in `.json`.
+
+    Args:
+        folder: Holds the tar files and, as a rule, `_info.json` with the files of each split.
+        splits: Names for the split; the first that the folder has is taken. Without `_info.json` it is
+            the files with that name in theirs: "imagenet1k-train-0000.tar".
+
+    Raises:
+        DataError: No such split, a file is damaged, or a sample lacks its picture or label.
+    """
+
+    def __init__(self, folder: Path, splits: Sequence[str]):
+        self._files = _files(folder, splits)
+        self._samples: list[tuple[int, int, int, int, str]] = []  # file, offset, bytes, class, name
+        for number, path in enumerate(self._files):
+            try:
+                self._index(number, path)
+            except (OSError, tarfile.TarError, ValueError) as error:
+                raise DataError(f"{path} cannot be read: {error}") from error
+        top = max((label for *_, label, _ in self._samples), default=-1)
+        self.classes = [str(label) for label in range(top + 1)]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> tuple[io.BytesIO, int]:
+        file, offset, size, label, _ = self._samples[index]
+        with self._files[file].open("rb") as stream:
+            stream.seek(offset)
+            return io.BytesIO(stream.read(size)), label
+
+    def filename(self, index: int) -> str:
+        """Tar file and name in it."""
+        file, *_, name = self._samples[index]
+        return f"{self._files[file].name}/{name}"
+
+    @property
+    def samples(self) -> list[tuple[str, int]]:
+        """Name and class of each picture, as timm's folder reader has them."""
+        return [(name, label) for *_, label, name in self._samples]
+
+    def _index(self, number: int, path: Path) -> None:
+        suffixes: set[str] = get_img_extensions(as_set=True)  # type: ignore[no-untyped-call]
+        pictures: dict[str, tarfile.TarInfo] = {}
+        labels: dict[str, int] = {}
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                folder, _, name = member.name.rpartition("/")
+                base, _, kind = name.partition(".")
+                key, suffix = f"{folder}/{base}", f".{kind.lower()}"
+                if not member.isfile():
+                    continue
+                if suffix in suffixes:
+                    pictures[key] = member
+                elif suffix in (".cls", ".json") and (file := tar.extractfile(member)):
+                    text = file.read()
+                    record = json.loads(text) if suffix == ".json" else None
+                    if suffix == ".cls":
+                        labels[key] = int(text)
+                    elif isinstance(record, dict) and "label" in record:
+                        labels.setdefault(key, int(record["label"]))
+                tar.members.clear()  # type: ignore[attr-defined]  # else each header stays in memory
+        if lacking := sorted(pictures.keys() ^ labels.keys()):
+            raise ValueError(f"{lacking[0].strip('/')} has a picture or a class, but not both")
+        self._samples += [
+            (number, member.offset_data, member.size, labels[key], member.name) for key, member in pictures.items()
+        ]
+
+
+def _files(folder: Path, splits: Sequence[str]) -> list[Path]:
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {folder} of tar files. --data wds/NAME takes it as --data-root.")
+    listing = folder / "_info.json"
+    if listing.exists():
+        try:
+            names = {name: [str(file) for file in split["filenames"]] for name, split in _splits(listing).items()}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"{listing} is damaged: {error!r}") from error
+    else:
+        names = {}
+        for split in splits:
+            names[split] = [path.name for path in sorted(folder.glob("*.tar")) if split in path.stem.split("-")]
+    for split in splits:
+        if names.get(split):
+            files = [folder / name for name in names[split]]
+            for path in files:
+                if not path.resolve().is_relative_to(folder.resolve()):
+                    raise DataError(f"{listing} names {path}, which is outside of its folder.")
+            return files
+    raise DataError(f"{folder} has no tar files of a split {splits[0]!r} (nor {', '.join(splits[1:]) or 'another'}).")
+
+
+def _splits(listing: Path) -> dict[str, dict[str, list[str]]]:
+    record = json.loads(listing.read_text(encoding="utf-8"))
+    splits: dict[str, dict[str, list[str]]] = record["splits"]
+    return splits
