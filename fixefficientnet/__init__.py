@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 from fixefficientnet.errors import (
     CheckpointError,
     ChecksumError,
+    DataError,
     DeltaError,
     DeltaFormatError,
     DeltaMismatchError,
@@ -23,6 +24,8 @@ from fixefficientnet.errors import (
     ManifestError,
     MissingFileError,
     PictureError,
+    RecipeError,
+    RunError,
     UnknownVariantError,
     UnsupportedModelError,
     WeightsNotPublishedError,
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointError",
     "ChecksumError",
+    "DataError",
     "DeltaError",
     "DeltaFormatError",
     "DeltaMismatchError",
@@ -47,6 +51,8 @@ __all__ = [
     "ManifestError",
     "MissingFileError",
     "PictureError",
+    "RecipeError",
+    "RunError",
     "UnknownVariantError",
     "UnsupportedModelError",
     "Variant",

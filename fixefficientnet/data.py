@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo, create_dataset
-from timm.data.readers.img_extensions import get_img_extensions
+from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -109,22 +109,19 @@ def open_pictures(data: str, split: str, *, root: str | None = None, num_classes
         DataError: No such folder or split, no pictures, a class without any, or other classes than the model's.
     """
     kind, _, name = data.partition("/")
-    if kind.lower() == "tfds":
+    kind = kind.lower()
+    if kind == "tfds":
         raise DataError(f"{data} is a stream, but pictures are needed by index: use a folder, hfds/ or wds/.")
-    if kind.lower() in ("hfds", "hfids", "torch"):
-        source = _named(data.replace("hfids/", "hfds/", 1), split, root)
+    if kind in ("hfds", "hfids", "torch"):
+        source = _named("hfds" if kind == "hfids" else kind, name, split, root)
         what = f"{data} ({split})"
-    elif kind.lower() == "wds":
+    elif kind == "wds":
         source = TarShards(Path(root or name).expanduser(), _SYNONYMS.get(split, (split,)))
         what = f"{data} ({split})"
     else:
         folder = _split_folder(Path(data).expanduser(), split)
         what = str(folder)
-        try:
-            source = create_dataset("", root=str(folder), split=split, search_split=False).reader
-        except (RuntimeError, AssertionError) as error:
-            raise DataError(f"{folder} holds no pictures: {error}") from error
-        _refuse_empty_classes(folder, source)
+        source = _open_folder(folder)
     if not len(source):
         raise DataError(f"{what} holds no pictures.")
     names = _class_names(source)
@@ -240,13 +237,15 @@ def _collate(items: list[tuple[Tensor | None, int, int, list[tuple[int, str]]]])
     return Batch(inputs, targets, indices, [failure for *_, failures in items for failure in failures])
 
 
-def _named(data: str, split: str, root: str | None) -> Any:
+def _named(kind: str, name: str, split: str, root: str | None) -> Any:
+    if kind == "torch" and root is None:
+        raise DataError(f"torch/{name} needs the folder that it lies in: give it with --data-root.")
     try:
-        dataset = create_dataset(data, root=root, split=split, download=False)
+        dataset = create_dataset(f"{kind}/{name}", root=root, split=split, download=False)
     except ImportError as error:
-        raise DataError(f"{data} needs another package: {error}. `pip install datasets` brings it.") from error
+        raise DataError(f"{kind}/{name} needs another package: {error}. `pip install datasets` brings it.") from error
     except Exception as error:  # torchvision, datasets and timm raise a dozen kinds
-        raise DataError(f"{data} ({split}) cannot be opened: {error}") from error
+        raise DataError(f"{kind}/{name} ({split}) cannot be opened: {error}") from error
     return getattr(dataset, "reader", dataset)
 
 
@@ -264,13 +263,36 @@ def _split_folder(folder: Path, split: str) -> Path:
     )
 
 
-def _refuse_empty_classes(folder: Path, source: Any) -> None:
-    """timm's reader numbers only classes with pictures in them, so an empty one would shift the others."""
-    suffixes: set[str] = get_img_extensions(as_set=True)  # type: ignore[no-untyped-call]
-    for path in sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
-        files = (name for _, _, names in os.walk(path, followlinks=True) for name in names)
-        if not any(Path(name).suffix.lower() in suffixes for name in files):
-            raise DataError(f"The class {path.name} has no pictures in {path}: add some, or remove the folder.")
+def _open_folder(folder: Path) -> Any:
+    """timm's reader for a folder of classes, numbered in timm's order.
+
+    timm numbers each innermost folder with a picture in it, so an empty class, a stray picture or a folder within a
+    class would shift the others without a word; and it leaves the order of names that differ in case or leading
+    zeros alone ("Fox", "fox") to chance.
+    """
+    try:
+        source = create_dataset("", root=str(folder), split="", search_split=False).reader
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"{folder} holds no pictures: {error}") from error
+    classes = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    found = {os.path.dirname(path): path for path, _ in source.samples}  # noqa: PTH120 - a million of them
+    for parent, path in sorted(found.items()):
+        if Path(parent).parent != folder or Path(parent).name not in classes:
+            raise DataError(
+                f"{path} is in no class's folder. {folder} takes one folder per class, with pictures right in it."
+            )
+    if empty := sorted(classes - {Path(parent).name for parent in found}):
+        raise DataError(f"The class {empty[0]} has no pictures in {folder / empty[0]}: add some, or remove the folder.")
+    number = {name: index for index, name in enumerate(sorted(classes, key=_in_order))}
+    of_folder = {parent: number[Path(parent).name] for parent in found}
+    samples = [(path, of_folder[os.path.dirname(path)]) for path, _ in source.samples]  # noqa: PTH120
+    source.samples = sorted(samples, key=lambda sample: _in_order(sample[0]))
+    source.class_to_idx = number
+    return source
+
+
+def _in_order(name: str) -> tuple[list[str | int], str]:
+    return natural_key(name), name  # type: ignore[no-untyped-call]
 
 
 def _class_names(source: Any) -> tuple[str, ...]:

@@ -168,7 +168,10 @@ def paired(one: str, other: str) -> tuple[int, int, float]:
     pairs = list(zip(one, other, strict=True))
     first, second = pairs.count(("1", "0")), pairs.count(("0", "1"))
     trials = first + second
-    tail = sum(math.comb(trials, k) for k in range(min(first, second) + 1))
+    ways = tail = 1  # to choose k of the trials: for k = 0, and summed up
+    for k in range(min(first, second)):
+        ways = ways * (trials - k) // (k + 1)
+        tail += ways
     return first, second, min(1.0, 2 * tail / 2**trials)
 
 

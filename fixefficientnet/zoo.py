@@ -196,7 +196,7 @@ def _not_published(variant: Variant) -> str:
         f"{first} What works:\n"
         f"  pretrained='backbone'   the original {variant.backbone.name} weights at {variant.test.size} pixels\n"
         f"  pretrained='PATH'       a delta of your own, such as runs/{key}/delta.safetensors\n"
-        f"  python -m fixefficientnet.reproduce {key} --data IMAGENET   will make one (in a coming release)"
+        f"  python -m fixefficientnet.reproduce {key} --data IMAGENET   makes one"
     )
 
 

@@ -35,6 +35,7 @@ def test_sdist_holds_what_a_packager_needs(sdist: Path):
         names = {name.partition("/")[2] for name in archive.getnames()}
     for name in (
         "weights_manifest.json",
+        "recipes.toml",
         "hubconf.py",
         "LICENSE",
         "README.md",
@@ -69,3 +70,16 @@ def test_wheel_from_the_sdist_works_outside_the_checkout(sdist: Path, tmp_path: 
     assert out.splitlines() == [f"{site / 'fixefficientnet' / '__init__.py'} 21", "Egyptian cat"]
     command = site / "bin" / "fixefficientnet"
     assert "b4_ns" in run(sys.executable, command, "list", cwd=tmp_path, PYTHONPATH=str(site))
+    plan = run(sys.executable, "-m", "fixefficientnet.reproduce", "b2", "--plan", cwd=tmp_path, PYTHONPATH=str(site))
+    assert "39,711,744 forward passes" in plan  # which needs the packaged recipes.toml
+
+
+def test_fine_tuning_without_its_extra_says_what_to_install():
+    code = (
+        "import sys; sys.modules['accelerate'] = None; sys.argv = ['reproduce', 'b2', '--data', '.'];"
+        "from fixefficientnet.reproduce.__main__ import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "pip install 'fixefficientnet[reproduce]'" in done.stderr
+    assert "Traceback" not in done.stderr

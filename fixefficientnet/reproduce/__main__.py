@@ -219,7 +219,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("accelerate", "matplotlib", "tensorboard"):
             raise
-        err.print(f"[red]Error:[/] Fine-tuning needs {error.name}: {EXTRA}", markup=True, soft_wrap=True)
+        err.print(f"[red]Error:[/] Fine-tuning needs {error.name}: {escape(EXTRA)}", soft_wrap=True)
         sys.exit(1)
     except Exception as error:
         from fixefficientnet.reproduce.session import Interrupted

@@ -212,20 +212,24 @@ def resolve(subject: Subject, choices: Mapping[str, Any], settings: Sequence[str
     return recipe
 
 
+_GIVEN = ("variant", "backbone", "weights")
+"""What the command's other arguments decide."""
+
+
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     """`key=value` texts as fields of a recipe, each in its field's type.
 
     Raises:
         RecipeError: No such field, or no value of its type.
     """
-    hints = get_type_hints(Recipe)
+    hints = {name: hint for name, hint in get_type_hints(Recipe).items() if name not in _GIVEN}
     parsed: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         key = key.strip().replace("-", "_")
         if not equals:
             raise RecipeError(f"--set {setting}: it takes key=value, such as --set base_lr=1e-4.")
-        if key not in hints or key in ("variant", "backbone", "weights"):
+        if key not in hints:
             close = difflib.get_close_matches(key, hints, n=3)
             hint = f"Did you mean {', '.join(close)}?" if close else f"There are: {', '.join(hints)}."
             raise RecipeError(f"--set {setting}: a recipe has no {key!r} to set. {hint}")
@@ -264,6 +268,10 @@ def check(recipe: Recipe) -> None:
         value = getattr(recipe, name)
         if not (math.isfinite(value) and value >= low):
             raise RecipeError(f"{name} is {value}, but must be at least {low:g}.")
+    if not recipe.label_smoothing < 1:
+        raise RecipeError(f"label_smoothing is {recipe.label_smoothing}, but must be below 1.")
+    if not all(map(math.isfinite, recipe.mean)) or not all(math.isfinite(value) and value > 0 for value in recipe.std):
+        raise RecipeError(f"mean is {recipe.mean} and std {recipe.std}, but must be finite, and std above 0.")
     for name in ("hflip", "color_jitter", "label_smoothing"):
         if not 0 <= getattr(recipe, name) <= 1:
             raise RecipeError(f"{name} is {getattr(recipe, name)}, but must be within 0 and 1.")

@@ -1,0 +1,229 @@
+"""The augmentations of fine-tuning, against crops that are searched for and against torchvision's own."""
+
+import hashlib
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision import transforms
+
+from fixefficientnet.preprocessing import FineTuningTransform, Preprocess, TrainingTransform, Views
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BICUBIC = transforms.InterpolationMode.BICUBIC
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng([seed, width, height]).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def at_test(size: int = 48, crop_pct: float = 1.0) -> Preprocess:
+    return Preprocess(size, crop_pct, "bicubic", MEAN, STD)
+
+
+def fine_tuning(size: int = 48, crop_pct: float = 1.0, hflip: float = 0, jitter: float = 0) -> FineTuningTransform:
+    return FineTuningTransform(at_test(size, crop_pct), 0, hflip, jitter)
+
+
+def normalised(picture: Image.Image) -> Tensor:
+    return transforms.Normalize(MEAN, STD)(transforms.ToTensor()(picture))
+
+
+def offsets(found: Tensor, resized: Tensor) -> list[int]:
+    """Where in the resized picture, at the height of its centre, a crop may come from."""
+    size = found.shape[-1]
+    spare = resized.shape[1] - size
+    rows = resized[:, spare // 2 : spare // 2 + size], resized[:, -(-spare // 2) : -(-spare // 2) + size]
+    places = range(resized.shape[2] - size + 1)
+    # of an odd number of spare rows, either half may be the larger
+    return [left for left in places if any(torch.equal(found, part[:, :, left : left + size]) for part in rows)]
+
+
+def derived_seed(seed: int, epoch: int, index: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {epoch} {index}".encode()).digest()[:8], "little", signed=True)
+
+
+TRANSFORMS = {
+    "fine-tuning": lambda seed: FineTuningTransform(at_test(), seed, 0.5, 0.05),
+    "training": lambda seed: TrainingTransform(at_test(), seed, 0.5),
+    "views": lambda seed: Views(4, FineTuningTransform(at_test(), seed, 0.5, 0.05)),
+}
+
+
+# --- draws --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_seed_epoch_and_index_alone_decide(name: str):
+    picture = noise(120, 60)
+    expected = TRANSFORMS[name](3)(picture, 2, 5)
+    with torch.random.fork_rng(devices=[]):
+        for seed in range(5):
+            torch.manual_seed(seed)
+            assert torch.equal(TRANSFORMS[name](3)(picture, 2, 5), expected)
+    # and in a loading process
+    assert torch.equal(pickle.loads(pickle.dumps(TRANSFORMS[name](3)))(picture, 2, 5), expected)
+
+
+@pytest.mark.parametrize("name", ["fine-tuning", "training"])
+def test_another_seed_epoch_or_index_gives_another_crop(name: str):
+    picture = noise(200, 60)
+    points = list(itertools.product((0, 1), (0, 1, 11), (0, 1, 10, 11)))
+    found = [TRANSFORMS[name](seed)(picture, epoch, index) for seed, epoch, index in points]
+    assert all(not torch.equal(one, other) for one, other in itertools.combinations(found, 2))
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_torchs_own_random_numbers_are_left_alone(name: str):
+    before = torch.get_rng_state()
+    TRANSFORMS[name](0)(noise(120, 60), 0, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises((AttributeError, TypeError)):
+        TRANSFORMS[name](0)(np.zeros((60, 120, 3)), 0, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- fine-tuning --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size", "crop_pct"),
+    [(150, 60, 48, 1.0), (60, 60, 48, 0.875), (90, 60, 48, 0.9), (60, 90, 47, 0.875), (100, 48, 48, 1.0)],
+)
+def test_the_crop_is_of_the_resized_picture_at_its_centres_height(width: int, height: int, size: int, crop_pct: float):
+    picture = noise(width, height)
+    resized = normalised(transforms.Resize(int(size / crop_pct), BICUBIC)(picture))
+    transform = fine_tuning(size, crop_pct)
+    for epoch in range(20):
+        found = transform(picture, epoch, 7)
+        assert found.shape == (3, size, size)
+        assert found.dtype == torch.float32
+        assert len(offsets(found, resized)) == 1
+
+
+def test_every_offset_is_as_likely():
+    picture = noise(75, 60)
+    resized = normalised(transforms.Resize(48, BICUBIC)(picture))
+    assert resized.shape == (3, 48, 60)
+    drawn = [offsets(fine_tuning()(picture, epoch, index), resized) for epoch in range(40) for index in range(20)]
+    counts = np.bincount([left for (left,) in drawn], minlength=13)
+    assert len(counts) == 60 - 48 + 1
+    assert counts.min() > 0
+    assert scipy.stats.chisquare(counts).pvalue > 0.001
+
+
+@pytest.mark.parametrize(("width", "height"), [(60, 150), (60, 60), (48, 49), (48, 50), (48, 51), (50, 73), (31, 100)])
+def test_a_portrait_picture_without_draws_is_as_at_test_time(width: int, height: int):
+    picture = noise(width, height)
+    for epoch in range(3):
+        assert torch.equal(fine_tuning()(picture, epoch, 1), at_test()(picture))
+
+
+def test_mirroring_is_as_likely_as_asked():
+    picture = noise(60, 60)
+    plain = normalised(transforms.Resize(48, BICUBIC)(picture))
+    mirrored = torch.from_numpy(plain.numpy()[..., ::-1].copy())
+    for hflip in (0, 0.25, 1):
+        found = [fine_tuning(hflip=hflip)(picture, epoch, 0) for epoch in range(300)]
+        count = sum(torch.equal(tensor, mirrored) for tensor in found)
+        assert count + sum(torch.equal(tensor, plain) for tensor in found) == 300
+        assert scipy.stats.binomtest(count, 300, hflip).pvalue > 0.001
+        assert hflip not in (0, 1) or count == 300 * hflip
+
+
+def test_a_mirrored_crop_is_of_the_mirrored_picture():
+    picture = noise(150, 60)
+    resized = normalised(ImageOps.mirror(transforms.Resize(48, BICUBIC)(picture)))
+    found = {left for epoch in range(60) for left in offsets(fine_tuning(hflip=1)(picture, epoch, 0), resized)}
+    assert min(found) < 10
+    assert max(found) > 120 - 48 - 10
+
+
+def test_colours_change_by_a_little_and_never_by_more():
+    def values(jitter: float, colour: tuple[int, int, int]) -> np.ndarray:
+        transform = FineTuningTransform(Preprocess(48, 1, "bicubic", (0, 0, 0), (1, 1, 1)), 0, 0.5, jitter)
+        picture = Image.new("RGB", (60, 60), colour)
+        return np.stack([255 * transform(picture, epoch, 0)[:, 9, 9].numpy() for epoch in range(300)])
+
+    # of an even grey picture, contrast and saturation change nothing: this is the brightness
+    for jitter in (0.05, 0.2):
+        grey = values(jitter, (120, 120, 120))
+        assert grey.min() >= 120 * (1 - jitter) - 1.01
+        assert grey.max() <= 120 * (1 + jitter) + 1.01
+        assert grey.max() - grey.min() > 120 * 2 * jitter * 0.9
+        assert abs(grey.mean() - 120) < 120 * jitter * 0.2
+    red = values(0.05, (200, 100, 100))
+    saturation = (red[:, 0] - red[:, 1]) / red.mean(1)
+    assert saturation.std() > 0.01
+    # contrast moves it as well, and values are whole: 1.05², and 1 of 100
+    assert np.abs(saturation / (100 / (400 / 3)) - 1).max() < 0.115
+    assert np.all(values(0, (200, 100, 50)).round() == (200, 100, 50))
+
+
+def test_contrast_changes_too():
+    pixels = np.full((48, 48, 3), 80, np.uint8)
+    pixels[:, 24:] = 160
+    transform = FineTuningTransform(Preprocess(48, 1, "bicubic", (0, 0, 0), (1, 1, 1)), 0, 0, 0.05)
+    found = [transform(Image.fromarray(pixels), epoch, 0) for epoch in range(200)]
+    ratios = np.array([(tensor[0, 9, 40] / tensor[0, 9, 4]).item() for tensor in found])  # free of brightness
+    assert ratios.min() < 1.95
+    assert ratios.max() > 2.05
+    assert ratios.min() > 1.8 and ratios.max() < 2.2
+
+
+# --- views --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_views_are_the_plain_one_its_mirror_image_and_then_drawn_ones(count: int):
+    picture = noise(200, 60)
+    resized = normalised(transforms.Resize(48, BICUBIC)(picture))
+    found = Views(count, fine_tuning())(picture, 0, 5)
+    assert found.shape == (count, 3, 48, 48)
+    assert torch.equal(found[0], at_test()(picture))
+    if count > 1:
+        assert np.array_equal(found[1].numpy(), at_test()(picture).numpy()[..., ::-1])
+    places = [offsets(view, resized) for view in found[2:]]
+    assert all(len(place) == 1 for place in places)
+    assert len({place for (place,) in places}) == len(places)
+    assert torch.equal(Views(count, fine_tuning())(picture, 9, 5), found)  # whatever the epoch
+    assert torch.equal(Views(7, fine_tuning())(picture, 0, 5)[:count], found)  # and whatever comes after
+
+
+def test_drawn_views_are_augmented_and_other_ones_for_each_picture():
+    picture = noise(200, 60)
+    views = Views(6, FineTuningTransform(at_test(), 0, 0.5, 0.05))
+    one, other = views(picture, 0, 0), views(picture, 0, 1)
+    assert torch.equal(one[:2], other[:2])
+    drawn = [*one[2:], *other[2:]]
+    assert all(not torch.equal(first, second) for first, second in itertools.combinations(drawn, 2))
+    resized = normalised(transforms.Resize(48, BICUBIC)(picture))
+    assert not any(offsets(view, resized) for view in drawn)  # their colours have changed
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("hflip", [0, 0.5, 1])
+def test_training_is_torchvisions_random_resized_crop_and_flip(interpolation: str, hflip: float):
+    reference = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(40, interpolation=transforms.InterpolationMode(interpolation)),
+            transforms.RandomHorizontalFlip(hflip),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+    for seed, epoch, index in itertools.product((0, 12), (0, 3), (0, 1, 1_281_166)):
+        picture = noise(90 + index % 7, 60, seed)
+        found = TrainingTransform(Preprocess(40, 0.875, interpolation, MEAN, STD), seed, hflip)(picture, epoch, index)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived_seed(seed, epoch, index))
+            assert torch.equal(found, reference(picture))
