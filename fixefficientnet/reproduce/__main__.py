@@ -19,6 +19,7 @@ EXTRA = "pip install 'fixefficientnet[reproduce]'"
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's table of options has no room for their names in 80 columns
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 err = Console(stderr=True, highlight=False)
@@ -45,9 +46,9 @@ def reproduce(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights of your own to start from (.safetensors or .pth).")
     ] = None,
-    pretrained: Annotated[
-        bool, typer.Option(help="Start from timm's weights, or (base stage) from random ones.")
-    ] = True,
+    no_pretrained: Annotated[
+        bool, typer.Option("--no-pretrained", help="Start from random weights (base stage).")
+    ] = False,
     stage: Annotated[str | None, typer.Option(help="fixres, or base: the training before it.")] = None,
     method: Annotated[str | None, typer.Option(help="online (the paper's) or cached. Default: the recipe's.")] = None,
     tune: Annotated[str | None, typer.Option(help="all, classifier, bn or bn-stats.")] = None,
@@ -59,7 +60,7 @@ def reproduce(
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for runs.")] = Path("runs"),
     experiment: Annotated[str | None, typer.Option(help="The run's folder in it. Default: the variant.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Delete what an earlier run left in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what an earlier run left in the folder.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Train nothing; print what it would take.")] = False,
     throughput: Annotated[
         float | None, typer.Option(help="For --plan: what a device sustains, in GMAC/s (pictures/s x GMACs each).")
@@ -69,7 +70,7 @@ def reproduce(
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = None,
     mixed_precision: Annotated[str | None, typer.Option(help="Of the frozen part: no, bf16 or fp16.")] = None,
     compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the network.")] = False,
-    sync_bn: Annotated[bool | None, typer.Option(help="Synchronise the norm's statistics (CUDA).")] = None,
+    sync_bn: Annotated[bool | None, typer.Option("--sync-bn", help="Synchronise the norm's statistics (CUDA).")] = None,
     auto_batch: Annotated[bool, typer.Option("--auto-batch", help="Halve the batch when memory runs out.")] = False,
     keep_features: Annotated[
         bool, typer.Option("--keep-features", help="Keep cached features, for other runs under --output to use.")
@@ -80,8 +81,11 @@ def reproduce(
 ) -> None:
     """Fine-tune a network's classifier and last batch norm at its test size (FixRes).
 
-    The same command goes on where a killed run was. On several devices: accelerate launch -m
-    fixefficientnet.reproduce …, or torchrun --nproc-per-node N -m fixefficientnet.reproduce …
+    The same command goes on where a killed run was. On several devices:
+
+    \b
+      torchrun --nproc-per-node N -m fixefficientnet.reproduce …
+      accelerate launch -m fixefficientnet.reproduce …
     """
     from fixefficientnet.reproduce import recipe as recipes
 
@@ -108,9 +112,9 @@ def reproduce(
         raise typer.BadParameter("--experiment and --checkpoint go with one network only.")
     from fixefficientnet.reproduce.run import Data, Options, run, weights_of
 
-    choices["weights"] = weights_of(checkpoint, pretrained)
+    choices["weights"] = weights_of(checkpoint, not no_pretrained)
     resolved = [recipes.resolve(subject, choices, set_ or []) for subject in subjects]
-    if not pretrained and resolved[0].stage != "base":
+    if no_pretrained and resolved[0].stage != "base":
         raise RecipeError("FixRes tunes a trained network: --no-pretrained goes with --stage base only.")
     accelerator = _accelerator(device, resolved[0].mixed_precision)
     where = Data(data, data_root, train_split, val_split)
