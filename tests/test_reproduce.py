@@ -560,3 +560,18 @@ def test_plan_of_one_and_of_all(tmp_path: Path):
     text = tiny.run(["--all", "--plan"], tmp_path / "said.txt", COLUMNS="80")
     assert all(f" {key} " in text for key in fixefficientnet.list_models() if not key.startswith("lite"))
     assert max(map(len, text.splitlines())) <= 80
+
+
+# --- compiled ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("method", ["online", "cached"])
+def test_compiled_is_nearly_the_same(ground: Ground, tmp_path: Path, method: str):
+    for experiment, more in (("eager", []), ("compiled", ["--compile"])):
+        command = ground.fixres("--method", method, *more, out=tmp_path, experiment=experiment)
+        tiny.run(command, tmp_path / "said.txt")
+    eager, compiled = (load_file(tmp_path / name / "model.safetensors") for name in ("eager", "compiled"))
+    for name, tensor in eager.items():
+        torch.testing.assert_close(compiled[name], tensor, rtol=1e-3, atol=1e-3)

@@ -60,7 +60,9 @@ def reproduce(
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for runs.")] = Path("runs"),
     experiment: Annotated[str | None, typer.Option(help="The run's folder in it. Default: the variant.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what an earlier run left in the folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete what an earlier run left in the folder.")
+    ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Train nothing; print what it would take.")] = False,
     throughput: Annotated[
         float | None, typer.Option(help="For --plan: what a device sustains, in GMAC/s (pictures/s x GMACs each).")
@@ -69,7 +71,7 @@ def reproduce(
     workers: Annotated[int, typer.Option("--workers", "-j", min=0, help="Loading processes per device.")] = 4,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = None,
     mixed_precision: Annotated[str | None, typer.Option(help="Of the frozen part: no, bf16 or fp16.")] = None,
-    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the network.")] = False,
+    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the frozen part.")] = False,
     sync_bn: Annotated[bool | None, typer.Option("--sync-bn", help="Synchronise the norm's statistics (CUDA).")] = None,
     auto_batch: Annotated[bool, typer.Option("--auto-batch", help="Halve the batch when memory runs out.")] = False,
     keep_features: Annotated[

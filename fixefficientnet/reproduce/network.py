@@ -116,6 +116,23 @@ def prepare(model: nn.Module, recipe: Recipe) -> Network:
     return Network(model, head, norm, classifier, trained, tuple(statistics))
 
 
+def compile_frozen(network: Network) -> None:
+    """Compiles what lies before the head, in the largest parts that hold nothing of it.
+
+    The head stays as it is: features and statistics are taken at its doors, and a compiled module does not see hooks
+    that come later.
+    """
+
+    def go(module: nn.Module) -> None:
+        if network.norm in (parts := set(module.modules())) or network.classifier in parts:
+            for child in module.children():
+                go(child)
+        elif len(parts) > 1:
+            module.compile()
+
+    go(network.model)
+
+
 def _architecture(subject: Subject) -> str:
     return subject.backbone.partition(".")[0]
 

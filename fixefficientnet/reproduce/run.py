@@ -52,7 +52,7 @@ class Options:
         folder: The run's.
         checkpoint: File of the weights to start from.
         workers: Loading processes per process.
-        compile: Whether torch.compile goes over the network.
+        compile: Whether torch.compile goes over the network's frozen part.
         features: Folder for cached features that stays, for other runs of the same network and pictures to use;
             None: one in the run's, deleted on success.
         auto_batch: Whether running out of memory halves the batch.
@@ -239,7 +239,7 @@ def _tune(
     original = {name: tensor.detach().clone() for name, tensor in net.head.select(model.state_dict()).items()}
     _introduce(session, net, recipe, train, validation)
     if options.compile:
-        model.compile()
+        network.compile_frozen(net)
     measured = Measurements(session, net, validation, recipe)
     if recipe.stage == "fixres":
         measured.take("base", recipe.base)
