@@ -88,7 +88,7 @@ def reproduce(
     \b
       torchrun --nproc-per-node N -m fixefficientnet.reproduce …
       accelerate launch -m fixefficientnet.reproduce …
-    """
+    """  # noqa: D301 - a backspace tells click to leave the lines as they are
     from fixefficientnet.reproduce import recipe as recipes
 
     subjects = _subjects(variants or [], all_, backbone)
