@@ -249,7 +249,7 @@ def _train_classifier(
     )
     last_write = 0.0
     with _one_thread(), session.log.bar("Classifier", recipe.epochs * steps * size) as bar:
-        bar.advance(position.steps * size)
+        bar.skip(position.steps * size)
         while position.epoch < recipe.epochs:
             sequence = np.array(order(recipe, position.epoch, examples))
             loss_sum = correct = 0.0
@@ -314,7 +314,7 @@ def _over_shards(
     tasks = shard_tasks(len(pictures), recipe.shard, recipe.forward_batch, left)
     pin = session.accelerator.device.type == "cuda"
     with session.log.bar(title, sum(lengths.values())) as bar:
-        bar.advance(sum(lengths[number] for number in mine if number not in set(left)))
+        bar.skip(sum(lengths[number] for number in mine if number not in set(left)))
         batches = load_batches(pictures, transform, tasks, workers=min(session.workers, len(tasks)), pin_memory=pin)
         for number in left:
             total: Shard | None = None

@@ -95,8 +95,13 @@ class Bar:
         self._log, self._title, self._total, self._progress = log, title, total, progress
         self._task: TaskID | None = progress.add_task(title, total=total, said="") if progress else None
         self._start = self._spoken = time.monotonic()
-        self._done = 0
+        self._done = self._skipped = 0
         self._said = ""
+
+    def skip(self, pictures: int) -> None:
+        """Counts pictures that an earlier run did."""
+        self._skipped += pictures
+        self.advance(pictures)
 
     def advance(self, pictures: int, said: str = "") -> None:
         """Counts pictures; `said` stands beside the bar (loss, accuracy)."""
@@ -108,16 +113,19 @@ class Bar:
             self._progress.update(self._task, completed=self._done, said=text)
         elif now - self._spoken >= PLAIN_SECONDS:
             self._spoken = now
-            left = (now - self._start) / max(1, self._done) * (self._total - self._done)
+            left = (now - self._start) / max(1, self._done - self._skipped) * (self._total - self._done)
             self._log.say(f"{self._line(now)}, {left:.0f} s left")
 
     def end(self) -> None:
         """Says once how the whole pass went."""
-        self._log.say(f"{self._line(time.monotonic())}, {time.monotonic() - self._start:.1f} s")
+        if self._done > self._skipped:
+            self._log.say(f"{self._line(time.monotonic())}, {time.monotonic() - self._start:.1f} s")
+        elif self._done:
+            self._log.say(f"{self._title}: {self._done}/{self._total}, from before")
 
     def _line(self, now: float) -> str:
         said = f", {self._said}" if self._said else ""
         return f"{self._title}: {self._done}/{self._total}, {self._rate(now)}{said}"
 
     def _rate(self, now: float) -> str:
-        return f"{self._done / max(now - self._start, 1e-6):.1f} pictures/s"
+        return f"{(self._done - self._skipped) / max(now - self._start, 1e-6):.1f} pictures/s"

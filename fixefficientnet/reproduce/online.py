@@ -92,7 +92,7 @@ def tune(
         while position.epoch < recipe.epochs:
             epoch = position.epoch
             with session.log.bar(f"Epoch {epoch + 1}/{recipe.epochs}", steps * size) as bar:
-                bar.advance(position.step * size)
+                bar.skip(position.step * size)
                 seen = correct = loss_sum = 0.0
                 while position.epoch == epoch:
                     batch = next(batches)

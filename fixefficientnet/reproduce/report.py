@@ -110,19 +110,20 @@ def curve(lines: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
+    epochs: dict[Any, list[Mapping[str, Any]]] = {}
+    for point in points:
+        epochs.setdefault(point.get("epoch"), []).append(point)
     for axis, key, label in zip(panels, ("loss", "top1"), ("loss", "top-1, %"), strict=True):
-        axis.plot(
-            [point["steps"] for point in points],
-            [point[key] for point in points],
-            color="#1f6f8b",
-            linewidth=1,
-            marker="." if len(points) < 50 else "",
-        )
+        values = [point[key] for point in points]
+        axis.plot([point["steps"] for point in points], values, color="#1f6f8b", alpha=0.35, linewidth=1)
+        ends = [group[-1]["steps"] for group in epochs.values()]
+        means = [sum(point[key] for point in group) / len(group) for group in epochs.values()]
+        axis.plot(ends, means, color="#1f6f8b", linewidth=1.5, marker="." if len(ends) < 50 else "")
         axis.set_xlabel("step")
         axis.set_ylabel(f"{label} (training pictures)")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(f"{title} (light: each step, dark: mean of each epoch)", fontsize=10)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=120)
     write_atomically(path, stream.getvalue())
