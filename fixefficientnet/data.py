@@ -4,9 +4,12 @@ Pictures are addressed by their index, every batch says which it holds, and a pi
 named, never silently replaced.
 """
 
+import ctypes
 import hashlib
 import os
 import re
+import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +33,7 @@ _SYNONYMS = {
     VALIDATION: ("val", "valid", "validation", "eval", "evaluation"),
 }
 _WORDNET_ID = re.compile(r"n\d{8}")
+_PR_SET_PDEATHSIG = 1
 
 Transform = Callable[[Image.Image, int, int], Tensor]
 """(RGB picture, epoch, index) → tensor; every draw is a function of epoch and index alone."""
@@ -85,11 +89,15 @@ class Pictures:
             return f"picture {index} of {self.what}"
 
     def fingerprint(self) -> str:
-        """sha256 over number, file names (where there are some) and classes; not over the pixels."""
-        digest = hashlib.sha256(f"{len(self)} {self.classes}".encode())
+        """sha256 over number, classes, labels and file names, as far as the data set tells; not over the pixels."""
+        digest = hashlib.sha256(f"{len(self)} {self.classes} {sorted(self.targets.items())}".encode())
         if hasattr(self.source, "samples") and hasattr(self.source, "filename"):
-            for index in range(len(self)):
-                digest.update(f"{self.name(index)}\0".encode())
+            for index, (_, label) in enumerate(self.source.samples):
+                digest.update(f"{self.name(index)}\0{label}\0".encode())
+        else:  # a name is all that there is to tell one from another, or Hugging Face's own fingerprint
+            known = getattr(getattr(self.source, "dataset", None), "_fingerprint", None)
+            labels = [int(label) for label in getattr(self.source, "targets", ())]
+            digest.update(f"{known or self.what} {labels}".encode())
         return digest.hexdigest()
 
 
@@ -190,6 +198,7 @@ def load_batches(
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_parent,
     )
     return iter(loader)
 
@@ -208,6 +217,17 @@ def shard_tasks(length: int, shard: int, batch: int, shards: Sequence[int]) -> l
         indices = range(number * shard, min((number + 1) * shard, length))
         tasks += [[(0, index) for index in indices[at : at + batch]] for at in range(0, len(indices), batch)]
     return tasks
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A signal to the whole process group must not take the loading processes from a parent that is still saving.
+
+    They end with it instead, at once, also where it was killed.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class _Loading(Dataset[Any]):

@@ -97,6 +97,17 @@ def test_hugging_face_datasets(folder: Path, tmp_path: Path, kind: str):
         assert found.classes == tiny.CLASSES
 
 
+def test_other_pictures_of_the_same_number_and_classes_have_another_fingerprint(folder: Path, tmp_path: Path):
+    other = tmp_path / "other"
+    for label, name in enumerate(tiny.CLASSES):
+        for index in range(4):
+            tiny.draw(other / "train" / name / f"{index}.jpg", label, 50 + index)
+    one, two = (open_pictures(f"hfds/{place}", "train", root=str(tmp_path)) for place in (folder, other))
+    assert (len(one), one.classes) == (len(two), two.classes)
+    assert one.fingerprint() != two.fingerprint()
+    assert one.fingerprint() == open_pictures(f"hfds/{folder}", "train", root=str(tmp_path)).fingerprint()
+
+
 def test_torchvision_data_sets(tmp_path: Path):
     with pytest.raises(DataError, match=r"torch/cifar10 \(train\) cannot be opened"):
         open_pictures("torch/cifar10", "train", root=str(tmp_path))

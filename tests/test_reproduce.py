@@ -346,6 +346,52 @@ def test_asked_to_stop_it_saves_and_goes_on(uninterrupted, ground: Ground, tmp_p
     assert sha(tmp_path / "run") == sha(done)
 
 
+def test_a_signal_to_the_whole_group_is_survived_by_the_loading_processes(
+    uninterrupted, ground: Ground, tmp_path: Path
+):
+    arguments, done, _ = uninterrupted
+    command = [
+        sys.executable,
+        "-m",
+        "fixefficientnet.reproduce",
+        *ground.fixres(*arguments[:2], out=tmp_path),
+        "-j",
+        "2",
+    ]
+    log, said = tmp_path / "run" / "log.jsonl", tmp_path / "said.txt"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for number, status in ((signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL), (None, 0)):
+        lines = log.read_text().count("\n") if log.exists() else 0
+        with said.open("w") as stream:
+            process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, start_new_session=True)
+        until = time.monotonic() + 60
+        while number and time.monotonic() < until and process.poll() is None:
+            if log.exists() and log.read_text().count("\n") > lines:
+                os.killpg(process.pid, number) if number == signal.SIGTERM else process.kill()
+                break
+            time.sleep(0.001)
+        assert process.wait(120) in (status, 0), said.read_text()
+        # at once, the folder is free: no loading process holds it any more
+    assert sha(tmp_path / "run") == sha(done)
+
+
+def test_a_state_saved_at_the_end_of_an_epoch_is_gone_on_from(ground: Ground, tmp_path: Path):
+    command = ground.fixres("--method", "cached", "--set", "batch_size=512", out=tmp_path)  # one step per epoch
+    command += ["--set", "epochs=400", "--set", "base_lr=1e-5"]
+    tiny.run([*command, "--experiment", "whole"], tmp_path / "said.txt")
+    log = tmp_path / "run" / "log.jsonl"
+    process = tiny.start(command, tmp_path / "said.txt")
+    until = time.monotonic() + 60
+    while process.is_alive() and not log.exists() and time.monotonic() < until:
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    tiny.run(command, tmp_path / "said.txt")
+    assert sha(tmp_path / "run") == sha(tmp_path / "whole")
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["steps"] for row in rows] == list(range(1, 401))
+
+
 def test_workers_change_nothing(uninterrupted, ground: Ground, tmp_path: Path):
     arguments, done, _ = uninterrupted
     tiny.run([*ground.fixres(*arguments, out=tmp_path), "-j", "2"], tmp_path / "said.txt")
@@ -443,7 +489,7 @@ def test_another_recipe_in_the_same_folder_is_refused(ground: Ground, tmp_path: 
 def test_a_folder_in_use_is_refused(ground: Ground, tmp_path: Path):
     (tmp_path / "run").mkdir()
     with (tmp_path / "run" / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.lockf(lock, fcntl.LOCK_EX)
         lock.write("4711")
         lock.flush()
         assert "is in use by the process 4711" in refused(ground, tmp_path)
@@ -451,12 +497,19 @@ def test_a_folder_in_use_is_refused(ground: Ground, tmp_path: Path):
 
 @pytest.mark.parametrize("method", ["online", "cached"])
 def test_a_loss_that_explodes_stops_the_run(ground: Ground, tmp_path: Path, method: str):
-    more = ["--method", method, "--set", "base_lr=1e30", "--checkpoint-steps", "1"]
+    # lr x weight_decay is about 10^4: the weights grow by that at each step
+    more = ["--method", method, "--set", "base_lr=1e9", "--set", "weight_decay=1e-4", "--checkpoint-steps", "1"]
     text = refused(ground, tmp_path, *more)
     assert "The loss is" in text
-    assert "at step" in text
+    assert "The last good checkpoint is kept" in text
     kept = load_file(tmp_path / "run" / "checkpoint" / "state.safetensors")
-    assert "model.classifier.weight" in kept
+    model = ground.model()
+    model.load_state_dict(
+        {name.removeprefix("model."): kept[name] for name in kept if name[:6] == "model."}, strict=False
+    )
+    assert torch.isfinite(model(torch.rand(2, 3, 48, 48))).all()
+    text = refused(ground, tmp_path, "--method", method, "--set", "base_lr=1e30", "--experiment", "other")
+    assert "Nothing was saved before" in text
 
 
 def test_unreadable_pictures_are_named_and_tolerated_up_to_a_limit(ground: Ground, tmp_path: Path):
@@ -535,6 +588,48 @@ def test_too_little_disk_is_said_before_the_pass(ground: Ground, tmp_path: Path,
     assert "--set views=1" in str(error.value)
 
 
+def test_classes_that_a_checkpoint_does_not_have(ground: Ground, tmp_path: Path):
+    for classes in (("apple", "brick"), (*tiny.CLASSES, "dune")):
+        pictures = tiny.make_data(tmp_path / str(len(classes)), classes, train=2, val=1)
+        text = refused(ground, tmp_path, "--data", str(pictures))
+        assert f"has {len(classes)} classes, the network of" in text
+
+
+def test_a_damaged_shard_is_computed_anew(ground: Ground, tmp_path: Path):
+    command = ground.fixres("--method", "cached", "--keep-features", out=tmp_path)
+    tiny.run([*command, "--experiment", "one"], tmp_path / "said.txt")
+    shards = sorted((tmp_path / "features").glob("*/*.safetensors"))
+    for path in shards[::3]:
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 64
+        path.write_bytes(content)
+    (features,) = (tmp_path / "features").glob("*/features.bin")
+    with features.open("r+b") as file:
+        file.seek(2000)
+        file.write(b"12345678")
+    said = tiny.run([*command, "--experiment", "two"], tmp_path / "said.txt")
+    assert "from before" not in said
+    assert sha(tmp_path / "one") == sha(tmp_path / "two")
+    assert "Features: 30/30, from before" in tiny.run([*command, "--experiment", "three"], tmp_path / "said.txt")
+
+
+def test_a_whole_shard_of_unreadable_pictures(ground: Ground, tmp_path: Path):
+    pictures = tmp_path / "data"
+    shutil.copytree(ground.pictures, pictures)
+    for path in sorted((pictures / "train" / "apple").iterdir()):
+        path.write_bytes(b"")
+    more = ["--data", str(pictures), "--method", "cached", "--max-unreadable", "0.5"]
+    tiny.run(ground.fixres(*more, out=tmp_path), tmp_path / "said.txt")
+    assert len(report(tmp_path / "run")["unreadable"]) == 10
+
+
+def test_a_folder_that_cannot_be_written(ground: Ground, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    text = tiny.run(ground.fixres(out=tmp_path / "file"), tmp_path / "said.txt", status=1)
+    assert "file" in text
+    assert "Traceback" not in text
+
+
 def test_out_of_memory(ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     convolve = nn.Conv2d.forward
 
@@ -548,6 +643,8 @@ def test_out_of_memory(ground: Ground, tmp_path: Path, monkeypatch: pytest.Monke
         in_process(ground, tmp_path, ["batch_size=12", "forward_batch=8"])
     found = in_process(ground, tmp_path, ["batch_size=12", "forward_batch=8"], auto_batch=True)
     assert (found["recipe"]["batch_size"], found["recipe"]["forward_batch"]) == (3, 2)
+    again = in_process(ground, tmp_path, ["batch_size=12", "forward_batch=8"], auto_batch=True)
+    assert again == found  # the same call finds what it did
 
 
 # --- the plan -------------------------------------------------------------------------------------------------
@@ -557,6 +654,7 @@ def test_plan_of_one_and_of_all(tmp_path: Path):
     text = tiny.run(["b2", "--plan", "--throughput", "1000"], tmp_path / "said.txt", COLUMNS="80")
     assert "classifier.weight" in text
     assert "420" in text
+    tiny.run(["b2", "--plan", "--mixed-precision", "bf16"], tmp_path / "said.txt")
     text = tiny.run(["--all", "--plan"], tmp_path / "said.txt", COLUMNS="80")
     assert all(f" {key} " in text for key in fixefficientnet.list_models() if not key.startswith("lite"))
     assert max(map(len, text.splitlines())) <= 80

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fixefficientnet import manifest
-from fixefficientnet.errors import FixEfficientNetError, RecipeError
+from fixefficientnet.errors import FixEfficientNetError, RecipeError, UnknownVariantError
 
 EXTRA = "pip install 'fixefficientnet[reproduce]'"
 
@@ -218,10 +218,13 @@ def main() -> None:
     """Runs the command; an error of this package becomes one message and status 1, a signal its own status."""
     try:
         app()
-    except FixEfficientNetError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            err.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
-        sys.exit(1)
+    except (FixEfficientNetError, OSError) as error:
+        rank = int(os.environ.get("RANK", "0"))
+        of_the_command = isinstance(error, RecipeError | UnknownVariantError)  # which all processes were given alike
+        if not getattr(error, "said_elsewhere", of_the_command and rank > 0):
+            where = f" (process {rank})" if rank else ""
+            err.print(f"[red]Error{where}:[/] {escape(str(error))}", soft_wrap=True)
+        _leave(1)
     except ModuleNotFoundError as error:
         if error.name not in ("accelerate", "matplotlib", "tensorboard"):
             raise
@@ -232,8 +235,16 @@ def main() -> None:
 
         if not isinstance(error, Interrupted):
             raise
-        err.print(f"{error} The same command goes on from here.")
-        os._exit(128 + error.number)  # other processes may wait for this one in a collective call
+        if not getattr(error, "said_elsewhere", False):
+            err.print(f"{error} The same command goes on from here.")
+        _leave(128 + error.number)
+
+
+def _leave(status: int) -> None:
+    """Ends this process at once: others may wait for it in a collective call, and it for them on a usual exit."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

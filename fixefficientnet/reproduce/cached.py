@@ -10,8 +10,8 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +35,7 @@ from fixefficientnet.reproduce.recipe import Recipe
 from fixefficientnet.reproduce.session import Interrupted, Session
 
 Shard = dict[str, Tensor]
+_EMPTY = "none"  # for a shard without a readable picture: a file must hold something
 
 
 def tune(
@@ -68,10 +69,13 @@ def tune(
             chosen = _subset(recipe, len(pictures))
             _estimate_statistics(session, network, pictures, chosen, recipe, folder)
         if recipe.trains_classifier:
-            features, targets = _compute_features(session, network, pictures, recipe, folder)
-            session.on_main(lambda: _train_classifier(session, network, features, targets, recipe, checkpoints))
-            for parameter in network.trained.values():
-                parameter.data.copy_(cast(Tensor, broadcast(parameter.data)))
+            place = folder / f"features-{_key(network, pictures, recipe, 'features')}"
+            with session.locked(place):
+                features, targets = _compute_features(session, network, pictures, recipe, place)
+                session.on_main(lambda: _train_classifier(session, network, features, targets, recipe, checkpoints))
+            with torch.no_grad():
+                for tensor in network.moving.values():
+                    tensor.copy_(cast(Tensor, broadcast(tensor.detach().clone())))
     return {"forwards": forwards(recipe, len(pictures))}
 
 
@@ -120,15 +124,16 @@ def _estimate_statistics(
     chosen_pictures = _Chosen(pictures, chosen)
     transform = Views(1, cast(Any, transform_of(recipe)))
     hook = network.norm.register_forward_pre_hook(take)
-    try:
-        _over_shards(session, "Statistics", chosen_pictures, transform, recipe, place, forward, add)
-    finally:
-        hook.remove()
+    with session.locked(place):
+        try:
+            shards = _over_shards(session, "Statistics", chosen_pictures, transform, recipe, place, forward, add)
+        finally:
+            hook.remove()
     total: Shard | None = None
-    for path in _paths(place, len(chosen), recipe):
-        part = _read(path)
-        total = part if total is None else add(total, part) if "sum" in part else total
-    if total is None or "sum" not in total:
+    for part in shards:
+        if part:
+            total = add(total, part)
+    if total is None:
         raise DataError(f"None of the pictures of {pictures.what} could be read.")
     count = float(total["count"])
     mean = total["sum"] / count
@@ -156,11 +161,9 @@ class _Chosen:
 
 
 def _compute_features(
-    session: Session, network: Network, pictures: Pictures, recipe: Recipe, folder: Path
+    session: Session, network: Network, pictures: Pictures, recipe: Recipe, place: Path
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Memory-mapped features [pictures, views, channels], and targets [pictures] (-1: unreadable)."""
-    key = _key(network, pictures, recipe, "features")
-    place = folder / f"features-{key}"
     channels = cast(Tensor, network.classifier.weight).shape[1]
     shape = (len(pictures), recipe.views, channels)
     path = place / "features.bin"
@@ -186,22 +189,23 @@ def _compute_features(
     def add(total: Shard | None, part: Shard) -> Shard:
         return part if total is None else {name: torch.cat([total[name], part[name]]) for name in total}
 
-    def digest(number: int) -> str:
-        rows = features[number * recipe.shard : (number + 1) * recipe.shard]
-        return hashlib.sha256(np.ascontiguousarray(rows).data).hexdigest()
+    def rows(number: int) -> np.ndarray[Any, Any]:
+        # opened anew each time: on a network file system, an open map may not show what other nodes wrote
+        written = np.memmap(path, dtype=recipe.feature_dtype, mode="r", shape=shape)
+        return np.ascontiguousarray(written[number * recipe.shard : (number + 1) * recipe.shard])
 
     transform = Views(recipe.views, cast(Any, transform_of(recipe)))
     hook = network.classifier.register_forward_pre_hook(take)
     try:
-        _over_shards(session, "Features", pictures, transform, recipe, place, forward, add, digest, features.flush)
+        parts = (place, forward, add, rows, features.flush)
+        shards = _over_shards(session, "Features", pictures, transform, recipe, *parts)
     finally:
         hook.remove()
     targets = np.full(len(pictures), -1, dtype=np.int64)
-    for shard_path in _paths(place, len(pictures), recipe):
-        shard = _read(shard_path)
-        if "indices" in shard:
+    for shard in shards:
+        if shard:
             targets[shard["indices"].numpy()] = shard["targets"].numpy()
-    return features, targets
+    return np.memmap(path, dtype=recipe.feature_dtype, mode="r", shape=shape), targets
 
 
 def _allocate(path: Path, size: int) -> None:
@@ -215,6 +219,11 @@ def _allocate(path: Path, size: int) -> None:
         )
     with path.open("ab") as file:
         file.truncate(size)
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)  # a hole in a memory map that the disk cannot fill is fatal
+        except OSError as error:
+            reason = f"{path.parent} has no room for {size / 1e9:.2f} GB of features: {error.strerror}."
+            raise RunError(reason) from error
 
 
 # --- the classifier ---------------------------------------------------------------------------------------
@@ -247,48 +256,45 @@ def _train_classifier(
     image_shape = (
         (-1, features.shape[-1], 1, 1) if isinstance(network.classifier, nn.Conv2d) else (-1, features.shape[-1])
     )
-    last_write = 0.0
     with _one_thread(), session.log.bar("Classifier", recipe.epochs * steps * size) as bar:
         bar.skip(position.steps * size)
         while position.epoch < recipe.epochs:
-            sequence = np.array(order(recipe, position.epoch, examples))
-            loss_sum = correct = 0.0
-            while position.step < steps:
+            epoch = position.epoch
+            sequence = np.array(order(recipe, epoch, examples))
+            loss_sum = correct = seen = 0.0
+            while position.epoch == epoch:
                 chosen = sequence[position.step * size : (position.step + 1) * size]
                 picture, view = np.divmod(chosen, recipe.views)
                 values = flat[rows[picture] * recipe.views + view]
                 inputs = torch.from_numpy(values).to(device).float().view(image_shape)
                 labels = torch.from_numpy(targets[rows[picture]]).to(device)
-                rate = recipe.learning_rate(position.epoch + position.step / steps)
+                rate = recipe.learning_rate(epoch + position.step / steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 logits = network.classifier(inputs).flatten(1)
                 loss = criterion(logits, labels)
                 if not math.isfinite(value := loss.item()):
-                    raise RunError(
-                        f"The loss is {value} at step {position.steps + 1} (epoch {position.epoch + 1}). The last "
-                        "good checkpoint is kept. Try a smaller base_lr (--set base_lr=…)."
-                    )
+                    raise checkpoints.give_up(value, position)
+                checkpoints.confirm()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 position.step += 1
                 position.steps += 1
-                loss_sum += value
+                if position.step == steps:
+                    position.epoch, position.step = epoch + 1, 0
+                seen, loss_sum = seen + size, loss_sum + value * size
                 correct += float((logits.argmax(1) == labels).sum())
-                bar.advance(size)
+                said = f"loss {loss_sum / seen:.3f}, top-1 {100 * correct / seen:.1f}"
+                bar.advance(size, said)
+                if position.epoch > epoch:
+                    top1 = 100 * correct / seen
+                    session.log.write(position.steps, epoch=epoch, loss=loss_sum / seen, top1=top1, lr=rate)
+                if session.stopped_by or checkpoints.due(position) or position.epoch == recipe.epochs:
+                    checkpoints.save(position, network.moving, optimizer)
                 if session.stopped_by:
-                    checkpoints.save(position, network.moving, optimizer)
                     raise Interrupted(session.stopped_by)
-                if checkpoints.due(position):
-                    checkpoints.save(position, network.moving, optimizer)
-            position.epoch, position.step = position.epoch + 1, 0
-            top1 = 100 * correct / (steps * size)
-            session.log.write(position.steps, epoch=position.epoch - 1, loss=loss_sum / steps, top1=top1, lr=rate)
-            bar.advance(0, f"loss {loss_sum / steps:.3f}, top-1 {top1:.1f}")
-            if time.monotonic() - last_write > 1 or position.epoch == recipe.epochs:
-                last_write = time.monotonic()
-                checkpoints.save(position, network.moving, optimizer)
+    checkpoints.confirm()
 
 
 # --- shards -----------------------------------------------------------------------------------------------
@@ -303,13 +309,17 @@ def _over_shards(
     place: Path,
     forward: Callable[[Batch], Shard],
     add: Callable[[Shard | None, Shard], Shard],
-    digest: Callable[[int], str] = lambda number: "",
+    rows: Callable[[int], Any] = lambda number: b"",
     flush: Callable[[], None] = lambda: None,
-) -> None:
-    """Computes the shards that are not done yet, each process its share, and saves each when it is complete."""
-    paths = _paths(place, len(pictures), recipe)
+) -> list[Shard]:
+    """Computes the shards that are not done yet, each process its share, and saves each when it is complete.
+
+    Returns:
+        All shards, in order; empty ones for those without a readable picture.
+    """
+    paths = [place / f"{number:06d}.safetensors" for number in range(math.ceil(len(pictures) / recipe.shard))]
     mine = range(session.rank, len(paths), session.world)
-    left = [number for number in mine if not _is_done(paths[number], number, digest)]
+    left = [number for number in mine if _read(paths[number], rows, number) is None]
     lengths = {number: min(recipe.shard, len(pictures) - number * recipe.shard) for number in mine}
     tasks = shard_tasks(len(pictures), recipe.shard, recipe.forward_batch, left)
     pin = session.accelerator.device.type == "cuda"
@@ -318,18 +328,35 @@ def _over_shards(
         batches = load_batches(pictures, transform, tasks, workers=min(session.workers, len(tasks)), pin_memory=pin)
         for number in left:
             total: Shard | None = None
+            unreadable: list[str] = []
             for batch in _take(batches, -(-lengths[number] // recipe.forward_batch)):
-                session.count_unreadable(pictures.what, batch.unreadable, len(pictures))
+                unreadable += [reason for _, reason in batch.unreadable]
+                session.count_unreadable(pictures.what, unreadable, len(pictures))
                 if len(batch.targets):
                     total = add(total, forward(batch))
                 bar.advance(len(batch.targets) + len(batch.unreadable))
             flush()
-            unreadable = json.dumps(session.unreadable)
-            metadata = {"digest": digest(number), "unreadable": unreadable}
-            write_atomically(paths[number], safetensors.torch.save(total or {"none": torch.zeros(0)}, metadata))
+            total = total or {_EMPTY: torch.zeros(0)}
+            metadata = {"digest": _digest(total, rows(number)), "unreadable": json.dumps(unreadable)}
+            write_atomically(paths[number], safetensors.torch.save(total, metadata))
             if session.stopped_by:
                 raise Interrupted(session.stopped_by)
     session.accelerator.wait_for_everyone()
+
+    def check() -> None:
+        for number, path in enumerate(paths):
+            if _read(path, rows, number) is None:
+                raise RunError(f"{path} lacks what was just written. Do all processes see the same folder?")
+
+    session.on_main(check)
+    shards = []
+    for path in paths:
+        with safetensors.safe_open(path, "pt") as file:
+            reasons = json.loads((file.metadata() or {})["unreadable"])
+            shards.append({name: file.get_tensor(name) for name in file.keys() if name != _EMPTY})  # noqa: SIM118
+        with session.alike():
+            session.count_unreadable(pictures.what, reasons, len(pictures))
+    return shards
 
 
 @contextlib.contextmanager
@@ -348,20 +375,21 @@ def _take(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
         yield next(batches)
 
 
-def _paths(place: Path, length: int, recipe: Recipe) -> list[Path]:
-    return [place / f"{number:06d}.safetensors" for number in range(math.ceil(length / recipe.shard))]
-
-
-def _is_done(path: Path, number: int, digest: Callable[[int], str]) -> bool:
+def _read(path: Path, rows: Callable[[int], Any], number: int) -> Shard | None:
+    """A shard's tensors; None if it is not there, not whole, or not what was saved."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return bool((file.metadata() or {}).get("digest") == digest(number))
+            shard = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return shard if (file.metadata() or {}).get("digest") == _digest(shard, rows(number)) else None
     except (safetensors.SafetensorError, OSError):
-        return False
+        return None
 
 
-def _read(path: Path) -> Shard:
-    return safetensors.torch.load_file(path)
+def _digest(shard: Shard, rows: Any) -> str:
+    """Of a shard's tensors and of its rows in the feature file."""
+    digest = hashlib.sha256(safetensors.torch.save(shard))
+    digest.update(rows)
+    return digest.hexdigest()
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ Serves the base stage too, where the whole network trains.
 """
 
 import math
+import signal
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fixefficientnet.data import Batch, Pictures, Task, load_batches
-from fixefficientnet.errors import DataError, RecipeError, RunError
+from fixefficientnet.errors import DataError, RecipeError
 from fixefficientnet.preprocessing import FineTuningTransform, Preprocess, TrainingTransform
 from fixefficientnet.reproduce.checkpoints import Checkpoints, Position
 from fixefficientnet.reproduce.network import Network
@@ -74,6 +75,7 @@ def tune(
             network.trained.values(), lr=0.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay
         )
     position = checkpoints.restore(network.moving, optimizer, accelerator.scaler)
+    session.count_unreadable(pictures.what, checkpoints.unreadable, len(pictures))
     if position.steps:
         session.log.say(f"Going on after step {position.steps} (epoch {position.epoch}).")
     session.log.resume(position.steps)
@@ -83,7 +85,10 @@ def tune(
     raw = optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer
 
     def save() -> None:
-        checkpoints.save(position, network.moving, raw, accelerator.scaler and accelerator.scaler.state_dict())
+        checkpoints.unreadable = sorted(session.unreadable.get(pictures.what, ()))
+        scaler = accelerator.scaler and accelerator.scaler.state_dict()
+        with session.alike():
+            checkpoints.save(position, network.moving, raw, scaler)
 
     steps, size = steps_of_epoch(recipe, len(pictures), session.world)
     network.train(recipe)
@@ -99,7 +104,7 @@ def tune(
                     rate = recipe.learning_rate(epoch + position.step / steps)
                     for group in optimizer.param_groups if optimizer else ():
                         group["lr"] = rate
-                    loss, right, count, stop = _step(session, model, criterion, stepper, batch, position)
+                    loss, right, count, stop = _step(session, model, criterion, stepper, batch, position, checkpoints)
                     _average(session, statistics, recipe)
                     position.step += 1
                     position.steps += 1
@@ -109,11 +114,15 @@ def tune(
                     said = f"loss {loss_sum / seen:.3f}, top-1 {100 * correct / seen:.1f}"
                     bar.advance(int(count), said)
                     session.log.write(position.steps, epoch=epoch, loss=loss, top1=100 * right / count, lr=rate)
+                    if position.epoch > epoch:
+                        session.share_unreadable(pictures.what, len(pictures))
+                    if stop or checkpoints.due(position) or position.epoch == recipe.epochs:
+                        save()
                     if stop:
-                        save()
-                        raise Interrupted(int(stop))
-                    if checkpoints.due(position) or position.epoch == recipe.epochs:
-                        save()
+                        session.stopped_by = stop
+                        with session.alike():
+                            raise Interrupted(stop)
+    checkpoints.confirm()
     network.model.eval()
     return {"forwards": recipe.epochs * steps * size}
 
@@ -140,7 +149,8 @@ def _synchronise(network: Network) -> None:
     batch_norm = torch.nn.SyncBatchNorm.forward
 
     def forward(inputs: Tensor) -> Any:
-        result = batch_norm(norm, inputs)
+        with torch.autocast(inputs.device.type, enabled=False):
+            result = batch_norm(norm, inputs.float())
         return norm.act(norm.drop(result)) if hasattr(norm, "act") else result
 
     norm.process_group = group
@@ -154,16 +164,22 @@ def _batches(session: Session, pictures: Pictures, recipe: Recipe, position: Pos
     pin = session.accelerator.device.type == "cuda"
     transform = transform_of(recipe)
     for batch in load_batches(pictures, transform, tasks, workers=session.workers, substitute=True, pin_memory=pin):
-        session.count_unreadable(pictures.what, batch.unreadable, len(pictures))
+        session.count_unreadable(pictures.what, [reason for _, reason in batch.unreadable], len(pictures))
         if not len(batch.targets):
             raise DataError(f"Ten pictures of {pictures.what} in a row cannot be read: {batch.unreadable[-1][1]}")
         yield batch
 
 
 def _step(
-    session: Session, model: nn.Module, criterion: nn.Module, stepper: Any, batch: Batch, position: Position
-) -> tuple[float, float, float, float]:
-    """One step. Mean loss, number of right guesses, number of pictures, signal to stop: of all processes."""
+    session: Session,
+    model: nn.Module,
+    criterion: nn.Module,
+    stepper: Any,
+    batch: Batch,
+    position: Position,
+    checkpoints: Checkpoints,
+) -> tuple[float, float, float, int]:
+    """One step. Mean loss, number of right guesses, number of pictures, signal to stop (0: none): of all processes."""
     accelerator = session.accelerator
     device = accelerator.device
     inputs = batch.inputs.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
@@ -173,20 +189,19 @@ def _step(
         loss = criterion(logits, targets)
     right = (logits.detach().argmax(1) == targets).sum()
     count = len(targets)
-    signals = torch.tensor(float(session.stopped_by), device=device)
-    totals = torch.stack([loss.detach() * count, right.float(), torch.tensor(float(count), device=device), signals])
-    loss_sum, correct, seen, stop = cast(Tensor, accelerator.reduce(totals, "sum")).tolist()
+    stops = [float(session.stopped_by == number) for number in (signal.SIGTERM, signal.SIGINT)]
+    totals = torch.cat([torch.stack([loss.detach() * count, right]), torch.tensor([count, *stops], device=device)])
+    loss_sum, correct, seen, terminate, interrupt = cast(Tensor, accelerator.reduce(totals, "sum")).tolist()
     if not math.isfinite(loss_sum):
-        raise RunError(
-            f"The loss is {loss_sum / seen} at step {position.steps + 1} (epoch {position.epoch + 1}, step "
-            f"{position.step + 1} in it). The last good checkpoint is kept. Try a smaller base_lr "
-            "(--set base_lr=…), or look for broken weights."
-        )
+        with session.alike():
+            raise checkpoints.give_up(loss_sum / seen, position)
+    checkpoints.confirm()
     if stepper is not None:
         accelerator.backward(loss)
         stepper.step()
         stepper.zero_grad()
-    return loss_sum / seen, correct, seen, stop / session.world if stop else 0.0
+    stop = signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0
+    return loss_sum / seen, correct, seen, int(stop)
 
 
 def _average(session: Session, statistics: list[Tensor], recipe: Recipe) -> None:

@@ -1,7 +1,7 @@
 """What a run would take, without running it: on torch's meta device, which computes shapes only."""
 
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import timm
@@ -67,6 +67,7 @@ def plan(recipe: Recipe, *, pictures: tuple[int, int] = IMAGENET, num_classes: i
         UnsupportedModelError: The network has no classifier, or no batch norm before its pooling.
     """
     train, validation = pictures
+    recipe = replace(recipe, mixed_precision="no")  # the meta device has no autocast; memory is stated in float32
     with torch.device("meta"):
         net = network.prepare(timm.create_model(recipe.backbone.partition(".")[0], num_classes=num_classes), recipe)
     base = recipe.stage == "base"

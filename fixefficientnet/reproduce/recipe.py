@@ -280,6 +280,10 @@ def check(recipe: Recipe) -> None:
             raise RecipeError(f"{name} is {getattr(recipe, name)}, but must be above 0 and at most 1.")
     if recipe.interpolation not in manifest.INTERPOLATIONS:
         raise RecipeError(f"interpolation must be one of {', '.join(manifest.INTERPOLATIONS)}.")
+    if recipe.seed >= 2**63:
+        raise RecipeError(f"seed is {recipe.seed}, but must be below 2^63.")
+    if recipe.stage == "base" and recipe.sync_bn:
+        raise RecipeError("sync_bn synchronises the head norm of the FixRes stage; the base stage has no such option.")
     if recipe.stage == "base" and (recipe.method == "cached" or recipe.tune not in ("all", "classifier")):
         raise RecipeError("The base stage trains online, and takes tune all (the whole network) or classifier.")
     if recipe.method == "cached" and recipe.tune == "bn":

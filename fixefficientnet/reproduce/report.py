@@ -13,6 +13,8 @@ from fixefficientnet.reproduce.recipe import Recipe
 
 NOISE = 0.1
 """Accuracy points between runs of the same training (the note, section 3.4)."""
+ROUNDING = 0.05
+"""The paper gives one decimal."""
 IMAGENET = (50_000, 1000)
 """Pictures and classes of ImageNet-2012's validation set: only there the paper's figures can be compared."""
 
@@ -51,7 +53,7 @@ def build(
         }
         if comparable and "tuned" in evaluations and recipe.test_size == paper.fix.test_size:
             difference = evaluations["tuned"].top1 - paper.fix.top1
-            report["paper"] |= {"difference": difference, "within_noise": abs(difference) <= NOISE + 0.05}
+            report["paper"] |= {"difference": difference, "within_noise": abs(difference) <= NOISE + ROUNDING}
     return report
 
 
@@ -79,7 +81,7 @@ def as_markdown(report: Mapping[str, Any], recipe: Recipe) -> str:
         ]
         if "difference" in paper:
             within = "within" if paper["within_noise"] else "outside"
-            lines[-1] += f" Difference: {paper['difference']:+.2f}, {within} the paper's noise of {NOISE}."
+            lines[-1] += f" Difference: {paper['difference']:+.2f}, {within} the paper's noise of {NOISE} and rounding."
         else:
             lines[-1] += " Not comparable: these figures are of other pictures, or of another test size."
     elif recipe.stage == "fixres":
@@ -89,7 +91,7 @@ def as_markdown(report: Mapping[str, Any], recipe: Recipe) -> str:
         lines += [f"- {reason}" for reason in report["unreadable"][:20]]
     lines += [
         "",
-        f"Pictures that went forward through the backbone to tune it: {report['forwards']:,} "
+        f"Forward passes of a picture through the backbone that this method takes: {report['forwards']:,} "
         f"({report['forwards'] / max(1, report['train_pictures']):g} per training picture).",
         "",
         "## Recipe",

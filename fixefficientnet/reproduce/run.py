@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
+from torch import nn
 
 from fixefficientnet import delta, evaluation
 from fixefficientnet.data import TRAIN, VALIDATION, Pictures, follow, open_pictures
@@ -25,6 +26,8 @@ from fixefficientnet.reproduce.log import Log
 from fixefficientnet.reproduce.network import Network
 from fixefficientnet.reproduce.recipe import Recipe, Subject, differences
 from fixefficientnet.reproduce.session import Session
+
+CHECKPOINT = Path("checkpoint", "state.safetensors")
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ def run(subject: Subject, recipe: Recipe, data: Data, options: Options, accelera
         RunError: The folder is in use or holds another run; the loss is NaN; no memory or disk.
         Interrupted: A signal asked to stop; the same call goes on.
     """
+    if options.auto_batch:
+        recipe = _halved_before(recipe, options.folder)
     while True:
         try:
             return _run(subject, recipe, data, options, accelerator)
@@ -102,15 +107,28 @@ def run(subject: Subject, recipe: Recipe, data: Data, options: Options, accelera
             if isinstance(error, RunError) or not out_of_memory:
                 raise
             smaller = _halved(recipe)
-            if not options.auto_batch or smaller is None:
+            # other processes may be waiting for this one, and what was trained so far is worth more than a retry
+            alone = accelerator.num_processes == 1 and not (options.folder / CHECKPOINT).exists()
+            if not options.auto_batch or smaller is None or not alone:
                 raise RunError(
-                    f"Out of memory with batch_size {recipe.batch_size} and forward_batch {recipe.forward_batch}. Try "
-                    "--auto-batch, or set smaller ones (--set batch_size=… --set forward_batch=…); --plan estimates "
-                    "what a run takes."
+                    f"Out of memory with batch_size {recipe.batch_size} and forward_batch {recipe.forward_batch}. Set "
+                    "smaller ones (--set batch_size=… --set forward_batch=…), or try --auto-batch, which halves both "
+                    "where one process has trained nothing yet. --plan estimates what a run takes."
                 ) from error
-        torch.cuda.empty_cache()
+        accelerator.free_memory()
         options = replace(options, overwrite=True)
         recipe = smaller
+
+
+def _halved_before(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe as an earlier call of the same command halved it; as it is, if none did."""
+    saved = (_saved(folder / "recipe.json") or {}).get("recipe")
+    smaller: Recipe | None = recipe
+    while smaller is not None:
+        if saved == json.loads(smaller.dumps()):
+            return smaller
+        smaller = _halved(smaller)
+    return recipe
 
 
 def _halved(recipe: Recipe) -> Recipe | None:
@@ -125,10 +143,7 @@ def _run(subject: Subject, recipe: Recipe, data: Data, options: Options, acceler
     session = Session(accelerator, folder, log, options.workers, options.max_unreadable)
     with session.locked(folder):
         try:
-            train, validation, num_classes = _open(data, subject, recipe, options)
-            weights: str | Path = recipe.weights if options.checkpoint is None else options.checkpoint
-            model = network.load(subject, weights, num_classes=num_classes, seed=recipe.seed)
-            num_classes = int(getattr(model, "num_classes", num_classes))
+            train, validation, model = session.together(lambda: _open(data, subject, recipe, options))
             identity = {
                 "recipe": asdict(recipe),
                 "pictures": {"train": train.fingerprint(), "validation": validation.fingerprint()},
@@ -142,10 +157,11 @@ def _run(subject: Subject, recipe: Recipe, data: Data, options: Options, acceler
             return _tune(session, subject, recipe, options, model, train, validation, identity)
         finally:
             log.close()
+            accelerator.free_memory()
 
 
-def _open(data: Data, subject: Subject, recipe: Recipe, options: Options) -> tuple[Pictures, Pictures, int]:
-    """Both splits, numbered as the network's classes; how many classes a network without weights of them gets."""
+def _open(data: Data, subject: Subject, recipe: Recipe, options: Options) -> tuple[Pictures, Pictures, nn.Module]:
+    """Both splits, numbered as the network's classes, and the network."""
     if options.checkpoint is not None:
         expected: int | None = None
     else:
@@ -158,7 +174,13 @@ def _open(data: Data, subject: Subject, recipe: Recipe, options: Options) -> tup
         data.name, data.val_split, root=data.root, num_classes=expected if train.imagenet else None
     )
     validation = follow(validation, train)
-    return train, validation, len(train.classes) or expected or 1000
+    num_classes = len(train.classes) or expected or 1000
+    weights: str | Path = recipe.weights if options.checkpoint is None else options.checkpoint
+    model = network.load(subject, weights, num_classes=num_classes, seed=recipe.seed)
+    found = int(getattr(model, "num_classes", num_classes))
+    if found != num_classes:
+        raise DataError(f"{train.what} has {num_classes} classes, the network of {weights} {found}.")
+    return train, validation, model
 
 
 def _claim(session: Session, identity: Mapping[str, Any], recipe: Recipe, options: Options) -> dict[str, Any] | None:
@@ -218,7 +240,7 @@ def _saved(path: Path) -> Mapping[str, Any] | None:
 
 
 def _checkpoints(session: Session, identity: Mapping[str, Any], options: Options) -> Checkpoints:
-    path = session.folder / "checkpoint" / "state.safetensors"
+    path = session.folder / CHECKPOINT
     seconds = options.checkpoint_minutes * 60
     return Checkpoints(path, identity, options.checkpoint_steps, seconds, enabled=session.main)
 
@@ -246,11 +268,7 @@ def _tune(
         measured.take("base_at_test", recipe.test)
     checkpoints = _checkpoints(session, identity, options)
     if recipe.method == "cached":
-        place = options.features or folder / "features"
-        with session.locked(place):
-            done = cached.tune(session, net, train, recipe, checkpoints, place)
-        if session.main and options.features is None:
-            shutil.rmtree(place, ignore_errors=True)
+        done = cached.tune(session, net, train, recipe, checkpoints, options.features or folder / "features")
     else:
         done = online.tune(session, net, train, recipe, checkpoints)
     model = net.model.eval()
@@ -262,15 +280,17 @@ def _tune(
     def finish() -> dict[str, Any]:
         more = {
             "train_pictures": len(train),
-            "unreadable": list(session.unreadable.values()),
+            "unreadable": sorted(set().union(*session.unreadable.values())),
             **done,
             "recipe": asdict(recipe),
         }
         classes = int(getattr(model, "num_classes", 0))
-        finished = report.build(recipe, subject.variant, measured.found, num_classes=classes, more=more)
+        built = report.build(recipe, subject.variant, measured.found, num_classes=classes, more=more)
+        finished: dict[str, Any] = json.loads(json.dumps(built))  # as a later call reads it
         _save_weights(folder, subject, recipe, model, original, finished, own=options.checkpoint is not None)
         report.curve(log.lines(), folder / "curve.png", f"{recipe.variant}, {recipe.stage} stage, {recipe.method}")
         report.write(folder, finished, recipe)
+        shutil.rmtree(folder / "features", ignore_errors=True)
         return finished
 
     return session.on_main(finish)
@@ -280,7 +300,7 @@ def _save_weights(
     folder: Path,
     subject: Subject,
     recipe: Recipe,
-    model: torch.nn.Module,
+    model: nn.Module,
     original: Mapping[str, torch.Tensor],
     finished: Mapping[str, Any],
     *,
@@ -347,8 +367,9 @@ class Measurements:
             session.on_main(lambda: write_atomically(self._path, text.encode()))
         row = self.found[name]
         low, high = row.interval
-        unread = [(i, self._pictures.name(i)) for i, mark in enumerate(row.right) if mark == "-"]
-        session.count_unreadable(self._pictures.what, unread, len(self._pictures))
+        unread = [self._pictures.name(index) for index, mark in enumerate(row.right) if mark == "-"]
+        with session.alike():
+            session.count_unreadable(self._pictures.what, unread, len(self._pictures))
         session.log.say(
             f"  {report.TITLES[name]} ({row.size}): top-1 {row.top1:.2f} (95%: {low:.2f} to {high:.2f}), "
             f"top-5 {row.top5:.2f}, of {row.pictures:,} pictures"

@@ -3,15 +3,17 @@
 import contextlib
 import fcntl
 import os
+import secrets
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from fixefficientnet.errors import DataError, FixEfficientNetError, RunError
 from fixefficientnet.files import remove_partial
@@ -38,7 +40,7 @@ class Session:
         log: Where it tells what it does.
         workers: Loading processes per process.
         max_unreadable: Largest share of a data set's pictures that may be unreadable.
-        unreadable: Pictures that could not be read: name or index → reason.
+        unreadable: Which pictures could not be read, and why, by data set.
         stopped_by: The signal that asked to stop; 0: none did.
     """
 
@@ -47,7 +49,7 @@ class Session:
     log: Log
     workers: int = 0
     max_unreadable: float = 0.01
-    unreadable: dict[str, str] = field(default_factory=dict)
+    unreadable: dict[str, set[str]] = field(default_factory=dict)
     stopped_by: int = 0
 
     @property
@@ -65,39 +67,93 @@ class Session:
         """This process's number."""
         return int(self.accelerator.process_index)
 
-    def count_unreadable(self, what: str, found: Sequence[tuple[int, str]], total: int) -> None:
-        """Remembers pictures that could not be read.
+    def count_unreadable(self, what: str, reasons: Sequence[str], total: int) -> None:
+        """Remembers pictures that could not be read; the same one counts once.
+
+        Args:
+            what: The data set's split.
+            reasons: Each names the picture.
+            total: How many pictures there are.
 
         Raises:
             DataError: They are more than tolerated.
         """
-        for index, reason in found:
-            self.unreadable[f"{what} {index}"] = reason
-        mine = [reason for key, reason in self.unreadable.items() if key.startswith(f"{what} ")]
-        if found and len(mine) > self.max_unreadable * total:
+        found = self.unreadable.setdefault(what, set())
+        found.update(reasons)
+        if reasons and len(found) > self.max_unreadable * total:
             raise DataError(
-                f"{len(mine)} of {total} pictures of {what} cannot be read so far, tolerated are "
-                f"{self.max_unreadable:.1%} (--max-unreadable):\n  " + "\n  ".join(mine[:5])
+                f"{len(found)} of {total} pictures of {what} cannot be read so far, tolerated are "
+                f"{self.max_unreadable:.1%} (--max-unreadable):\n  " + "\n  ".join(sorted(found)[:5])
             )
 
+    def share_unreadable(self, what: str, total: int) -> None:
+        """Gives all processes what any of them could not read.
+
+        Raises:
+            DataError: Together, they are more than tolerated.
+        """
+        if self.world > 1:
+            parts: list[set[str]] = gather_object([self.unreadable.get(what, set())])
+            with self.alike():
+                self.count_unreadable(what, sorted(set().union(*parts)), total)
+
+    @contextlib.contextmanager
+    def alike(self) -> Iterator[None]:
+        """Within, an error is that of all processes alike, and only the first one needs to say it."""
+        try:
+            yield
+        except (FixEfficientNetError, Interrupted) as error:
+            error.said_elsewhere = not self.main  # type: ignore[union-attr]
+            raise
+
     def on_main(self, work: Callable[[], T]) -> T:
-        """Does something in the first process alone; its result, or its error, is that of all."""
+        """Does something in the first process alone; its result, or its failure, is that of all."""
         outcome: list[Any] = [None, None]
+        failure: Exception | None = None
         if self.main:
             try:
                 outcome[0] = work()
-            except (FixEfficientNetError, Interrupted) as error:
-                outcome[1] = error
+            except Exception as error:  # whatever it is: the others wait
+                failure = error
+                outcome[1] = error.number if isinstance(error, Interrupted) else f"{type(error).__name__}: {error}"
         if self.world > 1:
             broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
+        if failure is not None:
+            raise failure
+        with self.alike():
+            if isinstance(outcome[1], int):
+                raise Interrupted(outcome[1])
+            if outcome[1] is not None:
+                raise RunError(outcome[1])
         result: T = outcome[0]
         return result
 
+    def together(self, work: Callable[[], T]) -> T:
+        """Does something in each process; where it fails in one, all fail, and the first says why."""
+        result, failure = None, None
+        try:
+            result = work()
+        except FixEfficientNetError as error:
+            failure = error
+        if self.world > 1:
+            failures = gather_object([f"{failure}" if failure else None])
+            others = [(number, text) for number, text in enumerate(failures) if text is not None]
+            with self.alike():
+                if failure is not None:
+                    raise failure
+                if others:
+                    raise RunError(f"In process {others[0][0]}: {others[0][1]}")
+        elif failure is not None:
+            raise failure
+        return result  # type: ignore[return-value]
+
     @contextlib.contextmanager
     def stoppable(self) -> Iterator[None]:
-        """Within, SIGINT and SIGTERM set `stopped_by` instead of ending the process; a second one ends it."""
+        """Within, SIGINT and SIGTERM set `stopped_by` instead of ending the process; a second one ends it.
+
+        Raises:
+            Interrupted: At the end, if there was a signal that nobody has looked at.
+        """
 
         def note(number: int, frame: FrameType | None) -> None:
             if self.stopped_by:
@@ -108,6 +164,9 @@ class Session:
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
+            if self.stopped_by:
+                with self.alike():
+                    raise Interrupted(self.stopped_by)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -117,30 +176,41 @@ class Session:
         """Keeps other runs out of a folder; a killed process leaves no lock behind.
 
         Raises:
-            RunError: Another process has it.
+            RunError: Another process has it, or not all processes of this run see the same folder.
         """
         path = folder / ".lock"
-        file = None
+        file: IO[str] | None = None
 
-        def take() -> None:
+        def take() -> str:
             nonlocal file
             folder.mkdir(parents=True, exist_ok=True)
             file = path.open("a+")
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would pass on to loading processes
+            except (BlockingIOError, PermissionError):
                 file.seek(0)
                 raise RunError(
-                    f"{folder} is in use by the process {file.read().strip() or 'unknown'}. "
+                    f"{folder} is in use by the process {file.read().partition(' ')[0] or 'unknown'}. "
                     "Wait for it, or choose another folder."
                 ) from None
+            mark = f"{os.getpid()} {secrets.token_hex(8)}"
             file.truncate(0)
-            file.write(str(os.getpid()))
+            file.write(mark)
             file.flush()
+            os.fsync(file.fileno())
             remove_partial(folder)
+            return mark
+
+        def see(mark: str) -> None:
+            for _ in range(50):  # a network file system may take its time
+                if path.exists() and path.read_text() == mark:
+                    return
+                time.sleep(0.1)
+            raise RunError(f"{folder} is not the same folder in all processes: give one that all nodes share.")
 
         try:
-            self.on_main(take)
+            mark = self.on_main(take)
+            self.together(lambda: None if self.main else see(mark))
             yield
         finally:
             if file:
