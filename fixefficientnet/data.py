@@ -4,6 +4,7 @@ Pictures are addressed by their index, every batch says which it holds, and a pi
 named, never silently replaced.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -82,11 +83,10 @@ class Pictures:
 
     def name(self, index: int) -> str:
         """What to call a picture: its file, or its index."""
-        filename = getattr(self.source, "filename", None)
-        try:
-            return str(filename(index)) if filename else f"picture {index} of {self.what}"
-        except Exception:  # readers without file names raise what they like
-            return f"picture {index} of {self.what}"
+        filename = None
+        with contextlib.suppress(Exception):  # readers without file names raise what they like
+            filename = self.source.filename(index)
+        return str(filename or f"picture {index} of {self.what}")
 
     def fingerprint(self) -> str:
         """sha256 over number, classes, labels and file names, as far as the data set tells; not over the pixels."""
