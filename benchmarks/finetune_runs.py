@@ -1,6 +1,6 @@
 """Table and figure of a folder of fine-tuning runs that start from the same weights.
 
-    python -m benchmarks.finetune_runs runs docs/finetuning.svg
+    python -m benchmarks.finetune_runs runs docs/finetuning.png
 
 Runs that differ in their seed alone are one row. Intervals are 95% (Wilson), tests are McNemar's exact one on the
 same pictures; where there are several seeds, both are of the run of middling accuracy.
@@ -11,7 +11,7 @@ import io
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fixefficientnet.evaluation import Evaluation, from_json, paired
 from fixefficientnet.files import write_atomically
@@ -53,6 +53,7 @@ def table(
     untuned: dict[int, Evaluation], tuned: dict[Row, list[Evaluation]], forwards: dict[Row, float]
 ) -> list[list[str]]:
     best = max(untuned.values(), key=lambda evaluation: evaluation.top1)
+    short = {"all": "", "classifier": ", classifier alone", "bn-stats": ", statistics alone", "bn": ", norm alone"}
 
     def against(other: Evaluation, one: Evaluation) -> str:
         lost, won, p = paired(other.right, one.right)
@@ -80,7 +81,7 @@ def table(
         top1 = f"{sum(e.top1 for e in found) / len(found):.2f}"
         if len(found) > 1:
             top1 += f" ({min(e.top1 for e in found):.2f} to {max(e.top1 for e in found):.2f}, {len(found)} seeds)"
-        name = f"{row.method}, {row.tune}" + (f", {row.epochs} epochs" if row.method == "online" else "")
+        name = row.method + (f", {row.epochs} epochs" if row.method == "online" else "") + short[row.tune]
         cells = [name, str(row.size), f"{forwards[row]:.1f}", top1, interval(one)]
         rows.append([*cells, against(untuned[row.size], one), against(best, one)])
     return rows
@@ -103,10 +104,8 @@ LABELS = {
 
 
 def draw(untuned: dict[int, Evaluation], tuned: dict[Row, list[Evaluation]], path: Path) -> None:
-    import matplotlib
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams["svg.hashsalt"] = "fixefficientnet"
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axis = figure.subplots()
     for shift, (kind, (colour, marker, line)) in enumerate(STYLES.items()):
@@ -123,22 +122,24 @@ def draw(untuned: dict[int, Evaluation], tuned: dict[Row, list[Evaluation]], pat
             [mean - low for mean, (low, _) in zip(means, bounds, strict=True)],
             [high - mean for mean, (_, high) in zip(means, bounds, strict=True)],
         ]
-        axis.errorbar(sizes, means, spread, color=colour, marker=marker, linestyle=line, label=LABELS[kind], capsize=2)
+        look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": line, "elinewidth": 0.8, "capsize": 2}
+        axis.errorbar(sizes, means, spread, label=LABELS[kind], **look)
     axis.set_xticks(list(untuned))
     axis.set_xlabel("test size, pixels (trained at 128)")
     axis.set_ylabel("top-1, % (bars: 95% interval)")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
-    axis.legend(frameon=False, loc="lower right", fontsize=9)
+    axis.legend(frameon=False, loc="upper left", fontsize=9)
+    axis.set_ylim(top=96.5)
     stream = io.BytesIO()
-    figure.savefig(stream, format=path.suffix[1:], dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    figure.savefig(stream, format="png", dpi=150)
     write_atomically(path, stream.getvalue())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
-    parser.add_argument("figure", type=Path, help=".png or .svg")
+    parser.add_argument("figure", type=Path, help="a .png")
     options = parser.parse_args()
     untuned, tuned, forwards = read(options.runs)
     header, *rows = table(untuned, tuned, forwards)
