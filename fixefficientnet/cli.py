@@ -164,7 +164,7 @@ def predict(
     weights = variant.usual_weights if pretrained is None else pretrained
     network = zoo.create(variant.key, weights, device=_device(device))
     tuned = weights != "backbone"
-    said = f"{variant.title}, {'FixRes' if tuned else 'backbone'} weights, test size {variant.test.size}"
+    said = f"{variant.title}, {'FixRes' if tuned else 'backbone'} weights, test size {network.preprocess.size}"
     if not tuned:
         said += " (not tuned by FixRes)"
     failed = []

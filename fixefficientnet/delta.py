@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from fixefficientnet.errors import (
     UnsupportedModelError,
 )
 from fixefficientnet.files import write_atomically
+from fixefficientnet.manifest import INTERPOLATIONS, TestTime, Triple
 
 FORMAT = "fixefficientnet-delta"
 FORMAT_VERSION = "1"
@@ -260,6 +261,35 @@ def loads(data: bytes, *, source: str) -> Delta:
     return Delta(tensors=tensors, **{key: metadata[key] for key in _TEXT_KEYS}, **records)
 
 
+def test_time(delta: Delta, usual: TestTime) -> TestTime:
+    """The test-time preprocessing that a delta was tuned for, as its recipe says.
+
+    Args:
+        delta: Whose.
+        usual: What holds where its recipe says nothing.
+    """
+    recipe = asdict(usual) | {key: value for key, value in delta.recipe.items() if key in usual.__slots__}
+    try:
+        test = TestTime(
+            int(delta.recipe.get("test_size", usual.size)),
+            float(recipe["crop_pct"]),
+            str(recipe["interpolation"]),
+            _triple(recipe["mean"]),
+            _triple(recipe["std"]),
+        )
+    except (TypeError, ValueError) as error:
+        raise DeltaFormatError(f"The delta for {delta.variant} has a recipe that cannot be read: {error}.") from error
+    sound = 0 < test.size < 2**16 and 0 < test.crop_pct <= 1 and min(test.std) > 0
+    if not sound or test.interpolation not in INTERPOLATIONS:
+        raise DeltaFormatError(f"The delta for {delta.variant} was tuned for a preprocessing that cannot be: {test}.")
+    return test
+
+
+def _triple(values: Any) -> Triple:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
+
+
 def merge(tensors: Mapping[str, Tensor], delta: Delta, head: Head) -> dict[str, Tensor]:
     """The backbone's state dict with the delta's tensors in place of its own.
 
@@ -331,7 +361,9 @@ def _check_names_and_shapes(delta: Delta, replaced: Mapping[str, Tensor]) -> Non
     for name, tensor in delta.tensors.items():
         if tensor.shape != replaced[name].shape:
             raise DeltaMismatchError(
-                f"{what}: {name} has the shape {list(tensor.shape)}, the model's has {list(replaced[name].shape)}."
+                f"{what}: {name} has the shape {list(tensor.shape)}, the model's has {list(replaced[name].shape)}. "
+                "A delta for classes of your own goes on the checkpoint that it was tuned from (delta.apply); the "
+                "run's model.safetensors is both in one."
             )
 
 

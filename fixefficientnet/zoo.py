@@ -18,7 +18,7 @@ from fixefficientnet.delta import Delta, Head
 from fixefficientnet.errors import CheckpointError, MissingFileError, WeightsNotPublishedError
 from fixefficientnet.manifest import Variant
 from fixefficientnet.preprocessing import Preprocess
-from fixefficientnet.timm_cfg import CLASSIFIER, STEM, pretrained_cfg
+from fixefficientnet.timm_cfg import CLASSIFIER, STEM, pretrained_cfg, with_test_time
 
 HEAD = Head(norm="bn2", classifier=CLASSIFIER)
 """Where every EfficientNet has the two modules that FixRes tunes: conv_head → bn2 → global_pool → classifier."""
@@ -57,7 +57,7 @@ def create(
         pretrained: False: random weights. True: the backbone with this variant's published FixRes
             weights. "backbone": the original timm weights with this variant's preprocessing, the
             "just test larger" baseline. A path, or "hf://org/repo/file.safetensors@revision": the
-            backbone with that delta.
+            backbone with that delta, and the preprocessing that it was tuned for.
         num_classes: As in timm: 0 removes the classifier, another number than 1000 resets it; the
             tuned norm stays.
         in_chans: As in timm: the stem of pretrained weights is adapted.
@@ -114,7 +114,10 @@ def build(
     if pretrained in (False, None):
         model = _timm_model(variant, device=device, dtype=dtype, **timm_kwargs)
     else:
-        model = _model_of(variant, _tensors(variant, pretrained, cache_dir), timm_kwargs).to(device, dtype)
+        tuned = None if pretrained == "backbone" else _delta(variant, pretrained, cache_dir)
+        if tuned and (test := delta.test_time(tuned, variant.test)) != variant.test:
+            timm_kwargs["pretrained_cfg"] = with_test_time(timm_kwargs["pretrained_cfg"], test)
+        model = _model_of(variant, _tensors(variant, tuned, cache_dir), timm_kwargs).to(device, dtype)
     return attach(model, variant)
 
 
@@ -148,9 +151,8 @@ def _timm_model(variant: Variant, **timm_kwargs: Any) -> nn.Module:
     return timm.create_model(variant.backbone.architecture, pretrained=False, **timm_kwargs)
 
 
-def _tensors(variant: Variant, pretrained: Pretrained, cache_dir: str | os.PathLike[str] | None) -> dict[str, Tensor]:
-    """The full network's state dict: the backbone's file, and the delta on it if one is asked for."""
-    tuned = None if pretrained == "backbone" else _delta(variant, pretrained, cache_dir)
+def _tensors(variant: Variant, tuned: Delta | None, cache_dir: str | os.PathLike[str] | None) -> dict[str, Tensor]:
+    """The full network's state dict: the backbone's file, and the delta on it if there is one."""
     path = hub.backbone_file(variant.backbone, cache_dir)
     tensors = checkpoint.read(path)
     if path.suffix != ".safetensors":

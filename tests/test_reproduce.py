@@ -255,7 +255,9 @@ def test_a_variant_of_the_zoo_loads_its_delta(hub_cache: Path, tmp_path: Path):
     found = report(folder)
     assert found["paper"]["fix_top1"] == 79.3
     assert found["paper"]["comparable"] is False
-    test = replace(model.preprocess, size=48)
+    test = model.preprocess
+    assert test == replace(base.preprocess, size=48)  # as it was tuned for, not as the variant usually is
+    assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 48, 48)
     validation = data.open_pictures(str(pictures), "validation", num_classes=1000)
     assert [validation[index][1] for index in range(6)] == [0, 0, 285, 285, 967, 967]
     with torch.inference_mode():
@@ -433,15 +435,11 @@ def test_two_processes(uninterrupted, ground: Ground, tmp_path: Path):
     "launcher",
     [
         ["torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--standalone"],
+        # multi_gpu means "with torchrun"; with --cpu, accelerate starts one process, or asks for MPI
         [
             "accelerate.commands.launch",
-            "--cpu",
-            "--num_processes",
-            "2",
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
+            "--multi_gpu",
+            *"--num_processes 2 --num_machines 1 --mixed_precision no".split(),
         ],
     ],
     ids=["torchrun", "accelerate launch"],
@@ -450,13 +448,16 @@ def test_two_processes(uninterrupted, ground: Ground, tmp_path: Path):
 def test_launchers(ground: Ground, tmp_path: Path, launcher: list[str]):
     command = ground.fixres("--method", "cached", out=tmp_path)
     tiny.run([*command, "--experiment", "one"], tmp_path / "said.txt")
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", *launcher, "-m", "fixefficientnet.reproduce", *command],
         check=True,
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         timeout=300,
+        capture_output=True,
+        text=True,
     )
+    assert "2 processes on" in done.stdout
     assert sha(tmp_path / "run") == sha(tmp_path / "one")
 
 
@@ -538,11 +539,12 @@ def test_unreadable_pictures_are_named_and_tolerated_up_to_a_limit(ground: Groun
     [
         (["--device", "cuda"], "there is no CUDA device"),
         (["--data", "nowhere"], "There is no folder nowhere"),
-        (["--checkpoint", "nowhere.safetensors"], "cannot be read"),
+        (["--checkpoint", "nowhere.safetensors"], "there is no such file"),
+        (["--checkpoint", __file__], "is no checkpoint: it takes a safetensors file"),
+        (["--mixed-precision", "fp16"], "fp16 is for CUDA devices"),
         (["--set", "base_lrr=1"], "Did you mean base_lr?"),
         (["--tune", "bn", "--method", "cached"], "use --method online"),
         (["--backbone", "resnet51"], "timm has no model 'resnet51'"),
-        (["--no-pretrained", "--checkpoint", "nowhere"], "cannot be read"),
         (["--backbone", "test_vit"], "no batch norm before its pooling"),
     ],
 )
@@ -627,6 +629,55 @@ def test_a_whole_shard_of_unreadable_pictures(ground: Ground, tmp_path: Path):
     assert len(report(tmp_path / "run")["unreadable"]) == 10
 
 
+def test_a_finished_run_whose_result_is_gone_is_done_again(ground: Ground, tmp_path: Path):
+    command = ground.fixres("--method", "cached", out=tmp_path)
+    tiny.run(command, tmp_path / "said.txt")
+    before = sha(tmp_path / "run")
+    (tmp_path / "run" / "delta.safetensors").unlink()
+    assert "finished already" not in tiny.run(command, tmp_path / "said.txt")
+    assert sha(tmp_path / "run") == before
+
+
+def test_a_base_stage_that_was_stopped_leaves_the_same_bytes_and_its_train_size(ground: Ground, tmp_path: Path):
+    base = [
+        *tiny.NETWORK,
+        "--stage",
+        "base",
+        "--no-pretrained",
+        "--data",
+        str(ground.pictures),
+        "--output",
+        str(tmp_path),
+    ]
+    base += ["--train-size", "32", "--set", "epochs=4", "--set", "batch_size=7", "-j", "0"]
+    assert "2 pictures, others each time, sit out" in tiny.run([*base, "--experiment", "one"], tmp_path / "said.txt")
+    log = tmp_path / "two" / "log.jsonl"
+    process = tiny.start([*base, "--experiment", "two"], tmp_path / "said.txt")
+    until = time.monotonic() + 60
+    while process.is_alive() and not log.exists() and time.monotonic() < until:
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    tiny.run([*base, "--experiment", "two"], tmp_path / "said.txt")
+    one, two = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+    more = [
+        *tiny.NETWORK,
+        "--checkpoint",
+        str(one),
+        "--data",
+        str(ground.pictures),
+        "--output",
+        str(tmp_path),
+        "-j",
+        "0",
+    ]
+    tiny.run([*more, "--test-size", "48", "--method", "cached", "--experiment", "fix"], tmp_path / "said.txt")
+    assert report(tmp_path / "fix")["measured"]["base"]["size"] == 32
+    assert report(tmp_path / "fix")["classes"] == list(tiny.CLASSES)
+
+
 def test_a_folder_that_cannot_be_written(ground: Ground, tmp_path: Path):
     (tmp_path / "file").write_text("")
     text = tiny.run(ground.fixres(out=tmp_path / "file"), tmp_path / "said.txt", status=1)
@@ -659,6 +710,8 @@ def test_plan_of_one_and_of_all(tmp_path: Path):
     assert "classifier.weight" in text
     assert "420" in text
     tiny.run(["b2", "--plan", "--mixed-precision", "bf16"], tmp_path / "said.txt")
+    for bad in ("-1", "0", "nan"):
+        assert "a number above 0" in tiny.run(["b2", "--plan", "--throughput", bad], tmp_path / "said.txt", status=2)
     text = tiny.run(["--all", "--plan"], tmp_path / "said.txt", COLUMNS="80")
     assert all(f" {key} " in text for key in fixefficientnet.list_models() if not key.startswith("lite"))
     assert max(map(len, text.splitlines())) <= 80

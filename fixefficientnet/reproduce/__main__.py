@@ -1,5 +1,6 @@
 """`python -m fixefficientnet.reproduce`: each option fills a field of the recipe or of the run's options."""
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -90,6 +91,7 @@ def reproduce(
       accelerate launch -m fixefficientnet.reproduce …
     """  # noqa: D301 - a backspace tells click to leave the lines as they are
     from fixefficientnet.reproduce import recipe as recipes
+    from fixefficientnet.reproduce.network import described_in
 
     subjects = _subjects(variants or [], all_, backbone)
     choices = {
@@ -102,6 +104,11 @@ def reproduce(
         "mixed_precision": mixed_precision,
         "sync_bn": sync_bn,
     }
+    if throughput is not None and not (math.isfinite(throughput) and throughput > 0):
+        raise typer.BadParameter(f"--throughput {throughput}: it is a number above 0, in GMAC/s.")
+    if checkpoint is not None:
+        described = described_in(checkpoint)
+        choices["train_size"] = train_size or described.get("train_size")
     if plan:
         planned = [recipes.resolve(subject, choices, set_ or []) for subject in subjects]
         _print_plan(planned, throughput, devices, (data, data_root, train_split, val_split))
@@ -143,7 +150,9 @@ def _subjects(names: list[str], everything: bool, backbone: str | None) -> list[
     from fixefficientnet.reproduce import recipe as recipes
 
     if sum((bool(names), everything, backbone is not None)) != 1:
-        raise typer.BadParameter("Name one or more variants, or give --all, or --backbone with a timm name.")
+        raise typer.BadParameter(
+            "Give one of these, and one alone: names of variants, --all, or --backbone with a timm name."
+        )
     if backbone:
         return [recipes.subject_of_backbone(backbone.removeprefix("timm/"))]
     paper = [key for key, variant in manifest.load().items() if variant.paper]
@@ -175,6 +184,8 @@ def _accelerator(device: str | None, mixed_precision: str) -> Any:
         InitProcessGroupKwargs(timeout=datetime.timedelta(days=1)),  # others wait while the first trains on features
     ]
     cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
+    if cpu and mixed_precision == "fp16":
+        raise RecipeError("fp16 is for CUDA devices; on a CPU, there is bf16.")
     return Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=handlers)
 
 
@@ -223,7 +234,12 @@ def main() -> None:
         of_the_command = isinstance(error, RecipeError | UnknownVariantError)  # which all processes were given alike
         if not getattr(error, "said_elsewhere", of_the_command and rank > 0):
             where = f" (process {rank})" if rank else ""
-            err.print(f"[red]Error{where}:[/] {escape(str(error))}", soft_wrap=True)
+            text = str(error)
+            if isinstance(error, OSError) and not isinstance(error, FixEfficientNetError):
+                text = (
+                    f"{error.filename or 'Writing'}: {error.strerror}. Once that is mended, the same command goes on."
+                )
+            err.print(f"[red]Error{where}:[/] {escape(text)}", soft_wrap=True)
         _leave(1)
     except ModuleNotFoundError as error:
         if error.name not in ("accelerate", "matplotlib", "tensorboard"):

@@ -37,7 +37,8 @@ class Log:
     def say(self, text: str) -> None:
         """One line for people."""
         if self.enabled:
-            self.console.print(escape(text), soft_wrap=True)
+            # a terminal's lines break between words, a file's stay whole
+            self.console.print(escape(text), soft_wrap=not self.console.is_terminal)
 
     def resume(self, steps: int) -> None:
         """Starts or goes on logging: lines and events of steps after the restored one are dropped."""

@@ -1,10 +1,12 @@
 """The network of a run: where its weights come from, what is frozen in it, what moves."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import safetensors
 import timm
 import torch
 from torch import Tensor, nn
@@ -116,6 +118,22 @@ def prepare(model: nn.Module, recipe: Recipe) -> Network:
     return Network(model, head, norm, classifier, trained, tuple(statistics))
 
 
+def described_in(checkpoint: Path) -> dict[str, Any]:
+    """What an earlier run wrote of itself into its model.safetensors; nothing for other files.
+
+    Raises:
+        MissingFileError: There is no such file.
+    """
+    if not checkpoint.is_file():
+        raise MissingFileError(f"--checkpoint {checkpoint}: there is no such file.")
+    try:
+        with safetensors.safe_open(checkpoint, "pt") as file:
+            described = json.loads((file.metadata() or {}).get("fixefficientnet", "{}"))
+    except (safetensors.SafetensorError, OSError, ValueError):
+        return {}
+    return described if isinstance(described, dict) else {}
+
+
 def compile_frozen(network: Network) -> None:
     """Compiles what lies before the head, in the largest parts that hold nothing of it.
 
@@ -143,7 +161,10 @@ def _from_checkpoint(subject: Subject, path: Path) -> nn.Module:
     try:
         tensors = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
     except Exception as error:  # pickle, zip and safetensors raise a dozen kinds
-        raise CheckpointError(f"{path} cannot be read as a checkpoint of tensors: {error}") from error
+        raise CheckpointError(
+            f"{path} is no checkpoint: it takes a safetensors file, or a .pth that holds tensors alone (save "
+            "model.state_dict()); other pickled objects are never loaded."
+        ) from error
     with torch.device("meta"):
         model = timm.create_model(_architecture(subject), pretrained=False)
     name = delta.find_head(model).classifier

@@ -129,9 +129,9 @@ def tune(
 
 def _distributed(session: Session, network: Network, recipe: Recipe, optimizer: Any) -> tuple[nn.Module, Any]:
     """The model and optimizer as Accelerate wraps them; nothing to wrap where no gradient flows."""
+    if recipe.sync_bn and session.accelerator.device.type != "cuda":
+        raise RecipeError("sync_bn works on CUDA devices only.")
     if recipe.sync_bn and session.world > 1:
-        if session.accelerator.device.type != "cuda":
-            raise RecipeError("sync_bn works on CUDA devices only.")
         _synchronise(network)
     if optimizer is None:
         return network.model, None

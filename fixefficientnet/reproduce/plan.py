@@ -162,7 +162,7 @@ def describe(plan: Plan, gmacs_per_second: float | None) -> dict[str, str]:
     }
     if plan.feature_bytes:
         described["features"] = f"{plan.feature_bytes / 1e9:.2f} GB on disk"
-    described["work"] = f"{plan.total_gmacs / 1e9:.3g} EMACs (10^18 multiply-adds)"
+    described["work"] = f"{plan.total_gmacs:,.0f} GMACs (10^9 multiply-adds) in all"
     described["cost"] = (
         f"{plan.device_hours(gmacs_per_second):,.1f} device-hours at {gmacs_per_second:,g} GMAC/s per device"
         if gmacs_per_second

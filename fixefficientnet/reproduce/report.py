@@ -109,6 +109,8 @@ def curve(lines: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     points = [line for line in lines if "loss" in line]
+    if not points:  # statistics alone are no curve
+        return
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)

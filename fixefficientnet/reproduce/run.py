@@ -27,6 +27,8 @@ from fixefficientnet.reproduce.network import Network
 from fixefficientnet.reproduce.recipe import Recipe, Subject, differences
 from fixefficientnet.reproduce.session import Session
 
+DESCRIBED = ("backbone", "stage", "train_size", "test_size", "crop_pct", "interpolation", "mean", "std")
+"""Of the recipe: what is kept in model.safetensors, with the names of the classes."""
 CHECKPOINT = Path("checkpoint", "state.safetensors")
 
 
@@ -103,6 +105,11 @@ def run(subject: Subject, recipe: Recipe, data: Data, options: Options, accelera
         try:
             return _run(subject, recipe, data, options, accelerator)
         except (RuntimeError, MemoryError) as error:
+            if str(error).startswith("DataLoader worker"):
+                raise RunError(
+                    f"A loading process ended by itself ({error}), as a rule for lack of memory. Try fewer (-j), or "
+                    "smaller batches (--set batch_size=… --set forward_batch=…). The same command goes on."
+                ) from error
             out_of_memory = isinstance(error, MemoryError) or should_reduce_batch_size(error)
             if isinstance(error, RunError) or not out_of_memory:
                 raise
@@ -195,7 +202,7 @@ def _claim(session: Session, identity: Mapping[str, Any], recipe: Recipe, option
         (file, _saved(file)),
         (folder / "checkpoint", _checkpoints(session, {}, options).saved_identity()),
     ):
-        if there is None or there == identity:
+        if there is None or there == identity or not any((folder / name).exists() for name in _PROGRESS):
             continue
         differ = differences(there.get("recipe", {}), identity["recipe"])
         differ += [f"other {what}" for what in ("pictures", "network") if there.get(what) != identity[what]]
@@ -205,12 +212,15 @@ def _claim(session: Session, identity: Mapping[str, Any], recipe: Recipe, option
             + "\nChoose another folder with --experiment, or start anew in this one with --overwrite."
         )
     finished = _saved(folder / "report.json")
-    if finished is not None:
+    results = ["report.md", "delta.safetensors" if recipe.stage == "fixres" else "model.safetensors"]
+    if finished is not None and all((folder / name).exists() for name in results):
         return dict(finished)
     write_atomically(file, (json.dumps(identity, indent=2) + "\n").encode())
     return None
 
 
+_PROGRESS = ("checkpoint", "evaluations.json", "features", "log.jsonl", "report.json")
+"""What a run leaves once it has done something."""
 _OURS = (
     "checkpoint",
     "curve.png",
@@ -280,6 +290,8 @@ def _tune(
     def finish() -> dict[str, Any]:
         more = {
             "train_pictures": len(train),
+            "processes": session.world,
+            "classes": list(train.classes),
             "unreadable": sorted(set().union(*session.unreadable.values())),
             **done,
             "recipe": asdict(recipe),
@@ -293,7 +305,10 @@ def _tune(
         shutil.rmtree(folder / "features", ignore_errors=True)
         return finished
 
-    return session.on_main(finish)
+    done_report = session.on_main(finish)
+    if count := len(done_report["unreadable"]):
+        log.say(f"{count} pictures could not be read and were left out: report.md names them.")
+    return done_report
 
 
 def _save_weights(
@@ -324,7 +339,12 @@ def _save_weights(
         delta.save(tuned, folder / "delta.safetensors")
     if recipe.stage == "base" or recipe.weights != "pretrained":
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors))
+        for name, tensor in tensors.items():
+            if name.endswith(".num_batches_tracked"):  # without effect, and not kept when a run is interrupted
+                tensors[name] = torch.zeros_like(tensor)
+        described = {key: finished["recipe"][key] for key in DESCRIBED} | {"classes": finished["classes"]}
+        metadata = {"fixefficientnet": json.dumps(described)}
+        write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors, metadata))
 
 
 def _introduce(session: Session, net: Network, recipe: Recipe, train: Pictures, validation: Pictures) -> None:
@@ -337,6 +357,10 @@ def _introduce(session: Session, net: Network, recipe: Recipe, train: Pictures, 
     count = sum(tensor.numel() for tensor in net.moving.values())
     names = ", ".join(net.moving) if len(net.moving) <= 6 else f"{len(net.moving)} tensors"
     session.log.say(f"moves {count:,} values: {names}")
+    if recipe.method == "online":
+        steps, batch = online.steps_of_epoch(recipe, len(train), session.world)
+        if left := len(train) - steps * batch:
+            session.log.say(f"batches of {batch}: {left:,} pictures, others each time, sit out each epoch")
 
 
 class Measurements:

@@ -160,6 +160,8 @@ class Session:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             self.stopped_by = number
+            if self.main:
+                os.write(2, b"\nStopping after this step, once all is saved. Again: at once.\n")
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
