@@ -220,7 +220,8 @@ def _allocate(path: Path, size: int) -> None:
     with path.open("ab") as file:
         file.truncate(size)
         try:
-            os.posix_fallocate(file.fileno(), 0, size)  # a hole in a memory map that the disk cannot fill is fatal
+            if hasattr(os, "posix_fallocate"):  # a hole in a memory map that the disk cannot fill is fatal
+                os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
             reason = f"{path.parent} has no room for {size / 1e9:.2f} GB of features: {error.strerror}."
             raise RunError(reason) from error
