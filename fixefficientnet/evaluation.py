@@ -1,5 +1,6 @@
 """Accuracy of a model on labelled pictures, with what is needed to judge a difference."""
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from fixefficientnet.data import Batch, Pictures, load_batches, shard_tasks
 from fixefficientnet.errors import DataError
 from fixefficientnet.manifest import TestTime
+from fixefficientnet.modes import in_eval_mode
 from fixefficientnet.preprocessing import Preprocess
 
 if TYPE_CHECKING:
@@ -87,7 +89,7 @@ def evaluate(
     accelerator: "Accelerator | None" = None,
     on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> Evaluation:
-    """Measures a model; its mode and place are left as they are.
+    """Measures a model, in eval mode; its own mode and place are left as they are.
 
     The data set is cut into fixed shards that the processes share out, so their number changes no figure.
 
@@ -193,9 +195,6 @@ class _TestTimeTransform:
 @torch.inference_mode()
 def _logits(model: nn.Module, inputs: Tensor, accelerator: "Accelerator | None") -> Tensor:
     inputs = inputs.contiguous(memory_format=torch.channels_last)
-    if accelerator is None:
+    with in_eval_mode(model), accelerator.autocast() if accelerator else contextlib.nullcontext():
         logits: Tensor = model(inputs)
-    else:
-        with accelerator.autocast():
-            logits = model(inputs)
     return logits.float()

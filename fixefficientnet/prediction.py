@@ -12,6 +12,7 @@ from timm.data import ImageNetInfo
 
 from fixefficientnet import manifest
 from fixefficientnet.errors import PictureError, UnsupportedModelError
+from fixefficientnet.modes import in_eval_mode
 from fixefficientnet.preprocessing import PictureSource, open_picture
 from fixefficientnet.zoo import Pretrained, create
 
@@ -116,15 +117,8 @@ def stream(
 def _classify(batch: list[tuple[PictureSource, torch.Tensor]], model: "ZooModel", topk: int) -> list[Prediction]:
     parameter = next(model.parameters())
     inputs = torch.stack([tensor for _, tensor in batch]).to(parameter.device, parameter.dtype)
-    # timm's door leaves models in train mode, where a batch norm would even learn from these pictures
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
+    with in_eval_mode(model):
         logits = model(inputs)
-    finally:
-        for module in training:
-            module.training = True
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or not model.num_classes:
         raise UnsupportedModelError("This model gives features, not logits: build it with a classifier to predict.")
     probabilities = logits.float().softmax(dim=1)

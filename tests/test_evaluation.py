@@ -111,6 +111,19 @@ def test_the_network_is_left_as_it_was(ground):
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_network_in_train_mode_is_measured_as_in_eval_mode(ground):
+    model, pictures, _ = ground
+    expected = evaluate(model, pictures, TEST)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train()
+    try:
+        assert evaluate(model, pictures, TEST) == expected
+        assert all(module.training for module in model.modules())
+    finally:
+        model.eval()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_unreadable_pictures_are_left_out_and_named(ground, tmp_path: Path):
     model, pictures, expected = ground
     broken = {0, 5, 8, 9, 10, 11, len(pictures) - 1}
