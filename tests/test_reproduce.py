@@ -431,6 +431,39 @@ def test_two_processes(uninterrupted, ground: Ground, tmp_path: Path):
     assert_close(load_file(folder / "model.safetensors"), plain_online(ground, processes=2))
 
 
+def test_a_signal_to_one_process_stops_both(ground: Ground, tmp_path: Path):
+    command = ground.fixres("--method", "online", "--set", "epochs=200", out=tmp_path)
+    processes = tiny.start_two(command, tmp_path / "said")
+    log = tmp_path / "run" / "log.jsonl"
+    until = time.monotonic() + 60
+    while processes[0].is_alive() and not log.exists() and time.monotonic() < until:
+        time.sleep(0.001)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    for process in processes:
+        process.join(60)
+    said = [Path(f"{tmp_path / 'said'}.{rank}").read_text() for rank in range(2)]
+    assert [process.exitcode for process in processes] == [128 + signal.SIGTERM] * 2, said
+    assert "Stopped by SIGTERM" in said[0]
+    assert said[1] == ""
+    assert (tmp_path / "run" / "checkpoint" / "state.safetensors").exists()
+
+
+def test_an_error_in_another_process_is_said_by_it(ground: Ground, tmp_path: Path):
+    pictures = tmp_path / "data"
+    shutil.copytree(ground.pictures, pictures)
+    for path in sorted((pictures / "train").glob("*/*"))[8:16]:  # the second of the shards, which is process 1's
+        path.write_bytes(b"")
+    command = ground.fixres("--method", "cached", "--data", str(pictures), out=tmp_path)
+    processes = tiny.start_two(command, tmp_path / "said")
+    processes[1].join(60)
+    assert processes[1].exitcode == 1
+    processes[0].kill()  # as a launcher does
+    processes[0].join(60)
+    text = (tmp_path / "said.1").read_text()
+    assert text.startswith("Error (process 1): ")
+    assert "pictures of" in text and "cannot be read so far" in text
+
+
 @pytest.mark.parametrize(
     "launcher",
     [
