@@ -128,21 +128,23 @@ def step(options: argparse.Namespace) -> None:
     print(f"{'ratio':18}{rate[1] / rate[0]:11.2f}x{memory[1] / memory[0]:9.2f}x")
 
 
-METHODS: dict[str, list[str]] = {
-    "cached, statistics alone": ["--method", "cached", "--tune", "bn-stats"],
-    "cached, 1 view": ["--method", "cached", "--set", "views=1"],
-    "cached, 2 views": ["--method", "cached"],
-    "online, 1 epoch": ["--method", "online", "--set", "epochs=1"],
-    "online, 3 epochs": ["--method", "online", "--set", "epochs=3"],
-    "online, 8 epochs": ["--method", "online", "--set", "epochs=8"],
-    "online, 31 epochs": ["--method", "online", "--set", "epochs=31"],
-}
+def kinds(epochs: list[int]) -> dict[str, list[str]]:
+    """Name and arguments of each run."""
+    found = {
+        "cached, statistics alone": ["--method", "cached", "--tune", "bn-stats"],
+        "cached, 1 view": ["--method", "cached", "--set", "views=1"],
+        "cached, 2 views": ["--method", "cached"],
+    }
+    for count in epochs:
+        name = f"online, {count} epoch{'s' if count > 1 else ''}"
+        found[name] = ["--method", "online", "--set", f"epochs={count}"]
+    return found
 
 
 def methods(options: argparse.Namespace) -> None:
     """Each method's run: forwards per picture, seconds from start to report, accuracy."""
     print(f"{'at ' + str(options.size):26}{'forwards/picture':>17}{'seconds':>9}{'top-1':>8}{'95% interval':>18}")
-    for name, arguments in METHODS.items():
+    for number, (name, arguments) in enumerate(kinds(options.online_epochs).items()):
         with tempfile.TemporaryDirectory() as place:
             command = [sys.executable, "-m", "fixefficientnet.reproduce", "--backbone", options.model]
             command += ["--checkpoint", str(options.checkpoint), "--data", options.data, "--output", place]
@@ -155,7 +157,7 @@ def methods(options: argparse.Namespace) -> None:
             seconds = time.perf_counter() - start
             report = json.loads(Path(place, "run", "report.json").read_text())
         row, base = report["measured"]["tuned"], report["measured"]["base_at_test"]
-        if name == next(iter(METHODS)):
+        if number == 0:
             interval = f"{base['top1_low']:.2f} to {base['top1_high']:.2f}"
             print(f"{'untuned':26}{0:17.2f}{0:9.0f}{base['top1']:8.2f}{interval:>18}")
         interval = f"{row['top1_low']:.2f} to {row['top1_high']:.2f}"
@@ -176,6 +178,7 @@ def main() -> None:
     parser.add_argument("--side", choices=["plain", "ours"], help="of step: measure one side in this process")
     parser.add_argument("--checkpoint", type=Path, help="of methods: weights to start from")
     parser.add_argument("--train-size", type=int, default=224, help="of methods")
+    parser.add_argument("--online-epochs", type=int, nargs="+", default=[1, 3, 8, 31], help="of methods")
     parser.add_argument("--base-lr", type=float, default=1e-2, help="of methods: of online")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "2")
