@@ -79,7 +79,7 @@ class Pictures:
     @property
     def imagenet(self) -> bool:
         """Whether the classes are named by WordNet ids, as ImageNet's are."""
-        return bool(self.classes) and all(_WORDNET_ID.fullmatch(name) for name in self.classes)
+        return _are_wordnet_ids(self.classes)
 
     def name(self, index: int) -> str:
         """What to call a picture: its file, or its index."""
@@ -315,6 +315,10 @@ def _in_order(name: str) -> tuple[list[str | int], str]:
     return natural_key(name), name  # type: ignore[no-untyped-call]
 
 
+def _are_wordnet_ids(names: tuple[str, ...]) -> bool:
+    return bool(names) and all(_WORDNET_ID.fullmatch(name) for name in names)
+
+
 def _class_names(source: Any) -> tuple[str, ...]:
     numbers = getattr(source, "class_to_idx", None)
     if numbers:
@@ -324,7 +328,7 @@ def _class_names(source: Any) -> tuple[str, ...]:
 
 def _mapping(names: tuple[str, ...], num_classes: int | None, what: str) -> tuple[tuple[str, ...], dict[int, int]]:
     """Names by the model's index, and the model's index of each of the data set's classes."""
-    if num_classes == 1000 and names and all(_WORDNET_ID.fullmatch(name) for name in names):
+    if num_classes == 1000 and _are_wordnet_ids(names):
         info = ImageNetInfo("imagenet-1k")
         order = tuple(info.index_to_label_name(index) for index in range(1000))
         if unknown := sorted(set(names) - set(order)):

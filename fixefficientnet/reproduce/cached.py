@@ -29,7 +29,7 @@ from fixefficientnet.errors import DataError, RunError
 from fixefficientnet.files import write_atomically
 from fixefficientnet.preprocessing import Views
 from fixefficientnet.reproduce.checkpoints import Checkpoints
-from fixefficientnet.reproduce.network import Network
+from fixefficientnet.reproduce.network import Network, optimizer_of
 from fixefficientnet.reproduce.online import order, transform_of
 from fixefficientnet.reproduce.recipe import Recipe
 from fixefficientnet.reproduce.session import Interrupted, Session
@@ -246,9 +246,7 @@ def _train_classifier(
     examples = len(rows) * recipe.views
     size = min(recipe.batch_size, examples)
     steps = examples // size
-    optimizer = torch.optim.SGD(
-        network.trained.values(), lr=0.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-    )
+    optimizer = optimizer_of(network, recipe)
     # statistics were put in place by the passes before, and are in the checkpoint with all that moves
     position = checkpoints.restore(network.moving, optimizer)
     session.log.resume(position.steps)

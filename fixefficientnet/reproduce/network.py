@@ -118,6 +118,11 @@ def prepare(model: nn.Module, recipe: Recipe) -> Network:
     return Network(model, head, norm, classifier, trained, tuple(statistics))
 
 
+def optimizer_of(network: Network, recipe: Recipe) -> torch.optim.SGD:
+    """SGD over what gradients move; the schedule sets its learning rate before each step."""
+    return torch.optim.SGD(network.trained.values(), lr=0.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+
+
 def described_in(checkpoint: Path) -> dict[str, Any]:
     """What an earlier run wrote of itself into its model.safetensors; nothing for other files.
 

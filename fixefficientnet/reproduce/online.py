@@ -18,7 +18,7 @@ from fixefficientnet.data import Batch, Pictures, Task, load_batches
 from fixefficientnet.errors import DataError, RecipeError
 from fixefficientnet.preprocessing import FineTuningTransform, Preprocess, TrainingTransform
 from fixefficientnet.reproduce.checkpoints import Checkpoints, Position
-from fixefficientnet.reproduce.network import Network
+from fixefficientnet.reproduce.network import Network, optimizer_of
 from fixefficientnet.reproduce.recipe import Recipe
 from fixefficientnet.reproduce.session import Interrupted, Session
 
@@ -69,11 +69,7 @@ def tune(
         Interrupted: A signal asked to stop; the state is saved.
     """
     accelerator = session.accelerator
-    optimizer: Any = None
-    if network.trained:
-        optimizer = torch.optim.SGD(
-            network.trained.values(), lr=0.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-        )
+    optimizer = optimizer_of(network, recipe) if network.trained else None
     position = checkpoints.restore(network.moving, optimizer, accelerator.scaler)
     session.count_unreadable(pictures.what, checkpoints.unreadable, len(pictures))
     if position.steps:
@@ -82,13 +78,12 @@ def tune(
     model, stepper = _distributed(session, network, recipe, optimizer)
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
     statistics = [network.model.get_buffer(name) for name in network.statistics]
-    raw = optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer
 
     def save() -> None:
         checkpoints.unreadable = sorted(session.unreadable.get(pictures.what, ()))
         scaler = accelerator.scaler and accelerator.scaler.state_dict()
         with session.alike():
-            checkpoints.save(position, network.moving, raw, scaler)
+            checkpoints.save(position, network.moving, optimizer, scaler)
 
     steps, size = steps_of_epoch(recipe, len(pictures), session.world)
     network.train(recipe)
