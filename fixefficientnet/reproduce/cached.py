@@ -323,7 +323,7 @@ def _over_shards(
     tasks = shard_tasks(len(pictures), recipe.shard, recipe.forward_batch, left)
     pin = session.accelerator.device.type == "cuda"
     with session.log.bar(title, sum(lengths.values())) as bar:
-        bar.skip(sum(lengths[number] for number in mine if number not in set(left)))
+        bar.skip(sum(lengths[number] for number in set(mine) - set(left)))
         batches = load_batches(pictures, transform, tasks, workers=min(session.workers, len(tasks)), pin_memory=pin)
         for number in left:
             total: Shard | None = None
