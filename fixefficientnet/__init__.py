@@ -20,6 +20,7 @@ from fixefficientnet.errors import (
     DeltaFormatError,
     DeltaMismatchError,
     DownloadError,
+    EvaluationError,
     FixEfficientNetError,
     ManifestError,
     MissingFileError,
@@ -35,6 +36,7 @@ from fixefficientnet.manifest import find as info
 from fixefficientnet.timm_models import register_with_timm
 
 if TYPE_CHECKING:
+    from fixefficientnet.evaluation.evaluate import evaluate
     from fixefficientnet.prediction import predict
     from fixefficientnet.preprocessing import preprocess
     from fixefficientnet.zoo import create
@@ -47,6 +49,7 @@ __all__ = [
     "DeltaFormatError",
     "DeltaMismatchError",
     "DownloadError",
+    "EvaluationError",
     "FixEfficientNetError",
     "ManifestError",
     "MissingFileError",
@@ -58,13 +61,14 @@ __all__ = [
     "Variant",
     "WeightsNotPublishedError",
     "create",
+    "evaluate",
     "info",
     "list_models",
     "predict",
     "preprocess",
 ]
 
-_LAZY = {"create": "zoo", "predict": "prediction", "preprocess": "preprocessing"}
+_LAZY = {"create": "zoo", "evaluate": "evaluation.evaluate", "predict": "prediction", "preprocess": "preprocessing"}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -10,6 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fixefficientnet.errors import CheckpointError
+
+_DAMAGED = (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError, KeyError)
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -25,11 +28,41 @@ def read(path: Path) -> dict[str, Tensor]:
     """
     try:
         tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+    except _DAMAGED as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
     if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise CheckpointError(f"{path} is not a plain state dict (names to tensors).")
     return dict(tensors)
+
+
+def read_wrapped(path: Path) -> dict[str, Tensor]:
+    """Reads a state dict that a training script may have wrapped.
+
+    That is: put under a top key ("state_dict", "model") beside other things, and given the prefix "module." by
+    DataParallel; the file may have any ending.
+
+    Raises:
+        CheckpointError: The file is damaged, or holds no plain state dict.
+    """
+    try:
+        found: Any = load_file(path) if _is_safetensors(path) else torch.load(path, "cpu", weights_only=True)
+    except _DAMAGED as error:
+        raise CheckpointError(
+            f"{path} is no checkpoint: it takes a safetensors file, or a .pth that holds tensors alone (save "
+            "model.state_dict()); other pickled objects are never loaded."
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise CheckpointError(f"{path} is not a plain state dict (names to tensors).")
+    return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By content: its first eight bytes are the header's length, and the header is JSON."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def rename(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import hashlib
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,11 +17,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo, create_dataset
+from timm.data import create_dataset
 from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fixefficientnet import classes
 from fixefficientnet.checkpoint import listed
 from fixefficientnet.errors import DataError, PictureError
 from fixefficientnet.preprocessing import open_picture
@@ -33,7 +33,6 @@ _SYNONYMS = {
     TRAIN: ("train", "training"),
     VALIDATION: ("val", "valid", "validation", "eval", "evaluation"),
 }
-_WORDNET_ID = re.compile(r"n\d{8}")
 _PR_SET_PDEATHSIG = 1
 
 Transform = Callable[[Image.Image, int, int], Tensor]
@@ -79,7 +78,13 @@ class Pictures:
     @property
     def imagenet(self) -> bool:
         """Whether the classes are named by WordNet ids, as ImageNet's are."""
-        return _are_wordnet_ids(self.classes)
+        return classes.are_wordnet_ids(self.classes)
+
+    def present(self) -> set[int]:
+        """The classes that it may hold pictures of, in the model's numbering; all, where it does not tell."""
+        if hasattr(self.source, "samples"):
+            return {self.targets.get(int(label), int(label)) for _, label in self.source.samples}
+        return set(self.targets.values()) or set(range(len(self.classes)))
 
     def name(self, index: int) -> str:
         """What to call a picture: its file, or its index."""
@@ -101,7 +106,14 @@ class Pictures:
         return digest.hexdigest()
 
 
-def open_pictures(data: str, split: str, *, root: str | None = None, num_classes: int | None = None) -> Pictures:
+def open_pictures(
+    data: str,
+    split: str | None,
+    *,
+    root: str | None = None,
+    num_classes: int | None = None,
+    numbered: bool = False,
+) -> Pictures:
     """Opens one split of a data set.
 
     Args:
@@ -109,15 +121,18 @@ def open_pictures(data: str, split: str, *, root: str | None = None, num_classes
             takes: "hfds/organisation/name", "torch/cifar10", "wds/name". What timm would stream is opened by
             index: "hfids/" is downloaded as "hfds/" is, and "wds/" takes tar files on disk.
         split: "train" or "validation", which finds training/, val/ and the like too; or the exact name of another.
+            None: "validation", or the folder itself where it holds the classes' folders.
         root: Where a named data set lies or is cached, as timm's `root`.
-        num_classes: Of the model. With 1000, classes named by WordNet ids are mapped to ImageNet's by id, and
+        num_classes: Of the model. With 1000, classes named by WordNet ids are mapped to ImageNet's by these, and
             some may be missing. None: as many as the data set has.
+        numbered: Whether so are classes named by numbers from 0 to 999, as ImageNet-V2's are.
 
     Raises:
         DataError: No such folder or split, no pictures, a class without any, or other classes than the model's.
     """
     kind, _, name = data.partition("/")
     kind = kind.lower()
+    may_be_whole, split = split is None, split or VALIDATION
     if kind == "tfds":
         raise DataError(f"{data} is a stream, but pictures are needed by index: use a folder, hfds/ or wds/.")
     if kind in ("hfds", "hfids", "torch"):
@@ -127,28 +142,30 @@ def open_pictures(data: str, split: str, *, root: str | None = None, num_classes
         source = TarShards(Path(root or name).expanduser(), _SYNONYMS.get(split, (split,)))
         what = f"{data} ({split})"
     else:
-        folder = _split_folder(Path(data).expanduser(), split)
+        folder = _split_folder(Path(data).expanduser(), split, may_be_whole=may_be_whole)
         what = str(folder)
         source = _open_folder(folder)
     if not len(source):
         raise DataError(f"{what} holds no pictures.")
     names = _class_names(source)
-    return Pictures(source, *_mapping(names, num_classes, what), what)
+    return Pictures(source, *classes.mapping(names, num_classes, what, numbered=numbered), what)
 
 
-def follow(pictures: Pictures, train: Pictures) -> Pictures:
-    """Gives a split the class numbers of the training split, by name: folders are numbered as they come.
+def follow(pictures: Pictures, order: tuple[str, ...], whose: str) -> Pictures:
+    """Gives a split the class numbers of a training split or a model, by name: folders are numbered as they come.
+
+    Args:
+        pictures: The split.
+        order: Names of the classes, by the index to follow; empty: nothing to follow.
+        whose: They are, for messages.
 
     Raises:
-        DataError: It has classes that the training split lacks.
+        DataError: The split has classes that are not among them.
     """
-    if not pictures.classes or not train.classes or pictures.classes == train.classes:
+    if not pictures.classes or not order or pictures.classes == order:
         return pictures
-    if unknown := sorted(set(pictures.classes) - set(train.classes)):
-        raise DataError(f"{pictures.what} has classes that {train.what} has not: {listed(unknown)}.")
-    number = {name: index for index, name in enumerate(train.classes)}
-    targets = {index: number[name] for index, name in enumerate(pictures.classes)}
-    return Pictures(pictures.source, train.classes, targets, pictures.what)
+    targets = classes.by_name(pictures.classes, order, pictures.what, whose)
+    return Pictures(pictures.source, order, targets, pictures.what)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,14 +286,17 @@ def _named(kind: str, name: str, split: str, root: str | None) -> Any:
     return getattr(dataset, "reader", dataset)
 
 
-def _split_folder(folder: Path, split: str) -> Path:
+def _split_folder(folder: Path, split: str, *, may_be_whole: bool) -> Path:
     if not folder.is_dir():
-        raise DataError(f"There is no folder {folder}. --data takes one with {TRAIN}/ and val/ in it.")
+        or_whole = ", or of classes' folders" if may_be_whole else ""
+        raise DataError(f"There is no folder {folder}. --data takes one with {split}/ in it{or_whole}.")
     candidates = _SYNONYMS.get(split, (split,))
     for name in candidates:
         if (folder / name).is_dir():
             return folder / name
-    there = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    there = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if may_be_whole and there and not {*there} & {"test", *_SYNONYMS[TRAIN]}:
+        return folder
     raise DataError(
         f"{folder} has no folder {candidates[0]}/ (nor {', '.join(candidates[1:]) or 'another name for it'}). "
         f"It has: {listed(there) or 'no folder at all'}."
@@ -315,28 +335,8 @@ def _in_order(name: str) -> tuple[list[str | int], str]:
     return natural_key(name), name  # type: ignore[no-untyped-call]
 
 
-def _are_wordnet_ids(names: tuple[str, ...]) -> bool:
-    return bool(names) and all(_WORDNET_ID.fullmatch(name) for name in names)
-
-
 def _class_names(source: Any) -> tuple[str, ...]:
     numbers = getattr(source, "class_to_idx", None)
     if numbers:
         return tuple(str(name) for name, _ in sorted(numbers.items(), key=lambda item: item[1]))
     return tuple(str(name) for name in getattr(source, "classes", ()))
-
-
-def _mapping(names: tuple[str, ...], num_classes: int | None, what: str) -> tuple[tuple[str, ...], dict[int, int]]:
-    """Names by the model's index, and the model's index of each of the data set's classes."""
-    if num_classes == 1000 and _are_wordnet_ids(names):
-        info = ImageNetInfo("imagenet-1k")
-        order = tuple(info.index_to_label_name(index) for index in range(1000))
-        if unknown := sorted(set(names) - set(order)):
-            raise DataError(f"{what} has classes that are none of ImageNet-1k's: {listed(unknown)}.")
-        return order, {index: order.index(name) for index, name in enumerate(names)}
-    if num_classes is not None and names and len(names) != num_classes:
-        raise DataError(
-            f"{what} has {len(names)} classes, the network {num_classes}. Train a network for these classes first "
-            "(--stage base) and give its file with --checkpoint; or name the folders by ImageNet's WordNet ids."
-        )
-    return names, {}

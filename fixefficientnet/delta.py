@@ -101,9 +101,7 @@ def find_head(model: nn.Module) -> Head:
             before the pooling (models that use layer norm, for one).
     """
     what = type(model).__name__
-    classifier = _classifier_name(model)
-    if not classifier:
-        raise UnsupportedModelError(f"{what} has no classifier to tune: build it with num_classes above 0.")
+    classifier = find_classifier(model)
     norm = ""
     for name, module in model.named_modules():
         if name == classifier or name.rpartition(".")[2] == "global_pool":
@@ -261,6 +259,15 @@ def loads(data: bytes, *, source: str) -> Delta:
     return Delta(tensors=tensors, **{key: metadata[key] for key in _TEXT_KEYS}, **records)
 
 
+def is_delta(path: str | os.PathLike[str]) -> bool:
+    """Whether a file says that it is a delta; `load` tells whether it is a sound one."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (safetensors.SafetensorError, OSError):
+        return False
+
+
 def test_time(delta: Delta, usual: TestTime) -> TestTime:
     """The test-time preprocessing that a delta was tuned for, as its recipe says.
 
@@ -337,7 +344,12 @@ def check_variant(delta: Delta, variant: str, source: object) -> None:
         raise DeltaMismatchError(f"{source} is the delta for {delta.variant}, not for {variant}.")
 
 
-def _classifier_name(model: nn.Module) -> str:
+def find_classifier(model: nn.Module) -> str:
+    """Finds the name of the final linear layer of any timm model.
+
+    Raises:
+        UnsupportedModelError: There is none, or more than one.
+    """
     configured = getattr(model, "pretrained_cfg", {}).get("classifier")
     modules = dict(model.named_modules())
     if isinstance(configured, tuple | list):
@@ -349,7 +361,10 @@ def _classifier_name(model: nn.Module) -> str:
         return str(configured)
     get_classifier = getattr(model, "get_classifier", None)
     module = get_classifier() if callable(get_classifier) else None
-    return next((n for n, m in modules.items() if m is module and isinstance(m, nn.Linear | nn.Conv2d)), "")
+    for name, candidate in modules.items():
+        if candidate is module and isinstance(candidate, nn.Linear | nn.Conv2d):
+            return str(name)
+    raise UnsupportedModelError(f"{type(model).__name__} has no classifier to tune: build it with num_classes above 0.")
 
 
 def _check_names_and_shapes(delta: Delta, replaced: Mapping[str, Tensor]) -> None:

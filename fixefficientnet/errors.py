@@ -60,6 +60,10 @@ class DataError(FixEfficientNetError, ValueError):
     """A data set cannot be used: not there, no classes, other classes than the model's, unreadable pictures."""
 
 
+class EvaluationError(FixEfficientNetError, RuntimeError):
+    """A model cannot be evaluated: NaN, a size that it does not take, weights that cannot be had."""
+
+
 class RecipeError(FixEfficientNetError, ValueError):
     """A fine-tuning recipe has an unknown key, or a value that cannot be."""
 

@@ -30,6 +30,8 @@ from torch import nn
 import fixefficientnet
 from fixefficientnet import delta, manifest
 
+torch.set_num_threads(1)  # the networks are tiny and tests run side by side: more threads would wait for each other
+
 ROOT = Path(__file__).resolve().parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -87,9 +87,9 @@ def test_other_classes_are_numbered_in_sorted_order(tmp_path: Path):
 @pytest.mark.parametrize("num_classes", [2, 5, 1000])
 def test_another_number_of_classes_than_the_networks_is_refused(tmp_path: Path, num_classes: int):
     make_split(tmp_path / "train", tiny.CLASSES)
-    with pytest.raises(DataError, match=f"train has 3 classes, the network {num_classes}") as error:
+    with pytest.raises(DataError, match=f"train has 3 classes, the model has {num_classes}") as error:
         open_pictures(str(tmp_path), "train", num_classes=num_classes)
-    assert "--checkpoint" in str(error.value)
+    assert "--stage base" in str(error.value)
 
 
 def test_an_empty_class_is_named(tmp_path: Path):
@@ -105,9 +105,9 @@ def test_the_validation_split_follows_the_training_splits_numbers(tmp_path: Path
     make_split(tmp_path / "val", ("brick", "dune"))
     train, validation = (open_pictures(str(tmp_path), split) for split in ("train", "validation"))
     assert labels(validation) == {"brick": {0}, "dune": {1}}
-    assert labels(follow(validation, train)) == {"brick": {1}, "dune": {3}}
-    assert follow(validation, train).classes == train.classes
-    assert labels(follow(train, train)) == {"apple": {0}, "brick": {1}, "cloud": {2}, "dune": {3}}
+    assert labels(follow(validation, train.classes, train.what)) == {"brick": {1}, "dune": {3}}
+    assert follow(validation, train.classes, train.what).classes == train.classes
+    assert labels(follow(train, train.classes, train.what)) == {"apple": {0}, "brick": {1}, "cloud": {2}, "dune": {3}}
 
 
 def test_classes_that_were_never_trained_are_refused_in_validation(tmp_path: Path):
@@ -115,7 +115,7 @@ def test_classes_that_were_never_trained_are_refused_in_validation(tmp_path: Pat
     make_split(tmp_path / "val", ("apple", "cloud", "dune"))
     train, validation = (open_pictures(str(tmp_path), split) for split in ("train", "validation"))
     with pytest.raises(DataError, match=r"val has classes that .*train has not: cloud, dune\."):
-        follow(validation, train)
+        follow(validation, train.classes, train.what)
 
 
 # --- where the pictures are ---------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def test_torchvisions_data_sets(tmp_path: Path):
             assert found == label
             assert np.array_equal(np.asarray(picture), np.repeat(pixels[..., None], 3, axis=2))
         assert pictures.name(3) == f"picture 3 of torch/mnist ({split})"
-    with pytest.raises(DataError, match="has 10 classes, the network 1000"):
+    with pytest.raises(DataError, match="has 10 classes, the model has 1000"):
         open_pictures("torch/mnist", "train", root=str(tmp_path), num_classes=1000)
 
 

@@ -1,71 +1,39 @@
-"""Accuracy against a plain loop, and its statistics against scipy's."""
+"""Accuracy against a plain loop, and its figures against torchmetrics'."""
 
 import json
-import math
-import random
-from dataclasses import asdict
 from pathlib import Path
 
+import plain
 import pytest
 import scipy.stats
 import timm
 import tiny
 import torch
-from conftest import lively
-from PIL import Image
+from plain import TEST
 from torch import nn
-from torchvision import transforms
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from fixefficientnet import manifest
-from fixefficientnet.data import Batch, Pictures, open_pictures
-from fixefficientnet.errors import DataError
-from fixefficientnet.evaluation import Evaluation, evaluate, from_json, paired, wilson
-
-TEST = manifest.TestTime(48, 0.875, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-REFERENCE = transforms.Compose(
-    [
-        transforms.Resize(54, transforms.InterpolationMode.BICUBIC),  # int(48 / 0.875)
-        transforms.CenterCrop(48),
-        transforms.ToTensor(),
-        transforms.Normalize(TEST.mean, TEST.std),
-    ]
-)
+from fixefficientnet.classes import Subset
+from fixefficientnet.data import Pictures, open_pictures
+from fixefficientnet.errors import DataError, EvaluationError
+from fixefficientnet.evaluation.judge import judge
+from fixefficientnet.evaluation.outcome import Evaluation, Judgement
 
 
-def network(classes: int, pictures: list[Path]) -> nn.Module:
-    """A random network that does not find all pictures to be of one class."""
-    torch.manual_seed(3)
-    model = lively(timm.create_model("test_efficientnet", num_classes=classes), seed=3)
-    with torch.inference_mode():
-        features = model.forward_head(model.forward_features(stack(pictures)), pre_logits=True)
-        model.classifier.weight.normal_()
-        model.classifier.bias.copy_(-model.classifier.weight @ features.mean(0))
-        assert len(set(model(stack(pictures)).argmax(1).tolist())) == classes
-    return model
-
-
-def stack(pictures: list[Path]) -> torch.Tensor:
-    return torch.stack([REFERENCE(Image.open(path).convert("RGB")) for path in pictures])
-
-
-def plain(model: nn.Module, path: Path, label: int) -> tuple[bool, bool, float]:
-    """One picture at a time: is it right, is it among the best five, loss."""
-    with torch.inference_mode():
-        logits = model(stack([path]))[0].double().tolist()
-    better = sum(logit > logits[label] for logit in logits)
-    return better == 0, better < 5, math.log(sum(map(math.exp, logits))) - logits[label]
-
-
-@pytest.fixture(scope="module", params=[3, 7])
+@pytest.fixture(scope="module", params=[3, 7, 20])
 def ground(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    """A network, its pictures, and what a plain loop makes of each."""
+    """A network, its pictures, their labels, and the logits that a plain loop gets."""
     folder = tmp_path_factory.mktemp("evaluation")
     classes = tuple(f"class{number}" for number in range(request.param))
-    tiny.make_data(folder, classes, train=0, val=8)
+    for label, name in enumerate(classes):
+        for index in range(3 + label % 4):
+            tiny.mottle(folder / "val" / name / f"{index}.png", label, index)
     pictures = open_pictures(str(folder), "validation", num_classes=request.param)
     paths = [folder / "val" / pictures.name(index) for index in range(len(pictures))]
-    model = network(request.param, paths)
-    return model, pictures, [plain(model, path, classes.index(path.parent.name)) for path in paths]
+    labels = [classes.index(path.parent.name) for path in paths]
+    model = plain.network(request.param, paths, labels)
+    return model, pictures, labels, plain.logits(model, paths)
 
 
 def broken_copy(pictures: Pictures, folder: Path, broken: set[int]) -> Pictures:
@@ -79,133 +47,263 @@ def broken_copy(pictures: Pictures, folder: Path, broken: set[int]) -> Pictures:
     return open_pictures(str(folder), "validation")
 
 
+def assert_figures(found: Evaluation, logits: torch.Tensor, labels: list[int]) -> None:
+    """Holds the figures of an evaluation against torchmetrics' and torch's, of the plain loop's logits."""
+    classes, targets = logits.shape[1], torch.tensor(labels)
+    assert found.pictures == len(labels)
+    for best, top in ((1, found.top1), (5, found.top5)):
+        accuracy = MulticlassAccuracy(classes, top_k=min(best, classes), average="micro")
+        assert top == pytest.approx(100 * accuracy(logits, targets).item(), abs=1e-4)
+    calibration = MulticlassCalibrationError(classes, n_bins=15, norm="l1")
+    assert found.calibration_error == pytest.approx(calibration(logits.softmax(1), targets).item(), abs=1e-4)
+    assert found.loss == pytest.approx(F.cross_entropy(logits.double(), targets).item(), rel=1e-5)
+
+
+# --- one picture after the other --------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(("batch_size", "shard"), [(32, 256), (1, 256), (5, 8), (8, 5), (64, 1)])
 def test_figures_are_a_plain_loops_whatever_the_batches_and_shards(ground, batch_size: int, shard: int):
-    model, pictures, expected = ground
-    found = evaluate(model, pictures, TEST, batch_size=batch_size, shard=shard)
-    count = len(expected)
-    assert found.right == "".join("01"[right] for right, _, _ in expected)
-    assert found.right5 == "".join("01"[right5] for _, right5, _ in expected)
-    assert found.pictures == len(found.right) == count
-    assert found.top1 == pytest.approx(100 * sum(right for right, _, _ in expected) / count)
-    assert found.top5 == pytest.approx(100 * sum(right5 for _, right5, _ in expected) / count)
-    assert found.loss == pytest.approx(sum(loss for _, _, loss in expected) / count, abs=1e-6, rel=1e-6)
-    assert (found.size, found.crop_pct) == (48, 0.875)
-    if len(pictures.classes) < 5:
+    model, pictures, labels, logits = ground
+    found = judge(model, pictures, TEST, batch_size=batch_size, shard=shard)
+    assert found.right == plain.marks(logits, labels)
+    assert found.right5 == plain.marks(logits, labels, best=5)
+    assert_figures(found, logits, labels)
+    assert (found.size, found.crop_pct, found.unreadable) == (48, 0.875, {})
+    if logits.shape[1] < 5:
         assert found.top5 == 100
     else:
         assert found.top1 < found.top5 < 100
 
 
+def test_each_judgement_is_the_best_guesses_with_their_probability_and_loss(ground):
+    model, pictures, labels, logits = ground
+    found = judge(model, pictures, TEST, batch_size=4)
+    losses = F.cross_entropy(logits, torch.tensor(labels), reduction="none").tolist()
+    for judgement, label, row, loss in zip(found.judged, labels, logits, losses, strict=True):
+        assert judgement.labels == (label,)
+        assert list(judgement.guesses) == row.argsort(descending=True)[:5].tolist()
+        assert judgement.confidence == pytest.approx(row.softmax(0).max().item(), abs=1e-4)
+        assert judgement.loss == pytest.approx(loss, abs=1e-4)
+
+
 def test_loading_processes_change_nothing(ground):
-    model, pictures, _ = ground
-    assert evaluate(model, pictures, TEST, batch_size=5, workers=2) == evaluate(model, pictures, TEST, batch_size=5)
+    model, pictures, _, _ = ground
+    assert judge(model, pictures, TEST, batch_size=5, workers=2) == judge(model, pictures, TEST, batch_size=5)
 
 
 def test_the_network_is_left_as_it_was(ground):
-    model, pictures, _ = ground
+    model, pictures, _, _ = ground
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    evaluate(model, pictures, TEST)
+    judge(model, pictures, TEST)
     assert not model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
 def test_a_network_in_train_mode_is_measured_as_in_eval_mode(ground):
-    model, pictures, _ = ground
-    expected = evaluate(model, pictures, TEST)
+    model, pictures, _, _ = ground
+    expected = judge(model, pictures, TEST)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()
     try:
-        assert evaluate(model, pictures, TEST) == expected
+        assert judge(model, pictures, TEST) == expected
         assert all(module.training for module in model.modules())
     finally:
         model.eval()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+# --- restricted to some classes -----------------------------------------------------------------------------------
+
+
+def test_restricted_logits_are_a_plain_loops_with_the_columns_of_the_subset(ground, tmp_path: Path):
+    _, pictures, labels, _ = ground
+    paths = [Path(pictures.what) / pictures.name(index) for index in range(len(pictures))]
+    number = {label: 40 - 2 * label for label in labels}  # of the model, in another order, with gaps
+    model = plain.network(41, paths, [number[label] for label in labels])
+    mapped = Pictures(pictures.source, (), number, pictures.what)
+    subset = Subset.of(number.values())
+    chosen = sorted(set(number.values()))
+    assert subset.classes == tuple(chosen)
+    logits = plain.logits(model, paths)[:, chosen]
+    targets = [chosen.index(number[label]) for label in labels]
+    found = judge(model, mapped, TEST, batch_size=4, subset=subset)
+    assert found.right == plain.marks(logits, targets)
+    assert found.right5 == plain.marks(logits, targets, best=5)
+    assert_figures(found, logits, targets)
+    assert {guess for judgement in found.judged for guess in judgement.guesses} <= set(chosen)
+    assert [judgement.labels[0] for judgement in found.judged] == [number[label] for label in labels]
+    assert found.top1 > judge(model, mapped, TEST, batch_size=4).top1
+
+
+# --- what cannot be measured ----------------------------------------------------------------------------------------
+
+
 def test_unreadable_pictures_are_left_out_and_named(ground, tmp_path: Path):
-    model, pictures, expected = ground
+    model, pictures, labels, logits = ground
     broken = {0, 5, 8, 9, 10, 11, len(pictures) - 1}
     copy = broken_copy(pictures, tmp_path, broken)
-    batches: list[Batch] = []
-    found = evaluate(model, copy, TEST, batch_size=3, shard=4, on_batch=batches.append)
-    assert found.right == "".join("-" if i in broken else "01"[line[0]] for i, line in enumerate(expected))
-    assert found.right5 == "".join("-" if i in broken else "01"[line[1]] for i, line in enumerate(expected))
-    judged = [line for index, line in enumerate(expected) if index not in broken]
-    assert found.pictures == len(judged)
-    assert found.top1 == pytest.approx(100 * sum(right for right, _, _ in judged) / len(judged))
-    assert found.top5 == pytest.approx(100 * sum(right5 for _, right5, _ in judged) / len(judged))
-    assert found.loss == pytest.approx(sum(loss for _, _, loss in judged) / len(judged), abs=1e-6, rel=1e-6)
-    assert (found.summary()["pictures"], found.summary()["unreadable"]) == (len(judged), len(broken))
-    failures = dict(failure for batch in batches for failure in batch.unreadable)
-    assert set(failures) == broken
-    assert all(copy.name(index) in reason for index, reason in failures.items())
+    found = judge(model, copy, TEST, batch_size=3, shard=4)
+    for right, best in ((found.right, 1), (found.right5, 5)):
+        all_right = plain.marks(logits, labels, best)
+        assert right == "".join("-" if index in broken else mark for index, mark in enumerate(all_right))
+    kept = [index for index in range(len(labels)) if index not in broken]
+    assert_figures(found, logits[kept], [labels[index] for index in kept])
+    assert (found.summary()["pictures"], found.summary()["unreadable"]) == (len(kept), len(broken))
+    assert set(found.unreadable) == broken
+    assert all(copy.name(index) in reason for index, reason in found.unreadable.items())
 
 
 def test_where_no_picture_can_be_read_there_is_nothing_to_say(ground, tmp_path: Path):
-    model, pictures, _ = ground
+    model, pictures, _, _ = ground
     copy = broken_copy(pictures, tmp_path, set(range(len(pictures))))
     with pytest.raises(DataError, match=f"None of the {len(pictures)} pictures of .*val could be read"):
-        evaluate(model, copy, TEST)
+        judge(model, copy, TEST)
 
 
-def test_an_evaluation_survives_json(ground):
-    model, pictures, _ = ground
-    found = evaluate(model, pictures, TEST)
-    assert from_json(json.loads(json.dumps(asdict(found)))) == found
-    odd = Evaluation(48, 0.875, "01-", "11-", math.pi)
-    assert from_json(json.loads(json.dumps(asdict(odd)))) == odd
+def test_labels_that_the_model_has_not_are_refused(ground):
+    _, pictures, labels, _ = ground
+    model = timm.create_model("test_efficientnet", num_classes=max(labels)).eval()
+    first = labels.index(max(labels))
+    with pytest.raises(
+        DataError, match=rf"{pictures.name(first)} has the label {max(labels)}, .* 0 to {max(labels) - 1}"
+    ):
+        judge(model, pictures, TEST)
+    below = Pictures(pictures.source, (), {0: -1}, pictures.what)
+    with pytest.raises(DataError, match="has the label -1"):
+        judge(model, below, TEST)
 
 
-def test_the_summary_has_the_interval_of_the_judged_pictures():
-    found = Evaluation(48, 0.875, "1101-0-1", "1111-1-1", 0.5).summary()
-    interval = scipy.stats.binomtest(4, 6).proportion_ci(method="wilson")
+def test_a_label_outside_of_the_subset_is_refused(ground):
+    model, pictures, labels, _ = ground
+    with pytest.raises(DataError, match=f"has the label {max(labels)}, .* restricted to {max(labels)}"):
+        judge(model, pictures, TEST, subset=Subset.of(range(max(labels))))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_logits_that_are_no_numbers_are_refused(ground, value: float):
+    _, pictures, labels, _ = ground
+    model = timm.create_model("test_efficientnet", num_classes=max(labels) + 1).eval()
+    model.classifier.bias.data[1] = value
+    with pytest.raises(EvaluationError, match=f"NaN or infinite for {pictures.name(0)}"):
+        judge(model, pictures, TEST)
+
+
+def test_a_size_that_the_model_does_not_take_is_refused(ground):
+    _, pictures, labels, _ = ground
+    model = timm.create_model("test_vit", num_classes=max(labels) + 1, dynamic_img_size=False).eval()
+    with pytest.raises(EvaluationError, match=r"cannot take pictures of 48 pixels: .*160"):
+        judge(model, pictures, TEST)
+
+
+class Sum(nn.Module):
+    """A network of one class."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return (inputs * self.weight).sum((1, 2, 3))[:, None]
+
+
+def test_a_model_of_one_class_is_always_right(tmp_path: Path):
+    for index in range(3):
+        tiny.mottle(tmp_path / "val" / "alone" / f"{index}.png", index)
+    found = judge(Sum(), open_pictures(str(tmp_path), None), TEST)
+    assert (found.top1, found.top5, found.loss, found.calibration_error) == (100, 100, 0, 0)
+
+
+# --- figures ------------------------------------------------------------------------------------------------------
+
+
+def evaluation(*rows: tuple[int, tuple[int, ...]] | None, loss: float = 0.5) -> Evaluation:
+    """One of (label, guesses), or None for an unreadable picture, each."""
+    judgements = tuple(row and Judgement((row[0],), row[1], 0.6, loss) for row in rows)
+    unreadable = {index: f"picture {index} is damaged" for index, row in enumerate(rows) if row is None}
+    return Evaluation(48, 0.875, judgements, unreadable, seconds=2.0)
+
+
+MIXED = evaluation(
+    (1, (1, 0, 2)), (2, (2, 1, 0)), (0, (1, 0, 2)), (7, (7, 1, 2)), None, (7, (1, 2, 3)), None, (1, (1, 2))
+)
+
+
+def test_the_marks_say_what_is_right_and_what_was_not_judged():
+    assert (MIXED.right, MIXED.right5) == ("1101-0-1", "1111-0-1")
+
+
+def test_the_summary_has_the_intervals_of_the_judged_pictures():
+    found = MIXED.summary()
     assert json.loads(json.dumps(found)) == found
     assert (found["pictures"], found["unreadable"], found["loss"]) == (6, 2, 0.5)
-    assert (found["top1"], found["top5"]) == (pytest.approx(100 * 4 / 6), 100)
-    assert (found["top1_low"], found["top1_high"]) == (
-        pytest.approx(100 * interval.low),
-        pytest.approx(100 * interval.high),
-    )
+    for top, count in (("top1", 4), ("top5", 5)):
+        interval = scipy.stats.binomtest(count, 6).proportion_ci(method="wilson")
+        assert found[top] == pytest.approx(100 * count / 6)
+        assert found[f"{top}_low"] == pytest.approx(100 * interval.low)
+        assert found[f"{top}_high"] == pytest.approx(100 * interval.high)
 
 
-@pytest.mark.parametrize("trials", [1, 2, 3, 10, 33, 100, 999, 50_000])
-def test_the_interval_is_wilsons(trials: int):
-    generator = random.Random(trials)
-    counts = {0, 1, trials // 2, trials - 1, trials} | {generator.randint(0, trials) for _ in range(20)}
-    for successes in sorted(counts):
-        expected = scipy.stats.binomtest(successes, trials).proportion_ci(method="wilson")
-        low, high = wilson(successes, trials)
-        assert low == pytest.approx(100 * expected.low, abs=1e-9), successes
-        assert high == pytest.approx(100 * expected.high, abs=1e-9), successes
-        assert 0 <= low <= 100 * successes / trials + 1e-9
-        assert 100 * successes / trials - 1e-9 <= high <= 100
+def test_pictures_per_second_are_of_all_that_were_loaded():
+    assert MIXED.rate == 4
+    assert Evaluation(48, 1.0, MIXED.judgements).rate is None
 
 
-@pytest.mark.parametrize("length", [1, 2, 10, 40, 300, 3000])
-def test_the_paired_probability_is_that_of_the_sign_test(length: int):
-    generator = random.Random(length)
-    for weights in ((1, 1, 0), (5, 1, 1), (1, 9, 3)):
-        one, other = ("".join(generator.choices("01-", weights, k=length)) for _ in range(2))
-        first = sum(a == "1" and b == "0" for a, b in zip(one, other, strict=True))
-        second = sum(a == "0" and b == "1" for a, b in zip(one, other, strict=True))
-        found = paired(one, other)
-        assert found[:2] == (first, second)
-        if first + second:
-            expected = scipy.stats.binomtest(min(first, second), first + second, 0.5).pvalue
-            assert found[2] == pytest.approx(expected, rel=1e-9)
-        else:
-            assert found[2] == 1
-        assert paired(other, one) == (second, first, found[2])
+def test_other_labels_do_not_change_how_fast_it_was():
+    assert MIXED.relabelled([[1]] * 3 + [[]] * 5).rate == MIXED.rate
 
 
-def test_a_clear_difference_and_none_at_all():
-    assert paired("1" * 5000, "0" * 5000) == (5000, 0, 0)
-    assert paired("10-1", "10-1") == (0, 0, 1)
-    assert paired("1" * 20 + "-0", "0" * 20 + "01")[2] == pytest.approx(2 * (1 + 21) / 2**21)
+def test_the_time_that_it_took_is_no_part_of_the_result():
+    assert Evaluation(48, 1.0, MIXED.judgements, seconds=1.0) == Evaluation(48, 1.0, MIXED.judgements, seconds=2.0)
+    assert Evaluation(48, 1.0, MIXED.judgements) != Evaluation(48, 1.0, MIXED.judgements[:-1])
 
 
-def test_evaluations_of_different_data_sets_cannot_be_paired():
-    with pytest.raises(DataError, match="of 3 and of 4 pictures"):
-        paired("101", "1010")
+def test_other_labels_for_the_same_guesses():
+    found = MIXED.relabelled([[0, 1], [], [2, 1], [5], [1], [9, 2], [], []])
+    assert found.right == "1-10-0--"
+    assert found.right5 == "1-10-1--"
+    assert (found.pictures, found.unreadable, found.loss) == (4, MIXED.unreadable, 0.5)
+    with pytest.raises(EvaluationError, match="None of the judged pictures"):
+        MIXED.relabelled([[]] * 4 + [[1]] + [[]] * 3)
+
+
+def test_the_table_per_class_is_counted_by_hand():
+    assert [list(row.values()) for row in MIXED.per_class()] == [
+        [0, 1, 0, *interval(0, 1), 100, 0, 1, 1],
+        [1, 2, 100, *interval(2, 2), 100, 2, None, 0],
+        [2, 1, 100, *interval(1, 1), 100, 0, None, 0],
+        [7, 2, 50, *interval(1, 2), 50, 0, 1, 1],
+    ]
+    names = "class pictures top1 top1_low top1_high top5 false_positives taken_for times"
+    assert list(MIXED.per_class()[0]) == names.split()
+
+
+def interval(successes: int, trials: int) -> list[object]:
+    found = scipy.stats.binomtest(successes, trials).proportion_ci(method="wilson")
+    return [pytest.approx(100 * found.low, abs=1e-9), pytest.approx(100 * found.high, abs=1e-9)]
+
+
+def test_the_table_per_class_is_that_of_the_logits(ground):
+    model, pictures, labels, logits = ground
+    guesses = logits.argmax(1).tolist()
+    rows = judge(model, pictures, TEST).per_class()
+    assert [row["class"] for row in rows] == sorted(set(labels))
+    assert sum(row["pictures"] for row in rows) == len(labels)
+    for row in rows:
+        of_class = [index for index, label in enumerate(labels) if label == row["class"]]
+        wrong = [guesses[index] for index in of_class if guesses[index] != row["class"]]
+        assert row["pictures"] == len(of_class)
+        assert row["top1"] == pytest.approx(100 * (1 - len(wrong) / len(of_class)))
+        five = plain.marks(logits, labels, best=5)
+        assert row["top5"] == pytest.approx(100 * sum(five[index] == "1" for index in of_class) / len(of_class))
+        others = [guess for guess, label in zip(guesses, labels, strict=True) if label != row["class"]]
+        assert row["false_positives"] == others.count(row["class"])
+        assert row["times"] == max(map(wrong.count, wrong), default=0)
+        if wrong:
+            assert wrong.count(row["taken_for"]) == row["times"]
+
+
+def test_there_is_no_table_per_class_of_labels_that_are_several():
+    with pytest.raises(EvaluationError, match="one label per picture"):
+        MIXED.relabelled([[1, 2]] * 8).per_class()

@@ -75,7 +75,7 @@ def test_wds_that_cannot_be_used(folder: Path, tmp_path: Path):
         open_pictures("wds/x", "train", root=str(outside))
     (outside / "_info.json").unlink()
     (name,) = write_shards(open_pictures(str(folder), "train"), outside, "train", shards=1)
-    with pytest.raises(DataError, match="has 3 classes, the network 5"):
+    with pytest.raises(DataError, match="has 3 classes, the model has 5"):
         open_pictures("wds/x", "train", root=str(outside), num_classes=5)
     whole = (outside / name).read_bytes()
     (outside / name).write_bytes(whole[:3000])

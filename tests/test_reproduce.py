@@ -96,7 +96,7 @@ def test_a_run_leaves_what_it_measured(ground: Ground, tmp_path: Path, method: s
     folder = tmp_path / "run"
     assert "FixRes, at the test size (48): top-1" in said
     names = {"delta.safetensors", "model.safetensors", "recipe.json", "report.json", "report.md", "log.jsonl"}
-    names |= {"curve.png", "checkpoint", "evaluations.json", "tensorboard", ".lock"}
+    names |= {"curve.png", "checkpoint", "evaluations", "tensorboard", ".lock"}
     assert {path.name for path in folder.iterdir()} == names
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert list((folder / "tensorboard").iterdir())
@@ -308,7 +308,7 @@ def test_killed_runs_go_on_to_the_same_bytes(uninterrupted, ground: Ground, tmp_
     command, folder = ground.fixres(*arguments, out=tmp_path), tmp_path / "run"
     shards = [folder / "features", "*/*.safetensors"]
     points: list[Callable[[], bool]] = [
-        lambda: (folder / "evaluations.json").exists(),
+        lambda: (folder / "evaluations").exists(),
         lambda: len(list(shards[0].glob(shards[1]))) >= 2,
         lambda: len(list(shards[0].glob(shards[1]))) >= 6,
         lambda: (folder / "checkpoint" / "state.safetensors").exists(),
@@ -406,7 +406,7 @@ def test_two_processes(uninterrupted, ground: Ground, tmp_path: Path):
     command, folder = ground.fixres(*arguments, out=tmp_path), tmp_path / "run"
     wait = random.Random(str(arguments)).uniform(0, 3)
     points: list[Callable[[], bool]] = [
-        lambda: (folder / "evaluations.json").exists(),
+        lambda: (folder / "evaluations").exists(),
         lambda: len(list(folder.glob("features/*/*.safetensors"))) >= 5,
         lambda: (folder / "checkpoint" / "state.safetensors").exists(),
         lambda start=[]: time.monotonic() - (start or start.append(time.monotonic()) or start)[0] > wait,
@@ -600,7 +600,7 @@ def test_a_checkpoint_of_another_network_is_refused(ground: Ground, tmp_path: Pa
 def test_classes_that_do_not_match(ground: Ground, tmp_path: Path, hub_cache: Path):
     arguments = ["b0", "--data", str(ground.pictures), "--output", str(tmp_path), "-j", "0"]
     text = run_anew(arguments, status=1, HF_HUB_CACHE=str(hub_cache))
-    assert "has 3 classes, the network 1000" in text
+    assert "has 3 classes, the model has 1000" in text
     assert "--stage base" in text
 
 
@@ -669,6 +669,27 @@ def test_a_finished_run_whose_result_is_gone_is_done_again(ground: Ground, tmp_p
     (tmp_path / "run" / "delta.safetensors").unlink()
     assert "finished already" not in tiny.run(command, tmp_path / "said.txt")
     assert sha(tmp_path / "run") == before
+
+
+def test_a_killed_evaluation_goes_on_from_its_finished_batches(ground: Ground, tmp_path: Path):
+    command, folder = ground.fixres("--method", "cached", out=tmp_path), tmp_path / "run"
+    tiny.run(command, tmp_path / "said.txt")
+    before = sha(folder), report(folder)
+    journals = [folder / "evaluations" / f"{name}.0.jsonl" for name in ("base", "base_at_test", "tuned")]
+    kept = []
+    for done, journal in enumerate(journals):
+        lines = journal.read_text().splitlines()
+        assert [len(json.loads(line)["indices"]) for line in lines[:5]] == [4, 4, 4, 4, 2]
+        kept.append("\n".join(lines[: done + 1]))
+        journal.write_text(kept[-1] + "\n" + lines[done + 1][:-30])
+    (folder / "delta.safetensors").unlink()
+    said = tiny.run(command, tmp_path / "said.txt")
+    assert "base, at its train size (32): 18/18" in said
+    assert (sha(folder), report(folder)) == before
+    for text, journal in zip(kept, journals, strict=True):
+        assert journal.read_text().startswith(text + "\n")
+        batches = [line for line in journal.read_text().splitlines() if '"indices"' in line and line.endswith("}")]
+        assert sorted(index for line in batches for index in json.loads(line)["indices"]) == list(range(18))
 
 
 def test_a_base_stage_that_was_stopped_leaves_the_same_bytes_and_its_train_size(ground: Ground, tmp_path: Path):

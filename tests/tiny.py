@@ -1,17 +1,23 @@
-"""A small data set and small networks for fine-tuning tests; and processes that start without importing anew."""
+"""A small data set for tests; and the commands, in this process and in others that start without importing anew."""
 
+import contextlib
+import importlib
+import io
 import multiprocessing
 import os
 import socket
 import sys
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from PIL import Image
 
 CLASSES = ("apple", "brick", "cloud")
 NETWORK = ["--backbone", "test_efficientnet.r160_in1k"]
+REPRODUCE, FIXEFFICIENTNET = "fixefficientnet.reproduce.__main__", "fixefficientnet.cli"
+"""Modules of the two commands."""
 
 
 def draw(path: Path, label: int, seed: int) -> None:
@@ -24,6 +30,14 @@ def draw(path: Path, label: int, seed: int) -> None:
     Image.fromarray(pixels.astype(np.uint8)).save(path, quality=90)
 
 
+def mottle(path: Path, *seed: int) -> Path:
+    """A small picture of coloured blocks, like no other."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).resize((30, 36), Image.Resampling.NEAREST).save(path)
+    return path
+
+
 def make_data(folder: Path, classes: tuple[str, ...] = CLASSES, train: int = 10, val: int = 6) -> Path:
     for label, name in enumerate(classes):
         for index in range(train):
@@ -33,7 +47,28 @@ def make_data(folder: Path, classes: tuple[str, ...] = CLASSES, train: int = 10,
     return folder
 
 
-def _command(arguments: list[str], environment: dict[str, str], said: str) -> None:
+def cli(*arguments: object, status: int = 0, columns: int = 80) -> tuple[str, str]:
+    """Runs `fixefficientnet` in this process; what it said on stdout and stderr."""
+    from fixefficientnet.cli import main
+    from fixefficientnet.cli.app import out as console
+
+    console.width = columns  # the environment's COLUMNS decides it but once
+    out, err, ended = io.StringIO(), io.StringIO(), None
+    with (
+        mock.patch.object(sys, "argv", ["fixefficientnet", *map(str, arguments)]),
+        mock.patch.dict(os.environ, COLUMNS=str(columns), NO_COLOR="1"),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as exit_:
+            ended = exit_.code or 0
+    assert ended == status, err.getvalue()
+    return out.getvalue(), err.getvalue()
+
+
+def _command(module: str, arguments: list[str], environment: dict[str, str], said: str) -> None:
     os.environ.update(environment)
     file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -42,25 +77,27 @@ def _command(arguments: list[str], environment: dict[str, str], said: str) -> No
     import torch
 
     torch.set_num_threads(int(environment.get("THREADS", "1")))
-    from fixefficientnet.reproduce.__main__ import main
-
-    sys.argv = ["fixefficientnet.reproduce", *arguments]
-    main()
+    sys.argv = [module, *arguments]
+    importlib.import_module(module).main()
 
 
-def start(arguments: list[str], said: Path, **environment: str) -> BaseProcess:
-    """Starts the command in a process that has the imports done; its output goes to the file `said`."""
+def start(arguments: list[str], said: Path, *, command: str = REPRODUCE, **environment: str) -> BaseProcess:
+    """Starts a command in a process that has the imports done; its output goes to the file `said`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "timm", "accelerate", "fixefficientnet.reproduce.run"])
-    process = context.Process(target=_command, args=(arguments, environment, str(said)))
+    context.set_forkserver_preload(
+        ["torch", "timm", "accelerate", "fixefficientnet.reproduce.run", "fixefficientnet.evaluation.evaluate"]
+    )
+    process = context.Process(target=_command, args=(command, arguments, environment, str(said)))
     process.start()
     return process
 
 
-def run(arguments: list[str], said: Path, *, status: int | None = 0, **environment: str) -> str:
-    """Runs the command to its end; what it said since it started."""
+def run(
+    arguments: list[str], said: Path, *, status: int | None = 0, command: str = REPRODUCE, **environment: str
+) -> str:
+    """Runs a command to its end; what it said since it started."""
     before = said.stat().st_size if said.exists() else 0
-    process = start(arguments, said, **environment)
+    process = start(arguments, said, command=command, **environment)
     process.join(240)
     text = said.read_text()[before:]
     assert process.exitcode is not None, f"still running: {text}"
@@ -68,13 +105,20 @@ def run(arguments: list[str], said: Path, *, status: int | None = 0, **environme
     return text
 
 
-def start_two(arguments: list[str], said: Path) -> list[BaseProcess]:
-    """Starts the command as two processes of one run, as torchrun does; each says what it says in its own file."""
+def start_two(arguments: list[str], said: Path, *, command: str = REPRODUCE) -> list[BaseProcess]:
+    """Starts a command as two processes of one run, as torchrun does; each says what it says in its own file."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     return [
-        start(arguments, said.with_name(f"{said.name}.{rank}"), RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+        start(
+            arguments,
+            said.with_name(f"{said.name}.{rank}"),
+            command=command,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            **shared,
+        )
         for rank in range(2)
     ]

@@ -1,7 +1,6 @@
 """`python -m fixefficientnet.reproduce`: each option fills a field of the recipe or of the run's options."""
 
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fixefficientnet import manifest
+from fixefficientnet import manifest, processes
 from fixefficientnet.errors import FixEfficientNetError, RecipeError, UnknownVariantError
 
 EXTRA = "pip install 'fixefficientnet[reproduce]'"
@@ -90,8 +89,8 @@ def reproduce(
       torchrun --nproc-per-node N -m fixefficientnet.reproduce …
       accelerate launch -m fixefficientnet.reproduce …
     """  # noqa: D301 - a backspace tells click to leave the lines as they are
+    from fixefficientnet import networks
     from fixefficientnet.reproduce import recipe as recipes
-    from fixefficientnet.reproduce.network import described_in
 
     subjects = _subjects(variants or [], all_, backbone)
     choices = {
@@ -107,7 +106,7 @@ def reproduce(
     if throughput is not None and not (math.isfinite(throughput) and throughput > 0):
         raise typer.BadParameter(f"--throughput {throughput}: it is a number above 0, in GMAC/s.")
     if checkpoint is not None:
-        described = described_in(checkpoint)
+        described = networks.description(checkpoint)
         choices["train_size"] = train_size or described.get("train_size")
     if plan:
         planned = [recipes.resolve(subject, choices, set_ or []) for subject in subjects]
@@ -125,7 +124,7 @@ def reproduce(
     resolved = [recipes.resolve(subject, choices, set_ or []) for subject in subjects]
     if no_pretrained and resolved[0].stage != "base":
         raise RecipeError("FixRes tunes a trained network: --no-pretrained goes with --stage base only.")
-    accelerator = _accelerator(device, resolved[0].mixed_precision)
+    accelerator = processes.accelerator(device, resolved[0].mixed_precision)
     where = Data(data, data_root, train_split, val_split)
     for subject, recipe in zip(subjects, resolved, strict=True):
         name = experiment or (subject.folder + ("-base" if recipe.stage == "base" else ""))
@@ -166,27 +165,6 @@ def _subjects(names: list[str], everything: bool, backbone: str | None) -> list[
         else:
             keys.append(manifest.find(name).key)
     return [recipes.subject_of_variant(manifest.find(key)) for key in dict.fromkeys(keys)]
-
-
-def _accelerator(device: str | None, mixed_precision: str) -> Any:
-    import datetime
-
-    import torch
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-
-    if device not in (None, "cpu", "cuda"):
-        raise typer.BadParameter(f"--device {device}: it is cpu or cuda; which one, CUDA_VISIBLE_DEVICES says.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise FixEfficientNetError("--device cuda: there is no CUDA device here. Use --device cpu, or leave it out.")
-    handlers = [
-        DistributedDataParallelKwargs(broadcast_buffers=False),  # statistics are averaged instead
-        InitProcessGroupKwargs(timeout=datetime.timedelta(days=1)),  # others wait while the first trains on features
-    ]
-    cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
-    if cpu and mixed_precision == "fp16":
-        raise RecipeError("fp16 is for CUDA devices; on a CPU, there is bf16.")
-    return Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=handlers)
 
 
 def _print_plan(
@@ -230,7 +208,7 @@ def main() -> None:
     try:
         app()
     except (FixEfficientNetError, OSError) as error:
-        rank = int(os.environ.get("RANK", "0"))
+        rank = processes.rank()
         of_the_command = isinstance(error, RecipeError | UnknownVariantError)  # which all processes were given alike
         if not getattr(error, "said_elsewhere", of_the_command and rank > 0):
             where = f" (process {rank})" if rank else ""
@@ -240,9 +218,9 @@ def main() -> None:
                     f"{error.filename or 'Writing'}: {error.strerror}. Once that is mended, the same command goes on."
                 )
             err.print(f"[red]Error{where}:[/] {escape(text)}", soft_wrap=True)
-        _leave(1)
+        processes.leave(1)
     except ModuleNotFoundError as error:
-        if error.name not in ("accelerate", "matplotlib", "tensorboard"):
+        if error.name not in ("accelerate", "matplotlib", "tensorboard", "torchmetrics"):
             raise
         err.print(f"[red]Error:[/] Fine-tuning needs {error.name}: {escape(EXTRA)}", soft_wrap=True)
         sys.exit(1)
@@ -253,14 +231,7 @@ def main() -> None:
             raise
         if not getattr(error, "said_elsewhere", False):
             err.print(f"{error} The same command goes on from here.")
-        _leave(128 + error.number)
-
-
-def _leave(status: int) -> None:
-    """Ends this process at once: others may wait for it in a collective call, and it for them on a usual exit."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+        processes.leave(128 + error.number)
 
 
 if __name__ == "__main__":

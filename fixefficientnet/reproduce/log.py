@@ -1,21 +1,16 @@
 """What a run tells while it goes: a live bar or plain lines, log.jsonl, TensorBoard events."""
 
-import contextlib
 import json
 import math
-import time
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fixefficientnet.files import write_atomically
-
-PLAIN_SECONDS = 20.0
-"""Between two lines of one pass where no terminal shows a bar."""
+from fixefficientnet.progress import Bar, bar
 
 
 class Log:
@@ -74,59 +69,6 @@ class Log:
             self._writer.close()
             self._writer = None
 
-    @contextlib.contextmanager
-    def bar(self, title: str, total: int) -> Iterator["Bar"]:
-        """Shows a pass over `total` pictures; the bar's `advance` counts them."""
-        live = self.enabled and self.console.is_terminal
-        with contextlib.ExitStack() as stack:
-            progress = None
-            if live:
-                columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn())
-                more = (TextColumn("{task.fields[said]}"), TimeRemainingColumn(compact=True))
-                progress = stack.enter_context(Progress(*columns, *more, console=self.console, transient=True))
-            bar = Bar(self, title, total, progress)
-            yield bar
-            bar.end()
-
-
-class Bar:
-    """One pass over the pictures; see `Log.bar`."""
-
-    def __init__(self, log: Log, title: str, total: int, progress: Progress | None):
-        self._log, self._title, self._total, self._progress = log, title, total, progress
-        self._task: TaskID | None = progress.add_task(title, total=total, said="") if progress else None
-        self._start = self._spoken = time.monotonic()
-        self._done = self._skipped = 0
-        self._said = ""
-
-    def skip(self, pictures: int) -> None:
-        """Counts pictures that an earlier run did."""
-        self._skipped += pictures
-        self.advance(pictures)
-
-    def advance(self, pictures: int, said: str = "") -> None:
-        """Counts pictures; `said` stands beside the bar (loss, accuracy)."""
-        self._done = min(self._done + pictures, self._total)
-        self._said = said
-        now = time.monotonic()
-        if self._progress and self._task is not None:
-            text = f"{self._rate(now)} {said}".strip()
-            self._progress.update(self._task, completed=self._done, said=text)
-        elif now - self._spoken >= PLAIN_SECONDS:
-            self._spoken = now
-            left = (now - self._start) / max(1, self._done - self._skipped) * (self._total - self._done)
-            self._log.say(f"{self._line(now)}, {left:.0f} s left")
-
-    def end(self) -> None:
-        """Says once how the whole pass went."""
-        if self._done > self._skipped:
-            self._log.say(f"{self._line(time.monotonic())}, {time.monotonic() - self._start:.1f} s")
-        elif self._done:
-            self._log.say(f"{self._title}: {self._done}/{self._total}, from before")
-
-    def _line(self, now: float) -> str:
-        said = f", {self._said}" if self._said else ""
-        return f"{self._title}: {self._done}/{self._total}, {self._rate(now)}{said}"
-
-    def _rate(self, now: float) -> str:
-        return f"{(self._done - self._skipped) / max(now - self._start, 1e-6):.1f} pictures/s"
+    def bar(self, title: str, total: int) -> AbstractContextManager[Bar]:
+        """Shows a pass over `total` pictures."""
+        return bar(title, total, self.console, self.say)

@@ -1,20 +1,17 @@
 """The network of a run: where its weights come from, what is frozen in it, what moves."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import safetensors
 import timm
 import torch
 from torch import Tensor, nn
 
-from fixefficientnet import delta, zoo
-from fixefficientnet.checkpoint import listed
+from fixefficientnet import delta, networks, zoo
 from fixefficientnet.delta import Head
-from fixefficientnet.errors import CheckpointError, MissingFileError, RunError, UnsupportedModelError
+from fixefficientnet.errors import RunError, UnsupportedModelError
 from fixefficientnet.reproduce.recipe import Recipe, Subject
 
 
@@ -69,7 +66,7 @@ def load(subject: Subject, weights: str | Path, *, num_classes: int, seed: int) 
     """
     torch.manual_seed(seed)
     if isinstance(weights, Path):
-        return _from_checkpoint(subject, weights)
+        return networks.from_checkpoint(_architecture(subject), weights)
     if weights == "random":
         return timm.create_model(_architecture(subject), pretrained=False, num_classes=num_classes)
     if subject.variant:
@@ -123,22 +120,6 @@ def optimizer_of(network: Network, recipe: Recipe) -> torch.optim.SGD:
     return torch.optim.SGD(network.trained.values(), lr=0.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
 
 
-def described_in(checkpoint: Path) -> dict[str, Any]:
-    """What an earlier run wrote of itself into its model.safetensors; nothing for other files.
-
-    Raises:
-        MissingFileError: There is no such file.
-    """
-    if not checkpoint.is_file():
-        raise MissingFileError(f"--checkpoint {checkpoint}: there is no such file.")
-    try:
-        with safetensors.safe_open(checkpoint, "pt") as file:
-            described = json.loads((file.metadata() or {}).get("fixefficientnet", "{}"))
-    except (safetensors.SafetensorError, OSError, ValueError):
-        return {}
-    return described if isinstance(described, dict) else {}
-
-
 def compile_frozen(network: Network) -> None:
     """Compiles what lies before the head, in the largest parts that hold nothing of it.
 
@@ -158,40 +139,6 @@ def compile_frozen(network: Network) -> None:
 
 def _architecture(subject: Subject) -> str:
     return subject.backbone.partition(".")[0]
-
-
-def _from_checkpoint(subject: Subject, path: Path) -> nn.Module:
-    if not path.is_file():
-        raise MissingFileError(f"--checkpoint {path}: there is no such file.")
-    try:
-        tensors = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
-    except Exception as error:  # pickle, zip and safetensors raise a dozen kinds
-        raise CheckpointError(
-            f"{path} is no checkpoint: it takes a safetensors file, or a .pth that holds tensors alone (save "
-            "model.state_dict()); other pickled objects are never loaded."
-        ) from error
-    with torch.device("meta"):
-        model = timm.create_model(_architecture(subject), pretrained=False)
-    name = delta.find_head(model).classifier
-    weight = tensors.get(f"{name}.weight")
-    if weight is None:
-        raise CheckpointError(f"{path} has no {name}.weight: it is no checkpoint of {_architecture(subject)}.")
-    model = timm.create_model(_architecture(subject), pretrained=False, num_classes=len(weight))
-    wanted = model.state_dict()
-    wrong = [
-        key
-        for key in wanted
-        if not key.endswith(".num_batches_tracked")
-        and (key not in tensors or getattr(tensors[key], "shape", None) != wanted[key].shape)
-    ]
-    wrong += sorted(set(tensors) - set(wanted))
-    if wrong:
-        raise CheckpointError(
-            f"{path} is no checkpoint of {_architecture(subject)}: {listed(wrong)} missing, too many, or of another "
-            "shape."
-        )
-    model.load_state_dict(tensors, strict=False)
-    return model.eval()
 
 
 def _in_float32(module: nn.Module) -> None:

@@ -6,13 +6,13 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fixefficientnet.cost import gmacs_of
 from fixefficientnet.reproduce import cached, network, online
 from fixefficientnet.reproduce.recipe import Recipe
 
@@ -97,14 +97,6 @@ def plan(recipe: Recipe, *, pictures: tuple[int, int] = IMAGENET, num_classes: i
         memory=_peak_memory(net, recipe, work_size, epoch_pictures),
         feature_bytes=cached.feature_bytes(recipe, train, channels) if stores else 0,
     )
-
-
-def gmacs_of(model: nn.Module, size: int) -> float:
-    """Billions of multiply-adds of one picture's forward pass; the model is on the meta device."""
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        model(torch.empty(1, 3, size, size, device="meta"))
-    return counter.get_total_flops() / 2 / 1e9
 
 
 def as_table(plans: Sequence[Plan], gmacs_per_second: float | None) -> list[list[str]]:

@@ -1,22 +1,17 @@
 """What a run leaves to read: report.json, report.md and curve.png."""
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fixefficientnet.evaluation import Evaluation, paired
+from fixefficientnet.evaluation import figures
+from fixefficientnet.evaluation.outcome import Evaluation
+from fixefficientnet.evaluation.paper import IMAGENET, NOISE, within_noise
+from fixefficientnet.evaluation.statistics import compare
 from fixefficientnet.files import write_atomically
 from fixefficientnet.manifest import Variant
 from fixefficientnet.reproduce.recipe import Recipe
-
-NOISE = 0.1
-"""Accuracy points between runs of the same training (the note, section 3.4)."""
-ROUNDING = 0.05
-"""The paper gives one decimal."""
-IMAGENET = (50_000, 1000)
-"""Pictures and classes of ImageNet-2012's validation set: only there the paper's figures can be compared."""
 
 TITLES = {
     "base": "base, at its train size",
@@ -38,8 +33,16 @@ def build(
     report: dict[str, Any] = {"variant": recipe.variant, "backbone": recipe.backbone, **more}
     report["measured"] = {name: evaluation.summary() for name, evaluation in evaluations.items()}
     if "tuned" in evaluations and "base_at_test" in evaluations:
-        lost, won, p = paired(evaluations["base_at_test"].right, evaluations["tuned"].right)
-        report["fixres_against_base_at_test_size"] = {"only_base_right": lost, "only_fixres_right": won, "p": p}
+        pair = compare(evaluations["base_at_test"].right, evaluations["tuned"].right)
+        low, high = pair.interval
+        report["fixres_against_base_at_test_size"] = {
+            "only_base_right": pair.only_first,
+            "only_fixres_right": pair.only_second,
+            "difference": pair.difference,
+            "difference_low": low,
+            "difference_high": high,
+            "p": pair.p,
+        }
     if variant and variant.paper and recipe.stage == "fixres":
         paper = variant.paper
         found = next(iter(evaluations.values()))
@@ -53,7 +56,7 @@ def build(
         }
         if comparable and "tuned" in evaluations and recipe.test_size == paper.fix.test_size:
             difference = evaluations["tuned"].top1 - paper.fix.top1
-            report["paper"] |= {"difference": difference, "within_noise": abs(difference) <= NOISE + ROUNDING}
+            report["paper"] |= {"difference": difference, "within_noise": within_noise(difference)}
     return report
 
 
@@ -71,7 +74,9 @@ def as_markdown(report: Mapping[str, Any], recipe: Recipe) -> str:
         lines += [
             "",
             f"Of the same pictures at the test size, {test['only_fixres_right']} are right after FixRes only and "
-            f"{test['only_base_right']} before it only (McNemar's exact test: p = {test['p']:.2g}).",
+            f"{test['only_base_right']} before it only: {test['difference']:+.2f} points (95%: "
+            f"{test['difference_low']:+.2f} to {test['difference_high']:+.2f}; McNemar's exact test: p = "
+            f"{test['p']:.2g}).",
         ]
     if paper := report.get("paper"):
         lines += [
@@ -105,19 +110,14 @@ def as_markdown(report: Mapping[str, Any], recipe: Recipe) -> str:
 
 def curve(lines: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Draws loss and accuracy on the training pictures against steps, as logged."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     points = [line for line in lines if "loss" in line]
     if not points:  # statistics alone are no curve
         return
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2)
+    figure, axes = figures.panels(2, width=7, height=3.2)
     epochs: dict[Any, list[Mapping[str, Any]]] = {}
     for point in points:
         epochs.setdefault(point.get("epoch"), []).append(point)
-    for axis, key, label in zip(panels, ("loss", "top1"), ("loss", "top-1, %"), strict=True):
+    for axis, key, label in zip(axes, ("loss", "top1"), ("loss", "top-1, %"), strict=True):
         values = [point[key] for point in points]
         axis.plot([point["steps"] for point in points], values, color="#1f6f8b", alpha=0.35, linewidth=1)
         ends = [group[-1]["steps"] for group in epochs.values()]
@@ -125,12 +125,8 @@ def curve(lines: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
         axis.plot(ends, means, color="#1f6f8b", linewidth=1.5, marker="." if len(ends) < 50 else "")
         axis.set_xlabel("step")
         axis.set_ylabel(f"{label} (training pictures)")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
     figure.suptitle(f"{title} (light: each step, dark: mean of each epoch)", fontsize=10)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=120)
-    write_atomically(path, stream.getvalue())
+    figures.save(figure, path, points)
 
 
 def write(folder: Path, report: Mapping[str, Any], recipe: Recipe) -> None:

@@ -13,10 +13,12 @@ from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
-from fixefficientnet import delta, evaluation
+from fixefficientnet import delta, networks
 from fixefficientnet.data import TRAIN, VALIDATION, Pictures, follow, open_pictures
 from fixefficientnet.errors import CheckpointError, DataError, RunError
-from fixefficientnet.evaluation import Evaluation
+from fixefficientnet.evaluation.journal import Journal
+from fixefficientnet.evaluation.judge import judge
+from fixefficientnet.evaluation.outcome import Evaluation
 from fixefficientnet.files import write_atomically
 from fixefficientnet.hub import sha256_of
 from fixefficientnet.manifest import TestTime
@@ -30,6 +32,7 @@ from fixefficientnet.reproduce.session import Session
 DESCRIBED = ("backbone", "stage", "train_size", "test_size", "crop_pct", "interpolation", "mean", "std")
 """Of the recipe: what is kept in model.safetensors, with the names of the classes."""
 CHECKPOINT = Path("checkpoint", "state.safetensors")
+EVALUATIONS = "evaluations"
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,7 @@ def _open(data: Data, subject: Subject, recipe: Recipe, options: Options) -> tup
     validation = open_pictures(
         data.name, data.val_split, root=data.root, num_classes=expected if train.imagenet else None
     )
-    validation = follow(validation, train)
+    validation = follow(validation, train.classes, train.what)
     num_classes = len(train.classes) or expected or 1000
     weights: str | Path = recipe.weights if options.checkpoint is None else options.checkpoint
     model = network.load(subject, weights, num_classes=num_classes, seed=recipe.seed)
@@ -219,13 +222,13 @@ def _claim(session: Session, identity: Mapping[str, Any], recipe: Recipe, option
     return None
 
 
-_PROGRESS = ("checkpoint", "evaluations.json", "features", "log.jsonl", "report.json")
+_PROGRESS = ("checkpoint", EVALUATIONS, "features", "log.jsonl", "report.json")
 """What a run leaves once it has done something."""
 _OURS = (
     "checkpoint",
     "curve.png",
     "delta.safetensors",
-    "evaluations.json",
+    EVALUATIONS,
     "features",
     "log.jsonl",
     "model.safetensors",
@@ -343,7 +346,7 @@ def _save_weights(
             if name.endswith(".num_batches_tracked"):  # without effect, and not kept when a run is interrupted
                 tensors[name] = torch.zeros_like(tensor)
         described = {key: finished["recipe"][key] for key in DESCRIBED} | {"classes": finished["classes"]}
-        metadata = {"fixefficientnet": json.dumps(described)}
+        metadata = {networks.DESCRIPTION: json.dumps(described)}
         write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors, metadata))
 
 
@@ -364,39 +367,33 @@ def _introduce(session: Session, net: Network, recipe: Recipe, train: Pictures, 
 
 
 class Measurements:
-    """Evaluations of a run, kept on disk so that a run that goes on does not repeat them."""
+    """Evaluations of a run, kept on disk as they go, so that a run that goes on does not repeat them."""
 
     def __init__(self, session: Session, net: Network, pictures: Pictures, recipe: Recipe):
         self._session, self._net, self._pictures, self._recipe = session, net, pictures, recipe
-        self._path = session.folder / "evaluations.json"
-        saved = session.on_main(lambda: _saved(self._path)) or {}
-        self.found: dict[str, Evaluation] = {name: evaluation.from_json(row) for name, row in saved.items()}
+        self.found: dict[str, Evaluation] = {}
 
     def take(self, name: str, test: TestTime) -> None:
-        """Measures the network as it is now, unless that was done."""
+        """Measures the network as it is now, as far as that was not done."""
         session, recipe = self._session, self._recipe
-        if name not in self.found:
-            with session.log.bar(f"{report.TITLES[name]} ({test.size})", len(self._pictures)) as bar:
-                self.found[name] = evaluation.evaluate(
-                    self._net.model,
-                    self._pictures,
-                    test,
-                    batch_size=recipe.forward_batch,
-                    shard=recipe.shard,
-                    workers=session.workers,
-                    accelerator=session.accelerator,
-                    on_batch=lambda batch: bar.advance((len(batch.targets) + len(batch.unreadable)) * session.world),
-                )
-            text = json.dumps({key: asdict(row) for key, row in self.found.items()})
-            session.on_main(lambda: write_atomically(self._path, text.encode()))
-        row = self.found[name]
-        low, high = row.interval
-        unread = [self._pictures.name(index) for index, mark in enumerate(row.right) if mark == "-"]
+        with session.log.bar(f"{report.TITLES[name]} ({test.size})", len(self._pictures)) as bar:
+            found = self.found[name] = judge(
+                self._net.model,
+                self._pictures,
+                test,
+                batch_size=recipe.forward_batch,
+                shard=recipe.shard,
+                workers=session.workers,
+                journal=Journal(session.folder / EVALUATIONS / name, session.rank),
+                accelerator=session.accelerator,
+                progress=bar,
+            )
+        low, high = found.interval
         with session.alike():
-            session.count_unreadable(self._pictures.what, unread, len(self._pictures))
+            session.count_unreadable(self._pictures.what, list(found.unreadable.values()), len(self._pictures))
         session.log.say(
-            f"  {report.TITLES[name]} ({row.size}): top-1 {row.top1:.2f} (95%: {low:.2f} to {high:.2f}), "
-            f"top-5 {row.top5:.2f}, of {row.pictures:,} pictures"
+            f"  {report.TITLES[name]} ({found.size}): top-1 {found.top1:.2f} (95%: {low:.2f} to {high:.2f}), "
+            f"top-5 {found.top5:.2f}, of {found.pictures:,} pictures"
         )
 
 

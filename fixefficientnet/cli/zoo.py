@@ -1,10 +1,6 @@
-"""The command line: each command calls one function of the package.
-
-`list`, `info` and `--help` import no torch.
-"""
+"""`list`, `info`, `predict`."""
 
 import glob
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -13,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fixefficientnet import __version__, manifest
+from fixefficientnet import manifest
+from fixefficientnet.cli.app import AsJson, app, err, out, print_json
 from fixefficientnet.errors import FixEfficientNetError, PictureError
 from fixefficientnet.manifest import Variant
 
@@ -26,41 +22,6 @@ if TYPE_CHECKING:
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
 PICTURE_SUFFIXES |= {".jfif", ".avif", ".jp2"}
-
-app = typer.Typer(
-    help="FixEfficientNet: pretrained EfficientNets, tuned for their test size by FixRes.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def main() -> None:
-    """Runs the command line; an error of this package becomes one message and status 1."""
-    try:
-        app()
-    except FixEfficientNetError as error:
-        err.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
-        sys.exit(1)
-
-
-def _print_version(asked: bool) -> None:
-    if asked:
-        typer.echo(__version__)
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
-    ] = False,
-) -> None:
-    pass
 
 
 @app.command("list")
@@ -71,7 +32,7 @@ def list_(
     """List the variants: size, the paper's top-1, and whether weights are published."""
     variants = [manifest.load()[key] for key in manifest.list_models(filter)]
     if as_json:
-        _print_json([_row(variant) for variant in variants])
+        print_json([_row(variant) for variant in variants])
         return
     if not variants:
         err.print(f"No variant matches {filter!r}.")
@@ -103,7 +64,7 @@ def info(
     """Show everything the manifest knows about one variant."""
     variant = manifest.find(name)
     if as_json:
-        _print_json(_row(variant))
+        print_json(_row(variant))
         return
     test, backbone, paper, weights = variant.test, variant.backbone, variant.paper, variant.weights
     package = f", or the PyPI package {backbone.package.name}" if backbone.package else ""
@@ -179,7 +140,7 @@ def predict(
     if as_json:
         found = [{"file": _shown(p.picture), "labels": [asdict(label) for label in p.labels]} for p in predictions]
         kind = "fixres" if tuned else "backbone"
-        _print_json({"model": variant.key, "weights": kind, "predictions": found, "errors": failed})
+        print_json({"model": variant.key, "weights": kind, "predictions": found, "errors": failed})
     else:
         out.print(said, soft_wrap=True)
         for found_one in predictions:
@@ -245,7 +206,3 @@ def _triple(values: tuple[float, float, float]) -> str:
 def _row(variant: Variant) -> dict[str, Any]:
     names = {"key": variant.key, "hub_name": variant.hub_name, "timm_name": variant.timm_name}
     return names | asdict(variant) | {"published": bool(variant.weights and not variant.weights.path)}
-
-
-def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=2, default=str))

@@ -1,0 +1,46 @@
+"""Draws every figure of the docs, from the manifest and the measured figures in docs/results.
+
+    python -m benchmarks.figures
+
+A test fails when a committed figure shows other data than these, or is drawn another way.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import finetune_runs
+from fixefficientnet.evaluation import figures
+from fixefficientnet.evaluation.results import from_csv
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DOCS = Path(__file__).parent.parent / "docs"
+Rows = Sequence[Mapping[str, Any]]
+RESULTS: dict[str, tuple[str, "Callable[[Rows], Figure]"]] = {
+    "finetuning.png": ("finetuning.csv", finetune_runs.draw),
+    "sweep.png": ("sweep.csv", figures.sweep),
+    "statistics.png": ("sweep.csv", figures.activations),
+    "sweep-lite0.png": ("sweep-lite0.csv", figures.sweep),
+}
+
+
+def every() -> dict[str, tuple[Rows, "Callable[[Rows], Figure]"]]:
+    """Data and drawing of each figure, by file name."""
+    found: dict[str, tuple[Rows, Callable[[Rows], Figure]]] = {
+        "accuracy-params.png": (figures.accuracy_params_data(), figures.accuracy_params)
+    }
+    for name, (file, draw) in RESULTS.items():
+        found[name] = from_csv((DOCS / "results" / file).read_text()), draw
+    return found
+
+
+def main() -> None:
+    for name, (rows, draw) in every().items():
+        figures.save(draw(rows), DOCS / name, rows)
+        print(DOCS / name)
+
+
+if __name__ == "__main__":
+    main()

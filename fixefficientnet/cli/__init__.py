@@ -1,0 +1,37 @@
+"""The command line: each command calls one function of the package.
+
+`list`, `info` and `--help` import no torch.
+"""
+
+import sys
+
+from rich.markup import escape
+
+from fixefficientnet import processes
+from fixefficientnet.cli import (
+    measure,  # noqa: F401
+    zoo,  # noqa: F401 - modules add their commands, in the order of --help
+)
+from fixefficientnet.cli.app import app, err
+from fixefficientnet.errors import FixEfficientNetError
+
+EXTRA = "pip install 'fixefficientnet[evaluate]'"
+_BY_EXTRA = ("accelerate", "matplotlib", "torchmetrics")
+
+
+def main() -> None:
+    """Runs the command line; an error of this package becomes one message and status 1."""
+    try:
+        app()
+    except FixEfficientNetError as error:
+        if not getattr(error, "said_elsewhere", False):
+            where = f" (process {processes.rank()})" if processes.rank() else ""
+            err.quiet = False
+            err.print(f"[red]Error{where}:[/] {escape(str(error))}", soft_wrap=True)
+    except ModuleNotFoundError as error:
+        if error.name not in _BY_EXTRA:
+            raise
+        err.print(f"[red]Error:[/] This needs {error.name}: {escape(EXTRA)}", soft_wrap=True)
+    if processes.several():
+        processes.leave(1)
+    sys.exit(1)

@@ -1,0 +1,41 @@
+"""What the commands share: the application, where it speaks, JSON."""
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fixefficientnet import __version__, processes
+
+app = typer.Typer(
+    help="FixEfficientNet: pretrained EfficientNets, tuned for their test size by FixRes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's table of options has no room for their names in 80 columns
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console(highlight=False, quiet=processes.rank() > 0)  # the first process speaks for all
+err = Console(stderr=True, highlight=False)
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def print_json(value: object) -> None:
+    """Prints JSON on stdout."""
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass

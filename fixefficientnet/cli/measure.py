@@ -1,0 +1,384 @@
+"""`evaluate`, `sweep`, `paper`, `figure`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from fixefficientnet.cli.app import AsJson, app, err, out, print_json
+from fixefficientnet.errors import FixEfficientNetError
+from fixefficientnet.files import write_atomically
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from fixefficientnet.evaluation.evaluate import Measured, Settings
+    from fixefficientnet.evaluation.models import Opened
+
+MODEL = (
+    "A variant (b4_ns; b4_ns:backbone, b4_ns:FILE), a fine-tuning run's folder or file, or timm/NAME (timm/NAME:FILE)."
+)
+Data = Annotated[
+    str, typer.Option(help="A folder with val/, or of classes' folders; or hfds/NAME, torch/NAME, wds/NAME.")
+]
+DataRoot = Annotated[str | None, typer.Option(help="Where a named data set lies or is cached.")]
+Split = Annotated[str | None, typer.Option(help="Default: validation, or the whole folder.")]
+CropPct = Annotated[float | None, typer.Option(help="Share of the resized picture to keep. Default: the model's.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Pictures per forward pass.")]
+Workers = Annotated[int, typer.Option("--workers", "-j", min=0, help="Loading processes per device.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.")]
+MixedPrecision = Annotated[str, typer.Option(help="no, bf16 or fp16.")]
+Restrict = Annotated[
+    bool | None,
+    typer.Option(
+        "--restrict-classes/--no-restrict-classes",
+        help="Restrict logits to the classes that the data has. Default: where these are 200 of ImageNet's.",
+    ),
+]
+RealLabels = Annotated[bool, typer.Option("--real-labels", help="Count as right what ReaL labels allow.")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV.")]
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str] | None, typer.Argument(help=MODEL, show_default=False)] = None,
+    data: Data = "",
+    data_root: DataRoot = None,
+    split: Split = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Test size in pixels. Default: the model's.")] = None,
+    crop_pct: CropPct = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="Is B better than A, on the same pictures?"),
+    ] = None,
+    restrict_classes: Restrict = None,
+    real_labels: RealLabels = False,
+    per_class: Annotated[Path | None, typer.Option(help="Write a table per class to this CSV file.")] = None,
+    results_file: Annotated[Path | None, typer.Option(help="Write a CSV file with the columns of timm's.")] = None,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+    batch_size: BatchSize = 32,
+    workers: Workers = 4,
+    device: Device = None,
+    mixed_precision: MixedPrecision = "no",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for finished batches.")] = Path("evaluations"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed evaluation was.")] = False,
+) -> None:
+    """Measure the accuracy of models on labelled pictures.
+
+    On several devices: torchrun --nproc-per-node N -m fixefficientnet evaluate …
+    """
+    names = list(dict.fromkeys([*(models or []), *(compare or ())]))
+    if not names:
+        raise typer.BadParameter("Name a model, or two after --compare.")
+    _need_data(data)
+    if per_class and real_labels:
+        raise typer.BadParameter("--per-class needs one label per picture, which ReaL labels are not.")
+    from fixefficientnet.evaluation import results
+    from fixefficientnet.evaluation.evaluate import Settings
+    from fixefficientnet.evaluation.statistics import compare as paired
+
+    settings = Settings(
+        data=data,
+        data_root=data_root,
+        split=split,
+        size=size,
+        crop_pct=crop_pct,
+        batch_size=batch_size,
+        workers=workers,
+        restrict_classes=restrict_classes,
+        real_labels=real_labels,
+        folder=output,
+        resume=resume,
+    )
+    accelerator = _accelerator(device, mixed_precision)
+    found: dict[str, Measured] = {}
+    for name in names:
+        found[name] = _measure(name, settings, accelerator)
+        found[name].opened.model.to("meta")  # frees its memory
+    every = list(found.values())
+    rows = [results.row(one) for one in every]
+    pair = None
+    if compare:
+        first, second = (found[name] for name in compare)
+        pair = results.comparison(first, second, paired(first.evaluation.right, second.evaluation.right))
+    if not accelerator.is_main_process:
+        return
+    if per_class:
+        _write(per_class, results.as_csv(results.per_class_rows(every)))
+    if results_file:
+        best_first = sorted(every, key=lambda one: -one.evaluation.top1)
+        _write(results_file, results.as_csv([results.timm_row(one) for one in best_first]))
+    if as_json:
+        unreadable = [{"model": one.opened.name, "pictures": _unreadable(one)} for one in every if _unreadable(one)]
+        print_json({"results": rows, "comparison": pair, "unreadable": unreadable})
+    elif as_csv:
+        typer.echo(results.as_csv(rows), nl=False)
+    else:
+        _show(every, pair)
+    for one in every:
+        _complain(one)
+
+
+@app.command()
+def sweep(
+    models: Annotated[list[str], typer.Argument(help=MODEL, show_default=False)],
+    data: Data = "",
+    sizes: Annotated[str, typer.Option(help="FIRST:LAST:STEP in pixels, or with commas.")] = "128:352:32",
+    data_root: DataRoot = None,
+    split: Split = None,
+    crop_pct: CropPct = None,
+    statistics: Annotated[
+        bool, typer.Option("--statistics", help="Also how the pooled activations move with the size.")
+    ] = False,
+    restrict_classes: Restrict = None,
+    real_labels: RealLabels = False,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+    batch_size: BatchSize = 32,
+    workers: Workers = 4,
+    device: Device = None,
+    mixed_precision: MixedPrecision = "no",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for sweep.csv and figures (.png, .svg).")
+    ] = Path("sweep"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do finished sizes again.")] = False,
+) -> None:
+    """Measure models over test sizes: accuracy and cost, before and after FixRes.
+
+    A model that FixRes tuned is measured untuned too. The same command goes on where a killed one was.
+    """
+    _need_data(data)
+    from fixefficientnet.evaluation import figures, results
+    from fixefficientnet.evaluation import sweep as sweeps
+    from fixefficientnet.evaluation.evaluate import Settings
+
+    chosen = sweeps.sizes_of(sizes)
+    settings = Settings(
+        data=data,
+        data_root=data_root,
+        split=split,
+        crop_pct=crop_pct,
+        batch_size=batch_size,
+        workers=workers,
+        restrict_classes=restrict_classes,
+        real_labels=real_labels,
+        folder=output / "finished",
+        resume=not overwrite,
+        activations=statistics,
+    )
+    accelerator = _accelerator(device, mixed_precision)
+    every: list[Measured] = []
+
+    def take(opened: "Opened", settings: "Settings") -> "Measured":
+        every.append(_measure(opened, settings, accelerator))
+        return every[-1]
+
+    rows = sweeps.sweep(sweeps.with_untuned(models), chosen, settings, take)
+    if not accelerator.is_main_process:
+        return
+    _write(output / "sweep.csv", results.as_csv(rows))
+    drawn = {"sweep": figures.sweep} | ({"statistics": figures.activations} if statistics else {})
+    for name, draw in drawn.items():
+        figure = draw(rows)
+        for kind in figures.FORMATS:
+            figures.save(figure, output / f"{name}.{kind}", rows)
+    if as_json:
+        print_json(rows)
+    elif as_csv:
+        typer.echo(results.as_csv(rows), nl=False)
+    else:
+        _show_sweep(rows)
+        out.print(_said(every), soft_wrap=True)
+        written = ", ".join(f"{name}.{kind}" for name in drawn for kind in figures.FORMATS)
+        out.print(escape(f"{output}: sweep.csv, {written}"), soft_wrap=True)
+    _complain(every[-1])
+
+
+@app.command()
+def paper(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Fine-tuning runs, or folders of them. Default: runs, if there.")
+    ] = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    as_csv: AsCsv = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the paper's Tables 1 and 2 beside what has been measured."""
+    from fixefficientnet.evaluation import paper as papers
+
+    folders = runs or ([Path("runs")] if any(Path("runs").glob("*/report.json")) else [])
+    found = [*papers.published(), *papers.of_runs(folders)]
+    rows = papers.rows(found)
+    if as_json:
+        print_json(rows)
+    elif as_csv:
+        from fixefficientnet.evaluation.results import as_csv as csv_of
+
+        typer.echo(csv_of(rows), nl=False)
+    elif as_markdown:
+        typer.echo(f"{papers.as_markdown(rows)}\n\n{papers.footnote(rows)}")
+    else:
+        for number, title in papers.TITLES.items():
+            table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
+            table.padding = (0, 1, 0, 0)
+            for column in papers.HEADER:
+                table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
+            for row in rows:
+                for cells in papers.cells(row) if row["table"] == number else ():
+                    table.add_row(*cells)
+            out.print(table)
+        out.print(escape(papers.footnote(rows)))
+    for result in papers.elsewhere(found):
+        err.print(
+            escape(
+                f"{result.source}: {result.variant} at {result.fix.test_size}, top-1 {result.fix.top1:.2f} of "
+                f"{result.pictures:,} pictures: not comparable with the paper (other pictures, size or network)."
+            ),
+            soft_wrap=True,
+        )
+
+
+@app.command()
+def figure(
+    name: Annotated[str, typer.Argument(help="accuracy-params: the paper's Figure 1, all 18 variants.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A .png or .svg. Default: NAME.png.")] = None,
+) -> None:
+    """Draw a figure of the paper."""
+    from fixefficientnet.evaluation import figures
+
+    if name != "accuracy-params":
+        raise typer.BadParameter(f"There is no figure {name!r}; there is accuracy-params.")
+    path = output or Path(f"{name}.png")
+    rows = figures.accuracy_params_data()
+    figures.save(figures.accuracy_params(rows), path, rows)
+    out.print(escape(str(path)), soft_wrap=True)
+
+
+def _show_sweep(rows: "list[dict[str, Any]]") -> None:
+    from fixefficientnet.evaluation.sweep import best_size
+
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("model", overflow="fold")
+    for column in ("size", "top-1", "95%", "top-5", "loss", "GMACs", "pict./s", ""):
+        table.add_column(column, justify="right", no_wrap=True)
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        best = best_size(own)
+        for row in own:
+            marks = ["best"] if row["size"] == best else []
+            marks += [word for word in ("train", "paper", "test") if row["size"] == row[f"{word}_size"]]
+            table.add_row(
+                escape(model),
+                str(row["size"]),
+                f"{row['top1']:.2f}",
+                f"{row['top1_low']:.1f}-{row['top1_high']:.1f}",
+                f"{row['top5']:.2f}",
+                f"{row['loss']:.3f}",
+                f"{row['gmacs']:.2f}",
+                f"{row['pictures_per_second']:.1f}",
+                ",".join(marks),
+            )
+    out.print(table)
+
+
+def _show(every: "list[Measured]", pair: "dict[str, Any] | None") -> None:
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("model", overflow="fold")
+    for column in ("size", "top-1", "95%", "top-5", "95%", "loss", "ECE", "pict./s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for one in every:
+        found = one.evaluation
+        table.add_row(
+            escape(one.opened.name),
+            str(found.size),
+            f"{found.top1:.2f}",
+            "{:.1f}-{:.1f}".format(*found.interval),
+            f"{found.top5:.2f}",
+            "{:.1f}-{:.1f}".format(*found.interval5),
+            f"{found.loss:.3f}",
+            f"{found.calibration_error:.3f}",
+            f"{found.rate:.1f}" if found.rate else "-",
+        )
+    out.print(table)
+    out.print(_said(every), soft_wrap=True)
+    if pair:
+        out.print(
+            f"\n{escape(pair['second'])} against {escape(pair['first'])}: [bold]{pair['difference']:+.2f} points[/] "
+            f"top-1 (95%: {pair['difference_low']:+.2f} to {pair['difference_high']:+.2f}), p = {pair['p']:.2g}\n"
+            f"right in the first alone: {pair['only_first_right']:,}, in the second alone: "
+            f"{pair['only_second_right']:,}, of {pair['pictures']:,} pictures (McNemar's exact test)",
+            soft_wrap=True,
+        )
+
+
+def _said(every: "list[Measured]") -> str:
+    """On what, and how: a line for each that differs."""
+    from fixefficientnet.evaluation.evaluate import restriction
+
+    lines = [_described(one) + (f"; {more}" if (more := restriction(one)) else "") for one in every]
+    return escape("\n".join(dict.fromkeys(lines)))
+
+
+def _described(one: "Measured") -> str:
+    found, test = one.evaluation, one.opened.test
+    left_out = f" ({len(found.unreadable):,} more could not be read)" if found.unreadable else ""
+    crop = f"crop_pct {test.crop_pct:g}" + (f", {one.opened.crop_mode}" if one.opened.crop_mode != "center" else "")
+    return f"{found.pictures:,} pictures of {one.pictures.what}{left_out}; {crop}, {test.interpolation}"
+
+
+def _unreadable(one: "Measured") -> list[str]:
+    return list(one.evaluation.unreadable.values())
+
+
+def _complain(one: "Measured") -> None:
+    """Names the pictures that do not count."""
+    reasons = _unreadable(one)
+    if reasons:
+        err.print(f"{len(reasons)} of {len(one.pictures)} pictures could not be read and do not count:", soft_wrap=True)
+        for reason in reasons[:20]:
+            err.print(f"  {escape(reason)}", soft_wrap=True)
+        if len(reasons) > 20:
+            err.print(f"  and {len(reasons) - 20} more")
+
+
+def _need_data(data: str) -> None:
+    if not data:
+        raise typer.BadParameter("--data is missing: a folder with val/ or of classes' folders, or hfds/NAME.")
+
+
+def _accelerator(device: str | None, mixed_precision: str) -> "Accelerator":
+    import torchmetrics  # noqa: F401 - else it would be missed only when all is evaluated
+
+    from fixefficientnet import processes
+
+    return processes.accelerator(device, mixed_precision)
+
+
+def _measure(model: "str | Opened", settings: "Settings", accelerator: "Accelerator") -> "Measured":
+    """Measures one model, under a progress bar."""
+    from fixefficientnet.evaluation.evaluate import measure, pictures_for
+    from fixefficientnet.evaluation.models import open_model
+    from fixefficientnet.progress import bar
+
+    opened = open_model(model) if isinstance(model, str) else model
+    pictures = pictures_for(opened, settings)
+    short = opened.name if len(opened.name) <= 30 else f"…{opened.name[-29:]}"  # a bar has one line
+    said = f"{short} at {settings.size or opened.test.size}"
+    err.quiet = not accelerator.is_main_process
+
+    def say(text: str) -> None:
+        err.print(escape(text), soft_wrap=True)
+
+    with bar(said, len(pictures), err, say) as shown:
+        return measure(opened, settings, accelerator, pictures=pictures, progress=shown)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise FixEfficientNetError(f"{path} cannot be written: {error.strerror}.") from error

@@ -1,0 +1,23 @@
+"""What a forward pass costs."""
+
+from collections.abc import Iterable
+
+import timm
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def gmacs_of(model: nn.Module, size: int) -> float:
+    """Billions of multiply-adds of one picture's forward pass; the model is on the meta device."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(torch.empty(1, 3, size, size, device="meta"))
+    return counter.get_total_flops() / 2 / 1e9
+
+
+def gmacs(architecture: str, sizes: Iterable[int], num_classes: int = 1000) -> dict[int, float]:
+    """The same of a timm network by name, at several sizes."""
+    with torch.device("meta"):
+        model = timm.create_model(architecture, num_classes=num_classes).eval()
+        return {size: gmacs_of(model, size) for size in sizes}

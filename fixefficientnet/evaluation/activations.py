@@ -1,0 +1,66 @@
+"""How the pooled activations are distributed: the FixRes paper's own diagnosis of the train-test discrepancy.
+
+At a larger test size than it was trained at, objects look larger to a network and its pooled activations average over
+more positions: they become less sparse and less spread, and the classifier has never seen the like (FixRes paper,
+section 3.2 and figure 3).
+"""
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fixefficientnet import delta
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+NEAR_ZERO = 1e-3
+"""Of smaller magnitude than this an activation counts as none; networks without ReLU have no exact zeros."""
+_QUARTILES = {"q25": 0.25, "median": 0.5, "q75": 0.75}
+
+
+class PooledActivations:
+    """Watches what comes into a model's classifier, while used as a context.
+
+    Args:
+        model: Any with a classifier that `delta.find_classifier` finds.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._classifier = model.get_submodule(delta.find_classifier(model))
+        self._sums: Tensor | None = None  # float64 [3, channels]: values, squares, near zero
+        self._pictures = 0
+
+    def __enter__(self) -> "PooledActivations":
+        self._hook = self._classifier.register_forward_pre_hook(self._watch)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._hook.remove()
+
+    def _watch(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        pooled = inputs[0].detach().flatten(1).to("cpu", torch.float64)
+        sums = torch.stack([pooled.sum(0), pooled.square().sum(0), (pooled.abs() < NEAR_ZERO).double().sum(0)])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._pictures += len(pooled)
+
+    def summary(self, accelerator: "Accelerator") -> dict[str, float]:
+        """The figures over all processes' pictures, as JSON values.
+
+        `near_zero`: share of near-zero activations, in [0, 1]; `mean`: of all; `mean_q25`, `mean_median`, `mean_q75`:
+        quartiles over the channels of each one's mean; `spread_*`: of each one's standard deviation over the pictures.
+        """
+        parts: list[Any] = [(self._sums, self._pictures)]
+        if accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            parts = gather_object(parts)
+        sums = torch.stack([part for part, _ in parts if part is not None]).sum(0)
+        values, squares, near_zero = sums / sum(pictures for _, pictures in parts)
+        spread = (squares - values.square()).clamp(min=0).sqrt()
+        found = {"near_zero": float(near_zero.mean()), "mean": float(values.mean())}
+        for name, channels in (("mean", values), ("spread", spread)):
+            found |= {f"{name}_{key}": float(channels.quantile(share)) for key, share in _QUARTILES.items()}
+        return found

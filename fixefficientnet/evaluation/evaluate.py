@@ -1,0 +1,231 @@
+"""evaluate(): a model by name, a data set by name, what the one makes of the other."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+
+from fixefficientnet import delta, processes
+from fixefficientnet.classes import IMAGENET, SUBSET, Subset, real_labels
+from fixefficientnet.data import Pictures, follow, open_pictures
+from fixefficientnet.errors import EvaluationError
+from fixefficientnet.evaluation.activations import PooledActivations
+from fixefficientnet.evaluation.journal import Journal
+from fixefficientnet.evaluation.judge import judge
+from fixefficientnet.evaluation.models import Opened, of_module, open_model
+from fixefficientnet.evaluation.outcome import Evaluation
+from fixefficientnet.progress import Bar
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_ACTIVATIONS = "pooled_activations"
+"""Key of their figures in a journal."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """On what a model is measured, and how.
+
+    Attributes:
+        data: A folder, or a name for timm's `create_dataset`; see `open_pictures`.
+        data_root: Where a named data set lies or is cached.
+        split: "validation" and the like; None: that, or the whole folder.
+        size: Test size in pixels; None: the model's own.
+        crop_pct: See `TestTime`; None: the model's own.
+        batch_size: Pictures per forward pass.
+        workers: Loading processes.
+        restrict_classes: Whether logits are restricted to the classes that the data set has; None: where these are
+            200 of ImageNet's, as ImageNet-A's and ImageNet-R's.
+        real_labels: Whether ReaL labels decide what is right.
+        folder: Where finished batches are kept; None: nowhere.
+        resume: Whether batches that are there are taken over.
+        activations: Whether the pooled activations are watched too.
+    """
+
+    data: str
+    data_root: str | None = None
+    split: str | None = None
+    size: int | None = None
+    crop_pct: float | None = None
+    batch_size: int = 32
+    workers: int = 4
+    restrict_classes: bool | None = None
+    real_labels: bool = False
+    folder: str | os.PathLike[str] | None = None
+    resume: bool = False
+    activations: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model, what it was measured on, what came out.
+
+    Attributes:
+        opened: The model.
+        pictures: The data set, in the model's numbering.
+        subset: Classes that its logits were restricted to.
+        real_labels: Whether ReaL labels decided what is right.
+        evaluation: What came out.
+        activations: Figures of the pooled activations, if these were watched.
+    """
+
+    opened: Opened
+    pictures: Pictures
+    subset: Subset | None
+    real_labels: bool
+    evaluation: Evaluation
+    activations: dict[str, float] | None = None
+
+
+def evaluate(
+    model: str | nn.Module,
+    data: str | os.PathLike[str],
+    *,
+    device: str | None = None,
+    mixed_precision: str = "no",
+    **settings: Any,
+) -> Evaluation:
+    """Measures a model's accuracy on labelled pictures.
+
+    Under torchrun or `accelerate launch` the processes share the pictures out, and all get the whole result.
+
+    Args:
+        model: A variant's name ("b4_ns", "b4_ns:backbone"), the folder or file of a fine-tuning run, a timm name
+            ("timm/resnet50.a1_in1k"); or a model of `create`'s or timm's. A module is moved to the device.
+        data: A folder with val/ or of classes' folders, or "hfds/NAME" and the like, as timm opens it.
+        device: "cpu" or "cuda". Default: cuda if there is one.
+        mixed_precision: "no", "bf16" or "fp16".
+        **settings: Other fields of `Settings`: split, size, crop_pct, batch_size, workers, restrict_classes,
+            real_labels, data_root, folder, resume.
+
+    Raises:
+        UnknownVariantError: No variant has this name.
+        DataError: The data set cannot be used: no pictures, other classes than the model's, labels out of range.
+        EvaluationError: The model cannot be used: NaN, a size that it does not take.
+    """
+    opened = open_model(model) if isinstance(model, str) else of_module(model)
+    chosen = Settings(os.fspath(data), **settings)
+    return measure(opened, chosen, processes.accelerator(device, mixed_precision)).evaluation
+
+
+def pictures_for(opened: Opened, settings: Settings) -> Pictures:
+    """The data set, its classes numbered as the model's."""
+    own = bool(opened.classes) and opened.num_classes != IMAGENET
+    number = None if own else opened.num_classes
+    pictures = open_pictures(settings.data, settings.split, root=settings.data_root, num_classes=number, numbered=True)
+    return follow(pictures, opened.classes, opened.name) if own else pictures
+
+
+def measure(
+    opened: Opened,
+    settings: Settings,
+    accelerator: "Accelerator",
+    *,
+    pictures: Pictures | None = None,
+    progress: Bar | None = None,
+) -> Measured:
+    """Measures an opened model; see `evaluate`.
+
+    Args:
+        opened: The model; it is moved to the accelerator's device.
+        settings: On what, and how.
+        accelerator: Processes, device, precision.
+        pictures: What `pictures_for` gave, if that was asked for before.
+        progress: Counts the pictures as they are done.
+    """
+    pictures = pictures or pictures_for(opened, settings)
+    test = opened.at(settings.size, settings.crop_pct)
+    if test.size < 1 or not 0 < test.crop_pct <= 1:
+        raise EvaluationError(f"A test size is at least 1 and a crop_pct in (0, 1], not {test.size}, {test.crop_pct}.")
+    subset = _subset(pictures, opened, settings.restrict_classes)
+    labels = None
+    if settings.real_labels:
+        labels = real_labels([pictures.name(index) for index in range(len(pictures))])
+    model = opened.model.to(accelerator.device)
+    journal: Journal | None = None
+    activations: dict[str, float] | None = None
+    if settings.folder:
+        place = Path(pictures.what)
+        identity = {
+            "weights": delta.fingerprint(model.state_dict()),
+            "network": type(model).__name__,
+            "place": str(place.resolve()) if place.exists() else pictures.what,  # fingerprints know names, not pixels
+            "pictures": pictures.fingerprint(),
+            "test": asdict(test),
+            "crop_mode": opened.crop_mode,
+            "batch_size": settings.batch_size,
+            "precision": accelerator.mixed_precision,
+            "subset": subset and subset.classes,
+        }
+        path = Path(settings.folder) / _filename(opened.name, test.size, identity)
+        journal = Journal(path, accelerator.process_index)
+        known = journal.notes().get(_ACTIVATIONS)
+        accelerator.wait_for_everyone()  # all have looked before the first clears
+        # what was not watched when its batch was done needs the batch again
+        anew = not settings.resume or (settings.activations and known is None)
+        if anew and accelerator.is_main_process:
+            journal.clear()
+        accelerator.wait_for_everyone()
+        activations = known if settings.activations and not anew else None
+    with contextlib.ExitStack() as stack:
+        watched = None
+        if settings.activations and activations is None:
+            watched = stack.enter_context(PooledActivations(model))
+        found = judge(
+            model,
+            pictures,
+            test,
+            transform=opened.transform(test),
+            batch_size=settings.batch_size,
+            shard=settings.batch_size,
+            workers=settings.workers,
+            subset=subset,
+            journal=journal,
+            accelerator=accelerator,
+            progress=progress,
+        )
+    if watched:
+        activations = watched.summary(accelerator)
+        if journal and accelerator.is_main_process:
+            journal.note({_ACTIVATIONS: activations})
+    if labels is not None:
+        found = found.relabelled(labels)
+    return Measured(replace(opened, test=test), pictures, subset, settings.real_labels, found, activations)
+
+
+def _subset(pictures: Pictures, opened: Opened, restrict: bool | None) -> Subset | None:
+    there = Subset.of(pictures.present() if pictures.classes else ())
+    if restrict is None:
+        restrict = pictures.imagenet and opened.num_classes == IMAGENET and len(there.classes) == SUBSET
+    if not restrict:
+        return None
+    if not there.classes:
+        raise EvaluationError(
+            f"{pictures.what} names no classes that logits could be restricted to: its folders must be named by "
+            "WordNet ids, or as the model's classes."
+        )
+    return there if len(there.classes) < opened.num_classes else None
+
+
+def _filename(name: str, size: int, identity: dict[str, Any]) -> str:
+    readable = re.sub(r"[^\w.-]+", "_", name)[-60:].strip("._")
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return f"{readable}-{size}-{digest[:16]}"
+
+
+def restriction(measured: Measured) -> str:
+    """What an output must say of how the figures were taken; empty: nothing."""
+    said = []
+    if measured.subset:
+        said.append(f"logits restricted to the {len(measured.subset.classes)} classes of the data set")
+    if measured.real_labels:
+        without = len(cast(Any, measured.pictures)) - measured.evaluation.pictures - len(measured.evaluation.unreadable)
+        said.append(f"ReaL labels; {without:,} pictures have none and do not count")
+    return "; ".join(said)

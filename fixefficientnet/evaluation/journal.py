@@ -1,0 +1,138 @@
+"""Finished batches of an evaluation on disk, so that one that was killed goes on.
+
+One JSON line per batch, appended when it is done; each process of a run has its own file. A line that a killed
+process left half written is passed over, and its batch evaluated again.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fixefficientnet.errors import EvaluationError
+from fixefficientnet.evaluation.outcome import Evaluation, Judgement
+
+
+@dataclass
+class Finished:
+    """Pictures that are done.
+
+    Attributes:
+        judgements: By picture index.
+        unreadable: Reason by picture index.
+        seconds: What they took; of several processes, the one that took longest.
+    """
+
+    judgements: dict[int, Judgement] = field(default_factory=dict)
+    unreadable: dict[int, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def __contains__(self, index: int) -> bool:
+        return index in self.judgements or index in self.unreadable
+
+    def add(self, other: "Finished") -> None:
+        """Takes in what another process finished at the same time."""
+        self.judgements |= other.judgements
+        self.unreadable |= other.unreadable
+        self.seconds = max(self.seconds, other.seconds)
+
+    def evaluation(self, size: int, crop_pct: float, pictures: int) -> Evaluation:
+        """The whole; all pictures must be in."""
+        judgements = tuple(self.judgements.get(index) for index in range(pictures))
+        return Evaluation(size, crop_pct, judgements, dict(sorted(self.unreadable.items())), self.seconds)
+
+
+class Journal:
+    """The files of one evaluation.
+
+    Args:
+        path: Without the ending: `path.0.jsonl` is the first process's.
+        rank: Number of this process.
+    """
+
+    def __init__(self, path: Path, rank: int = 0):
+        self.path, self._rank = path, rank
+
+    def files(self) -> list[Path]:
+        """Those that are there."""
+        prefix = f"{self.path.name}."
+        names = self.path.parent.glob("*.jsonl") if self.path.parent.is_dir() else ()
+        return sorted(name for name in names if name.stem.startswith(prefix) and name.stem[len(prefix) :].isdigit())
+
+    def clear(self) -> None:
+        """Forgets what is there."""
+        for file in self.files():
+            file.unlink(missing_ok=True)
+
+    def read(self) -> Finished:
+        """All finished batches, of any number of processes."""
+        found = Finished()
+        for file in self.files():
+            part = Finished()
+            for line in _lines(file):
+                if "indices" in line:
+                    part.judgements |= zip(line["indices"], map(_judgement, line["judgements"]), strict=True)
+                    part.unreadable |= {int(index): reason for index, reason in line["unreadable"].items()}
+                    part.seconds += line["seconds"]
+            found.add(part)
+        return found
+
+    def write(self, batch: Finished) -> None:
+        """Appends one finished batch."""
+        rows = [[*judgement] for judgement in batch.judgements.values()]
+        line = {"indices": [*batch.judgements], "judgements": rows}
+        self._append(line | {"unreadable": batch.unreadable, "seconds": batch.seconds})
+
+    def note(self, values: Mapping[str, Any]) -> None:
+        """Appends JSON values that belong to the whole; keys other than a batch's."""
+        self._append(values)
+
+    def notes(self) -> dict[str, Any]:
+        """All that was noted, the latest of each key."""
+        found: dict[str, Any] = {}
+        for file in self.files():
+            for line in _lines(file):
+                if "indices" not in line:
+                    found |= line
+        return found
+
+    def _append(self, values: Mapping[str, Any]) -> None:
+        file = self.path.with_name(f"{self.path.name}.{self._rank}.jsonl")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("ab") as stream:
+                # where a killed process left half a line, this one must not become its other half
+                stream.write(b"\n" * (stream.tell() > 0) + json.dumps(values).encode())
+        except OSError as error:
+            raise EvaluationError(
+                f"{file} cannot be written: {error.strerror}. Once that is mended, go on from the batches before."
+            ) from error
+
+
+def load(path: Path) -> Evaluation:
+    """A finished evaluation, from its journal.
+
+    Raises:
+        EvaluationError: It is not there, or was not finished.
+    """
+    journal = Journal(path)
+    notes, found = journal.notes(), journal.read()
+    if not {"size", "crop_pct", "pictures"} <= notes.keys():
+        raise EvaluationError(f"{path}.*.jsonl is no evaluation, or an unfinished one.")
+    return found.evaluation(notes["size"], notes["crop_pct"], notes["pictures"])
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    for line in file.read_bytes().splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:  # torn
+            continue
+        if isinstance(values, dict):
+            yield values
+
+
+def _judgement(row: list[Any]) -> Judgement:
+    labels, guesses, confidence, loss = row
+    return Judgement(tuple(labels), tuple(guesses), confidence, loss)

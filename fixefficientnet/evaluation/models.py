@@ -1,0 +1,254 @@
+"""Any model that can be measured, by what the user calls it.
+
+| name | model |
+|---|---|
+| `b4_ns` | a variant with its published FixRes weights (lite0, lite1, lite2: the backbone's) |
+| `b4_ns:backbone`, `b4_ns:FILE`, `b4_ns:hf://…` | a variant with other weights, as `create`'s `pretrained` |
+| `runs/b4_ns`, `…/delta.safetensors`, `…/model.safetensors` | what a fine-tuning run left |
+| `timm/resnet50.a1_in1k` | any model of timm's, with its own weights |
+| `timm/resnet50:FILE` | a timm network with a whole checkpoint of one's own |
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+from timm.data import create_transform, resolve_model_data_config
+from torch import nn
+
+from fixefficientnet import delta, manifest, networks, zoo
+from fixefficientnet.delta import Delta
+from fixefficientnet.errors import EvaluationError, MissingFileError, UnknownVariantError, WeightsNotPublishedError
+from fixefficientnet.evaluation.judge import TestTransform
+from fixefficientnet.manifest import INTERPOLATIONS, TestTime, Variant
+from fixefficientnet.preprocessing import Preprocess
+
+TIMM = "timm/"
+WEIGHTS_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin", ".tar"}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model and how to show it pictures.
+
+    Attributes:
+        name: What the user calls it.
+        model: float32 [N, 3, S, S] → logits.
+        test: Its own test-time preprocessing.
+        crop_mode: timm's: "center", or what timm's transform does instead ("squash", "border").
+        timm_name: The name in timm's result files.
+        train_size: Size at which it was trained, in pixels, as far as known.
+        tuned: Whether by FixRes.
+        untuned: Name of the same model before FixRes; None: not known, or it is that already.
+        classes: Names of its classes by index, where its weights tell.
+        variant: The manifest's row, if it is of the zoo.
+    """
+
+    name: str
+    model: nn.Module
+    test: TestTime
+    crop_mode: str = "center"
+    timm_name: str = ""
+    train_size: int | None = None
+    tuned: bool = False
+    untuned: str | None = None
+    classes: tuple[str, ...] = ()
+    variant: Variant | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Of its classifier."""
+        return int(cast(Any, self.model).num_classes)
+
+    @property
+    def architecture(self) -> str:
+        """timm's name of the network, without a tag."""
+        return self.variant.backbone.architecture if self.variant else self.timm_name.partition(".")[0]
+
+    @property
+    def parameters(self) -> int:
+        """How many it has."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def at(self, size: int | None, crop_pct: float | None = None) -> TestTime:
+        """Its test-time preprocessing at another size or crop_pct."""
+        return replace(
+            self.test,
+            size=self.test.size if size is None else size,
+            crop_pct=self.test.crop_pct if crop_pct is None else crop_pct,
+        )
+
+    def transform(self, test: TestTime) -> TestTransform:
+        """The transform for this preprocessing: ours, or timm's for what ours does not know."""
+        if self.crop_mode == "center" and test.interpolation in INTERPOLATIONS:
+            return Preprocess.of(test)
+        made: TestTransform = create_transform(
+            (3, test.size, test.size),
+            interpolation=test.interpolation,
+            mean=test.mean,
+            std=test.std,
+            crop_pct=test.crop_pct,
+            crop_mode=self.crop_mode,
+        )
+        return made
+
+
+def open_model(name: str) -> Opened:
+    """Opens a model; see the module's table for names.
+
+    Raises:
+        UnknownVariantError: It is no variant, and no file or folder either.
+        MissingFileError: A file is not there.
+        EvaluationError: timm has no such model, or its weights could not be had.
+        FixEfficientNetError: As `create` raises.
+    """
+    if name.startswith(TIMM):
+        return _of_timm(name)
+    key, _, weights = name.partition(":")
+    try:
+        variant = manifest.find(key)
+    except UnknownVariantError as error:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return _of_run(name, path)
+        if path.is_file():
+            return _of_file(name, path)
+        if path.suffix in WEIGHTS_SUFFIXES:
+            raise MissingFileError(f"{name}: there is no such file.") from None
+        raise UnknownVariantError(
+            f"{error} A model of timm's is timm/NAME (timm/resnet50.a1_in1k), a fine-tuning run its folder."
+        ) from None
+    return _of_variant(name, variant, weights or variant.usual_weights)
+
+
+def of_module(model: nn.Module) -> Opened:
+    """A model of `create`'s or timm's as it is, with its own preprocessing.
+
+    Raises:
+        EvaluationError: It does not say how it wants its pictures.
+    """
+    variant = getattr(model, "variant", None)
+    preprocess = getattr(model, "preprocess", None)
+    name = type(model).__name__
+    if isinstance(variant, Variant) and isinstance(preprocess, Preprocess):
+        return Opened(variant.key, model, preprocess, timm_name=variant.timm_name, train_size=variant.train_size)
+    if not getattr(model, "pretrained_cfg", None) or not getattr(model, "num_classes", 0):
+        raise EvaluationError(f"{name} is no classifier of timm's: it has no pretrained_cfg, or no classes.")
+    return _described_by_timm(name, model)
+
+
+def _of_variant(name: str, variant: Variant, weights: bool | str) -> Opened:
+    try:
+        model = zoo.create(variant.key, weights)
+    except WeightsNotPublishedError as error:
+        raise WeightsNotPublishedError(
+            f"{error}\nAs a MODEL to evaluate: {variant.key}:backbone, {variant.key}:PATH, or the run's folder."
+        ) from None
+    tuned = weights != "backbone"
+    return Opened(
+        name=name,
+        model=model,
+        test=model.preprocess,
+        timm_name=variant.timm_name if tuned else variant.backbone.name,
+        train_size=variant.train_size,
+        tuned=tuned,
+        untuned=f"{variant.key}:backbone" if tuned else None,
+        variant=variant,
+    )
+
+
+def _of_run(name: str, folder: Path) -> Opened:
+    for file in ("model.safetensors", "delta.safetensors"):
+        if (folder / file).is_file():
+            return replace(_of_file(name, folder / file), name=name)
+    raise MissingFileError(f"{folder} has no model.safetensors and no delta.safetensors: it is no finished run.")
+
+
+def _of_file(name: str, path: Path) -> Opened:
+    if delta.is_delta(path):
+        return _of_delta(name, path, delta.load(path))
+    described = networks.description(path)
+    if not described:
+        raise EvaluationError(
+            f"{path} does not say of which network it is: give it as timm/NAME:{path}, with timm's name."
+        )
+    try:
+        base = described["stage"] == "base"
+        sizes = {stage: int(described[f"{stage}_size"]) for stage in ("train", "test")}
+        mean, std = (tuple(map(float, described[key])) for key in ("mean", "std"))
+        test = TestTime(
+            sizes["train" if base else "test"],
+            float(described["crop_pct"]),
+            str(described["interpolation"]),
+            cast(manifest.Triple, mean),
+            cast(manifest.Triple, std),
+        )
+        backbone, classes = str(described["backbone"]), tuple(map(str, described["classes"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise EvaluationError(f"{path}: what it says of itself cannot be read ({error!r}).") from error
+    return Opened(
+        name=name,
+        model=networks.from_checkpoint(backbone.partition(".")[0], path),
+        test=test,
+        timm_name=backbone,
+        train_size=sizes["train"],
+        tuned=not base,
+        classes=classes,
+    )
+
+
+def _of_delta(name: str, path: Path, tuned: Delta) -> Opened:
+    if tuned.variant in manifest.load():
+        opened = _of_variant(name, manifest.find(tuned.variant), str(path))
+        size = tuned.recipe.get("train_size", opened.train_size)
+        return replace(opened, train_size=int(size) if size else None)
+    opened = _of_timm(f"{TIMM}{tuned.backbone}")
+    delta.apply(opened.model, tuned)
+    size = tuned.recipe.get("train_size", opened.train_size)
+    return replace(
+        opened,
+        name=name,
+        test=delta.test_time(tuned, opened.test),
+        train_size=int(size) if size else None,
+        tuned=True,
+        untuned=f"{TIMM}{tuned.backbone}",
+    )
+
+
+def _of_timm(name: str) -> Opened:
+    known, _, file = name.removeprefix(TIMM).partition(":")
+    architecture = known.partition(".")[0]
+    if not timm.is_model(architecture):
+        raise EvaluationError(f"timm {timm.__version__} has no model {known!r} (timm.list_models() names them).")
+    if file:
+        model = networks.from_checkpoint(architecture, Path(file).expanduser())
+    else:
+        try:
+            model = timm.create_model(known, pretrained=True).eval()
+        except Exception as error:  # timm and huggingface_hub raise a dozen kinds
+            reason = str(error).rstrip(".")
+            raise EvaluationError(
+                f"timm's weights of {known} could not be had: {reason}. They come from the Hugging Face Hub; a file of "
+                f"one's own goes in as {TIMM}{known}:FILE."
+            ) from error
+    if not getattr(model, "num_classes", 0):
+        raise EvaluationError(f"{known} has no classifier to evaluate.")
+    return replace(_described_by_timm(name, model), timm_name=known)
+
+
+def _described_by_timm(name: str, model: nn.Module) -> Opened:
+    config = resolve_model_data_config(model, use_test_size=True)  # type: ignore[no-untyped-call]
+    height, width = config["input_size"][1:]
+    if height != width:
+        raise EvaluationError(f"{name} takes pictures of {height} x {width} pixels; only squares can be evaluated.")
+    cfg = cast(dict[str, Any], model.pretrained_cfg)
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    return Opened(
+        name=name,
+        model=model,
+        test=TestTime(height, config["crop_pct"], config["interpolation"], mean, std),
+        crop_mode=config["crop_mode"],
+        timm_name=str(cfg.get("architecture") or name),
+        train_size=cfg["input_size"][-1] if cfg.get("input_size") else None,
+    )

@@ -1,0 +1,204 @@
+"""The paper's Tables 1 and 2, beside what has been measured."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fixefficientnet import manifest
+from fixefficientnet.errors import EvaluationError
+from fixefficientnet.manifest import Accuracy, Variant
+
+NOISE = 0.1
+"""Accuracy points between runs of the same training (the note, section 3.4)."""
+ROUNDING = 0.05
+"""The paper gives one decimal."""
+IMAGENET = (50_000, 1000)
+"""Pictures and classes of ImageNet-2012's validation set: only there the paper's figures can be compared."""
+
+
+def within_noise(difference: float) -> bool:
+    """Whether a measured accuracy is the paper's, as far as anyone can tell."""
+    return abs(difference) <= NOISE + ROUNDING + 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What somebody measured for a variant, in per cent.
+
+    Attributes:
+        variant: Its key.
+        source: A run's report, or "published".
+        pictures: How many it is of.
+        comparable: Whether it was measured on what the paper's was.
+        base: Of the untuned model at its train size; None where that is not told.
+        fix: Of the tuned one.
+    """
+
+    variant: str
+    source: str
+    pictures: int
+    comparable: bool
+    base: Accuracy | None
+    fix: Accuracy
+
+
+def published() -> list[Result]:
+    """What the manifest tells of published weights."""
+    found = []
+    for variant in manifest.load().values():
+        measured = variant.weights.measured if variant.weights else None
+        if measured:
+            named = measured.dataset.lower().startswith(("imagenet-1k", "imagenet-2012"))
+            comparable = named and measured.pictures == IMAGENET[0]
+            fix = Accuracy(variant.test.size, measured.top1, measured.top5)
+            found.append(Result(variant.key, "published", measured.pictures, comparable, None, fix))
+    return found
+
+
+def of_runs(paths: Iterable[Path]) -> list[Result]:
+    """The FixRes runs of the paper's variants among reports, run folders, and folders of run folders.
+
+    Raises:
+        EvaluationError: There is no report, or one cannot be read.
+    """
+    found = []
+    for path in paths:
+        reports = [path] if path.is_file() else sorted({*path.glob("report.json"), *path.glob("*/report.json")})
+        if not reports:
+            raise EvaluationError(f"{path} holds no report.json: it takes finished runs of reproduce, or their folder.")
+        for file in reports:
+            if (result := _of_report(file)) is not None:
+                found.append(result)
+    return found
+
+
+def _of_report(file: Path) -> Result | None:
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        measured = report["measured"]
+        if "tuned" not in measured:  # a base stage
+            return None
+        base = _accuracy(measured["base"]) if "base" in measured else None
+        pictures = int(measured["tuned"]["pictures"])
+        comparable = bool((report.get("paper") or {}).get("comparable"))
+        return Result(
+            str(report["variant"]), str(file.parent), pictures, comparable, base, _accuracy(measured["tuned"])
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EvaluationError(f"{file} is no report of a fine-tuning run: {error!r}.") from error
+
+
+def _accuracy(row: Mapping[str, Any]) -> Accuracy:
+    return Accuracy(int(row["size"]), float(row["top1"]), float(row["top5"]))
+
+
+def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """The paper's rows, each with the comparable results beside it; a variant that has none has one row.
+
+    Differences are measured less paper, in points; None where the sizes differ.
+    """
+    found = []
+    for variant in sorted(_of_paper(), key=lambda variant: _paper(variant)[0]):
+        table, base, fix = _paper(variant)
+        row = {
+            "table": table,
+            "variant": variant.key,
+            "parameters": variant.parameters,
+            "train_size": variant.train_size,
+            "base_size": base.test_size,
+            "base_top1": base.top1,
+            "base_top5": base.top5,
+            "fix_size": fix.test_size,
+            "fix_top1": fix.top1,
+            "fix_top5": fix.top5,
+        }
+        own = [result for result in results if result.variant == variant.key and _fits(result, variant)]
+        found += [row | _beside(result, base, fix) for result in own] or [row | _NOTHING]
+    return found
+
+
+_NOTHING: dict[str, Any] = {
+    f"{what}_{key}": None
+    for what in ("base", "fix")
+    for key in ("measured_top1", "measured_top5", "difference", "within_noise")
+} | {"source": None}
+
+
+def _beside(result: Result, base: Accuracy, fix: Accuracy) -> dict[str, Any]:
+    beside = dict(_NOTHING, source=result.source)
+    for what, paper, measured in (("base", base, result.base), ("fix", fix, result.fix)):
+        if measured is not None and measured.test_size == paper.test_size:
+            difference = measured.top1 - paper.top1
+            beside |= {f"{what}_measured_top1": measured.top1, f"{what}_measured_top5": measured.top5}
+            beside |= {f"{what}_difference": difference, f"{what}_within_noise": within_noise(difference)}
+    return beside
+
+
+def elsewhere(results: Iterable[Result]) -> list[Result]:
+    """Results that cannot stand beside the paper's: of other pictures or sizes, or of a model that is not in it."""
+    of_paper = {variant.key: variant for variant in _of_paper()}
+    return [
+        result for result in results if result.variant not in of_paper or not _fits(result, of_paper[result.variant])
+    ]
+
+
+def _fits(result: Result, variant: Variant) -> bool:
+    _, base, fix = _paper(variant)
+    sizes = result.fix.test_size == fix.test_size or (result.base and result.base.test_size == base.test_size)
+    return result.comparable and bool(sizes)
+
+
+def _of_paper() -> list[Variant]:
+    return [variant for variant in manifest.load().values() if variant.paper]
+
+
+def _paper(variant: Variant) -> tuple[int, Accuracy, Accuracy]:
+    assert variant.paper
+    return variant.paper.table, variant.paper.base, variant.paper.fix
+
+
+TITLES = {1: "Table 1: with extra data (Noisy Student)", 2: "Table 2: without extra data (AdvProp)"}
+HEADER = ("variant", "base", "at", "Fix", "at", "measured", "at", "diff.", "noise")
+
+
+def cells(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """What a table for people shows of a row, under `HEADER`: top-1 / top-5; one line, two where base was measured."""
+    lines = []
+    paper = {what: f"{row[f'{what}_top1']:.1f}/{row[f'{what}_top5']:.1f}" for what in ("base", "fix")}
+    for what in ("fix", "base"):
+        if row[f"{what}_measured_top1"] is None:
+            if what == "base":
+                continue
+            beside: tuple[str, ...] = ("-", "-", "-", "-")
+        else:
+            measured = f"{row[f'{what}_measured_top1']:.2f}/{row[f'{what}_measured_top5']:.2f}"
+            noise = "within" if row[f"{what}_within_noise"] else "outside"
+            beside = (measured, str(row[f"{what}_size"]), f"{row[f'{what}_difference']:+.2f}", noise)
+        lines.append(
+            (row["variant"], paper["base"], str(row["base_size"]), paper["fix"], str(row["fix_size"]), *beside)
+        )
+    return lines
+
+
+def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Both tables as Markdown."""
+    blocks = []
+    for table, title in TITLES.items():
+        lines = [f"**{title}**", "", f"| {' | '.join(HEADER)} |", f"|{'---|' * len(HEADER)}"]
+        lines += [f"| {' | '.join(line)} |" for row in rows if row["table"] == table for line in cells(row)]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def footnote(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the figures are, and where the measured ones come from."""
+    sources = [f"{row['variant']}: {row['source']}" for row in rows if row["source"]]
+    return _FOOTNOTE + (f" Measured: {', '.join(sources)}." if sources else " Nothing of this has been measured yet.")
+
+
+_FOOTNOTE = (
+    "top-1/top-5 in per cent, ImageNet-2012 validation, single crop; base and Fix as reported in arXiv 2003.08237. "
+    f"noise: {NOISE} between runs of the same training (its section 3.4) and {ROUNDING} of rounding."
+)

@@ -1,0 +1,123 @@
+"""Measured figures as rows: for programs (JSON, CSV), and for timm's own result files."""
+
+import contextlib
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from timm.data import ImageNetInfo
+
+from fixefficientnet.classes import imagenet_order
+from fixefficientnet.evaluation.evaluate import Measured
+from fixefficientnet.evaluation.statistics import Comparison
+
+TIMM_COLUMNS = (
+    "model",
+    "img_size",
+    "top1",
+    "top1_err",
+    "top5",
+    "top5_err",
+    "param_count",
+    "crop_pct",
+    "interpolation",
+)
+"""Of the files in timm's results folder, such as results-imagenet.csv."""
+
+
+def row(measured: Measured) -> dict[str, Any]:
+    """Everything about one evaluation, as JSON values; accuracies in per cent, loss in nats."""
+    opened, found = measured.opened, measured.evaluation
+    return {
+        "model": opened.name,
+        "timm_name": opened.timm_name,
+        "tuned": opened.tuned,
+        "parameters": opened.parameters,
+        "data": measured.pictures.what,
+        "interpolation": opened.test.interpolation,
+        **found.summary(),
+        "calibration_error": found.calibration_error,
+        "restricted_to_classes": len(measured.subset.classes) if measured.subset else None,
+        "real_labels": measured.real_labels,
+        "seconds": found.seconds,
+        "pictures_per_second": found.rate,
+    }
+
+
+def timm_row(measured: Measured) -> dict[str, Any]:
+    """One evaluation with the columns of timm's result files, rounded as there."""
+    opened, found = measured.opened, measured.evaluation
+    return {
+        "model": opened.timm_name,
+        "img_size": found.size,
+        "top1": round(found.top1, 4),
+        "top1_err": round(100 - found.top1, 4),
+        "top5": round(found.top5, 4),
+        "top5_err": round(100 - found.top5, 4),
+        "param_count": round(opened.parameters / 1e6, 2),
+        "crop_pct": found.crop_pct,
+        "interpolation": opened.test.interpolation,
+    }
+
+
+def per_class_rows(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    """One row per model and class, the classes by name."""
+    described = ImageNetInfo("imagenet-1k").label_name_to_description
+    rows = []
+    for one in measured:
+        names = one.pictures.classes
+        known = set(imagenet_order()) & set(names)
+        for line in one.evaluation.per_class():
+            index, taken_for = line["class"], line["taken_for"]
+            who = {"model": one.opened.name, "class": index, "name": names[index] if names else ""}
+            who["description"] = described(names[index]) if names and names[index] in known else ""
+            line["taken_for"] = "" if taken_for is None else names[taken_for] if names else taken_for
+            rows.append(who | line)
+    return rows
+
+
+def comparison(first: Measured, second: Measured, found: Comparison) -> dict[str, Any]:
+    """A comparison as JSON values; differences in points, of the second less the first."""
+    low, high = found.interval
+    return {
+        "first": first.opened.name,
+        "second": second.opened.name,
+        "pictures": found.pictures,
+        "both_right": found.both,
+        "only_first_right": found.only_first,
+        "only_second_right": found.only_second,
+        "neither_right": found.neither,
+        "difference": found.difference,
+        "difference_low": low,
+        "difference_high": high,
+        "p": found.p,
+    }
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows that have the same keys, as CSV with a header."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+def from_csv(text: str) -> list[dict[str, Any]]:
+    """The inverse of `as_csv`: numbers as numbers, an empty field as None."""
+    rows = csv.DictReader(io.StringIO(text))
+    return [{key: field if key in _NAMES else _value(field) for key, field in row.items()} for row in rows]
+
+
+def _value(text: str) -> Any:
+    if text in _WORDS:
+        return _WORDS[text]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+_NAMES = {"model", "timm_name", "network", "data"}
+_WORDS = {"": None, "True": True, "False": False}

@@ -1,0 +1,99 @@
+"""How sure a share, and a difference of two, can be."""
+
+import math
+from dataclasses import dataclass
+
+from fixefficientnet.errors import DataError
+
+_Z = 1.959963984540054  # the normal distribution's 97.5% point
+
+
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """95% interval of a share (Wilson's score interval), in per cent."""
+    share, z2 = successes / trials, _Z**2
+    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = _Z * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
+    # at the ends it is exact, which rounding must not spoil
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == trials else min(1.0, centre + half)
+    return 100 * low, 100 * high
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two models on the same pictures.
+
+    Attributes:
+        both: How many pictures both get right.
+        only_first: How many the first alone gets right.
+        only_second: How many the second alone.
+        neither: How many none of them.
+    """
+
+    both: int
+    only_first: int
+    only_second: int
+    neither: int
+
+    @property
+    def pictures(self) -> int:
+        """How many both models judged."""
+        return self.both + self.only_first + self.only_second + self.neither
+
+    @property
+    def difference(self) -> float:
+        """Top-1 of the second less that of the first, in points."""
+        return 100 * (self.only_second - self.only_first) / self.pictures
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% interval of `difference`, in points: Newcombe's hybrid score interval for paired shares.
+
+        R. G. Newcombe, Improved confidence intervals for the difference between binomial proportions based on
+        paired data, Statistics in Medicine 17 (1998), method 10: the Wilson intervals of both shares, joined with
+        the correlation of the two.
+        """
+        n, first, second = self.pictures, self.both + self.only_first, self.both + self.only_second
+        cross: float = self.both * self.neither - self.only_first * self.only_second
+        if cross > 0:
+            cross = max(cross - n / 2, 0)  # Newcombe's continuity correction
+        variances = first * (n - first) * second * (n - second)
+        phi = cross / math.sqrt(variances) if variances else 0.0
+        low_1, high_1 = (abs(bound - 100 * first / n) for bound in wilson(first, n))
+        low_2, high_2 = (abs(bound - 100 * second / n) for bound in wilson(second, n))
+        down = math.sqrt(max(0.0, low_2**2 - 2 * phi * low_2 * high_1 + high_1**2))
+        up = math.sqrt(max(0.0, high_2**2 - 2 * phi * high_2 * low_1 + low_1**2))
+        return self.difference - down, self.difference + up
+
+    @property
+    def p(self) -> float:
+        """McNemar's exact test.
+
+        The two-sided probability of a difference at least as large if neither model were better.
+        """
+        trials = self.only_first + self.only_second
+        ways = tail = 1  # to choose k of the trials: for k = 0, and summed up
+        for k in range(min(self.only_first, self.only_second)):
+            ways = ways * (trials - k) // (k + 1)
+            tail += ways
+        return min(1.0, 2 * tail / (1 << trials))
+
+
+def compare(first: str, second: str) -> Comparison:
+    """Compares two evaluations of the same pictures.
+
+    Args:
+        first: `Evaluation.right` of the first.
+        second: Of the second. Pictures that one of them did not judge do not count.
+
+    Raises:
+        DataError: They are not of the same number of pictures, or have none in common.
+    """
+    if len(first) != len(second):
+        raise DataError(f"Evaluations of {len(first)} and of {len(second)} pictures cannot be paired.")
+    pairs = list(zip(first, second, strict=True))
+    counts = (pairs.count(pair) for pair in (("1", "1"), ("1", "0"), ("0", "1"), ("0", "0")))
+    found = Comparison(*counts)
+    if not found.pictures:
+        raise DataError("There is no picture that both evaluations judged.")
+    return found

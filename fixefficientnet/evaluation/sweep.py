@@ -1,0 +1,80 @@
+"""Accuracy and cost of models over a range of test sizes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fixefficientnet import cost
+from fixefficientnet.errors import EvaluationError
+from fixefficientnet.evaluation import results
+from fixefficientnet.evaluation.evaluate import Measured, Settings
+from fixefficientnet.evaluation.models import Opened, open_model
+
+
+def sizes_of(text: str) -> list[int]:
+    """Reads "128:352:32" (both ends count), "224", or several of these with commas between, in ascending order.
+
+    Raises:
+        EvaluationError: It is none of these.
+    """
+    found: set[int] = set()
+    for part in text.split(","):
+        try:
+            first, *more = (int(number) for number in part.split(":"))
+            last, step = more or (first, 1)
+            if not 1 <= first <= last or step < 1:
+                raise ValueError
+        except ValueError:
+            raise EvaluationError(
+                f"--sizes {text!r}: {part!r} is no size. It takes FIRST:LAST:STEP in pixels (128:352:32), or sizes "
+                "with commas between (224,256,320)."
+            ) from None
+        found |= set(range(first, last + 1, step))
+    return sorted(found)
+
+
+def with_untuned(names: Sequence[str]) -> list[Opened]:
+    """Opens models; before each that FixRes tuned comes the same one untuned, where that is known."""
+    opened: dict[str, Opened] = {}
+    for name in names:
+        one = open_model(name)
+        if one.untuned and one.untuned not in opened:
+            opened[one.untuned] = open_model(one.untuned)
+        opened.setdefault(name, one)
+    return list(opened.values())
+
+
+def sweep(
+    models: Sequence[Opened], sizes: Sequence[int], settings: Settings, take: Callable[[Opened, Settings], Measured]
+) -> list[dict[str, Any]]:
+    """Measures each model at each size.
+
+    Args:
+        models: Which; all are measured with their own crop_pct unless the settings say another.
+        sizes: In pixels.
+        settings: On what, and how.
+        take: Measures one.
+
+    Returns:
+        One row per model and size: `results.row`, what a picture costs in `gmacs` (billions of multiply-adds), the
+        sizes that the model was trained at (`train_size`) and is meant for (`test_size`, and the paper's), and
+        the pooled activations' figures where they were asked for.
+    """
+    rows = []
+    for opened in models:
+        paper = opened.variant.paper if opened.variant else None
+        every = [take(opened, replace(settings, size=size)) for size in sizes]
+        gmacs = cost.gmacs(opened.architecture, sizes, opened.num_classes)
+        for size, measured in zip(sizes, every, strict=True):
+            row = {"network": opened.architecture, **results.row(measured), "gmacs": gmacs[size]}
+            row |= {"train_size": opened.train_size, "test_size": opened.test.size}
+            row["paper_size"] = paper.fix.test_size if paper else None
+            if measured.activations:
+                row |= {f"pooled_{key}": value for key, value in measured.activations.items()}
+            rows.append(row)
+    return rows
+
+
+def best_size(rows: Sequence[dict[str, Any]]) -> int:
+    """The size of highest top-1; of several, the smallest."""
+    return int(min(rows, key=lambda row: (-row["top1"], row["size"]))["size"])

@@ -1,0 +1,74 @@
+"""Any timm network from a whole checkpoint of it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import timm
+import torch
+from torch import nn
+
+from fixefficientnet import checkpoint, delta
+from fixefficientnet.checkpoint import listed
+from fixefficientnet.errors import CheckpointError, MissingFileError
+
+DESCRIPTION = "fixefficientnet"
+"""Key of a run's own words about its network, in the metadata of its model.safetensors."""
+
+
+def from_checkpoint(architecture: str, path: Path) -> nn.Module:
+    """Builds a timm network with as many classes as a checkpoint of it has, in eval mode.
+
+    Args:
+        architecture: timm's name, without a tag.
+        path: safetensors, or a `.pth` of tensors alone (see `checkpoint.read_wrapped`).
+
+    Raises:
+        MissingFileError: There is no such file.
+        CheckpointError: It cannot be read, or is not of this network.
+    """
+    if not path.is_file():
+        raise MissingFileError(f"The checkpoint {path}: there is no such file.")
+    tensors = checkpoint.read_wrapped(path)
+    if not timm.is_model(architecture):
+        raise CheckpointError(
+            f"{path} is of the network {architecture!r}, which timm {timm.__version__} does not have."
+        )
+    with torch.device("meta"):
+        model = timm.create_model(architecture, pretrained=False)
+    name = delta.find_classifier(model)
+    weight = tensors.get(f"{name}.weight")
+    if weight is None:
+        raise CheckpointError(f"{path} has no {name}.weight: it is no checkpoint of {architecture}.")
+    model = timm.create_model(architecture, pretrained=False, num_classes=len(weight))
+    wanted = model.state_dict()
+    wrong = [
+        key
+        for key in wanted
+        if not key.endswith(".num_batches_tracked") and (key not in tensors or tensors[key].shape != wanted[key].shape)
+    ]
+    wrong += sorted(set(tensors) - set(wanted))
+    if wrong:
+        raise CheckpointError(
+            f"{path} is no checkpoint of {architecture}: {listed(wrong)} missing, too many, or of another shape."
+        )
+    model.load_state_dict(tensors, strict=False)
+    return model.eval()
+
+
+def description(path: Path) -> Mapping[str, Any]:
+    """What a fine-tuning run wrote of itself into its model.safetensors; nothing for other files.
+
+    Raises:
+        MissingFileError: There is no such file.
+    """
+    if not path.is_file():
+        raise MissingFileError(f"The checkpoint {path}: there is no such file.")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            described = json.loads((file.metadata() or {}).get(DESCRIPTION, "{}"))
+    except (safetensors.SafetensorError, OSError, ValueError):
+        return {}
+    return described if isinstance(described, dict) else {}

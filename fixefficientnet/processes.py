@@ -1,0 +1,72 @@
+"""Devices, processes and precision, by Accelerate: one process, or those of torchrun and `accelerate launch`."""
+
+import datetime
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from fixefficientnet.errors import FixEfficientNetError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_ours = False
+"""Whether Accelerate's state, one for the process, is of our making."""
+
+
+def accelerator(device: str | None, mixed_precision: str) -> "Accelerator":
+    """The processes of this command.
+
+    Args:
+        device: "cpu" or "cuda"; None: cuda if there is one.
+        mixed_precision: "no", "bf16" or "fp16".
+
+    Raises:
+        FixEfficientNetError: Not to be had here.
+    """
+    import torch
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    if device not in (None, "cpu", "cuda"):
+        raise FixEfficientNetError(f"--device {device}: it is cpu or cuda; which one, CUDA_VISIBLE_DEVICES says.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise FixEfficientNetError("--device cuda: there is no CUDA device here. Use --device cpu, or leave it out.")
+    if mixed_precision not in ("no", "bf16", "fp16"):
+        raise FixEfficientNetError(f"--mixed-precision {mixed_precision}: it is no, bf16 or fp16.")
+    handlers: list[Any] = [
+        DistributedDataParallelKwargs(broadcast_buffers=False),  # statistics are averaged instead
+        InitProcessGroupKwargs(timeout=datetime.timedelta(days=1)),  # others wait while the first trains on features
+    ]
+    cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
+    if cpu and mixed_precision == "fp16":
+        raise FixEfficientNetError("fp16 is for CUDA devices; on a CPU, there is bf16.")
+    global _ours
+    if _ours and not several():  # the last call's device and precision would hold for the whole process
+        AcceleratorState._reset_state(reset_partial_state=True)
+    _ours = not AcceleratorState._shared_state
+    try:
+        return Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=handlers)
+    except ValueError as error:  # Accelerate's state is the process's
+        raise FixEfficientNetError(
+            f"Accelerate runs with another device or precision in this process already ({error}). Use the same one, "
+            "or a process of its own."
+        ) from error
+
+
+def rank() -> int:
+    """This process's number, as its launcher says; known before any accelerator is."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def several() -> bool:
+    """Whether a launcher started more than one process."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def leave(status: int) -> None:
+    """Ends this process at once: others may wait for it in a collective call, and it for them on a usual exit."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

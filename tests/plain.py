@@ -1,0 +1,74 @@
+"""A network that can be measured, and what plain PyTorch makes of pictures with it."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import timm
+import torch
+from conftest import lively
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from torchvision import transforms
+
+from fixefficientnet.manifest import TestTime
+
+TEST = TestTime(48, 0.875, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def stack(pictures: Iterable[Path], test: TestTime = TEST) -> torch.Tensor:
+    """Pictures as a network is shown them at test time."""
+    transform = transforms.Compose(
+        [
+            transforms.Resize(int(test.size / test.crop_pct), transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(test.size),
+            transforms.ToTensor(),
+            transforms.Normalize(test.mean, test.std),
+        ]
+    )
+    return torch.stack([transform(Image.open(path).convert("RGB")) for path in pictures])
+
+
+def logits(model: nn.Module, pictures: Iterable[Path], test: TestTime = TEST) -> torch.Tensor:
+    """One picture at a time."""
+    with torch.inference_mode():
+        return torch.cat([model(stack([path], test)) for path in pictures])
+
+
+def marks(logits: torch.Tensor, labels: Sequence[int], best: int = 1) -> str:
+    """Per picture: are there fewer than `best` classes that the network finds more likely than the label?"""
+    right = logits.gather(1, torch.tensor(labels)[:, None])
+    return "".join("01"[int(better) < best] for better in (logits > right).sum(1))
+
+
+def network(num_classes: int, pictures: Sequence[Path], labels: Sequence[int], test: TestTime = TEST) -> nn.Module:
+    """A random network, of which each class looks for something like one of the pictures.
+
+    It gets a part of them right, and does not find all to be of one class.
+    """
+    torch.manual_seed(3)
+    model = lively(timm.create_model("test_efficientnet", num_classes=num_classes), seed=3)
+    with torch.inference_mode():
+        features = model.forward_head(model.forward_features(stack(pictures, test)), pre_logits=True)
+        like = torch.randint(len(pictures), (num_classes,))
+        like[torch.tensor(labels)] = torch.arange(len(pictures))
+        away = features - features.mean(0)
+        weight = 0.1 * (torch.randn(num_classes, features.shape[1]) + away[like] / away.std() / 2) / away.std()
+        model.classifier.weight.copy_(weight)
+        model.classifier.bias.copy_(-weight @ features.mean(0))
+    right = marks(logits(model, pictures, test), labels)
+    assert 0 < right.count("1") < len(right)
+    return model
+
+
+def save_run(
+    folder: Path, model: nn.Module, classes: Sequence[str], test: TestTime = TEST, **described: object
+) -> Path:
+    """What a FixRes run on a network of one's own leaves, as far as it is evaluated."""
+    says = {"backbone": "test_efficientnet.r160_in1k", "stage": "fixres", "train_size": 32, "test_size": test.size}
+    says |= {"crop_pct": test.crop_pct, "interpolation": test.interpolation, "mean": test.mean, "std": test.std}
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"fixefficientnet": json.dumps(says | {"classes": list(classes)} | described)}
+    save_file(model.state_dict(), folder / "model.safetensors", metadata)
+    return folder

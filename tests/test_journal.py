@@ -1,0 +1,277 @@
+"""Finished batches on disk: killed evaluations that go on, and several processes that share one."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import plain
+import pytest
+import tiny
+from plain import TEST
+from torch import nn
+
+from fixefficientnet.data import open_pictures
+from fixefficientnet.errors import EvaluationError
+from fixefficientnet.evaluation.journal import Finished, Journal, load
+from fixefficientnet.evaluation.judge import judge
+from fixefficientnet.evaluation.outcome import Evaluation, Judgement
+
+PICTURES = 30
+BATCH = 4
+
+ONE = Finished({3: Judgement((1,), (1, 0, 2), 0.1 + 0.2, 1 / 3), 0: Judgement((0, 7), (2,), 1.0, 1e-30)}, {}, 0.5)
+TWO = Finished({}, {1: 'no "picture"\n'}, 0.25)
+THREE = Finished({2: Judgement((2,), (2, 1), 0.9, 2.0)}, {4: "damaged"}, 2.0)
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_written_is_read_again_also_of_several_processes(tmp_path: Path):
+    path = tmp_path / "deep" / "er" / "name.of-it"
+    assert Journal(path).read() == Finished()
+    Journal(path, 0).write(ONE)
+    Journal(path, 0).write(TWO)
+    Journal(path, 12).write(THREE)
+    found = Journal(path, 1).read()
+    assert found.judgements == ONE.judgements | THREE.judgements
+    assert found.unreadable == TWO.unreadable | THREE.unreadable
+    assert found.seconds == 2.0  # that of the process which took longest
+    assert [index in found for index in range(6)] == [True] * 5 + [False]
+    with pytest.raises(EvaluationError, match="unfinished"):
+        load(path)
+    Journal(path, 0).note({"size": 48, "crop_pct": 0.5, "pictures": 5})
+    assert Journal(path).read() == found
+    whole = load(path)
+    judgements = (ONE.judgements[0], None, THREE.judgements[2], ONE.judgements[3], None)
+    assert whole == Evaluation(48, 0.5, judgements, {1: 'no "picture"\n', 4: "damaged"})
+    assert (whole.right, whole.seconds) == ("0-11-", 2.0)
+
+
+def test_only_its_own_files_are_a_journals(tmp_path: Path):
+    names = ("base", "base_at_test", "base.0", "bas")
+    for number, name in enumerate(names):
+        Journal(tmp_path / name, number).write(THREE)
+    (tmp_path / "base.x.jsonl").write_text("{}")
+    (tmp_path / "base.0.json").write_text("{}")
+    found = {name: [file.name for file in Journal(tmp_path / name).files()] for name in names}
+    assert found == {name: [f"{name}.{number}.jsonl"] for number, name in enumerate(names)}
+    Journal(tmp_path / "base").clear()
+    assert not Journal(tmp_path / "base").files()
+    assert all(Journal(tmp_path / name).files() for name in names[1:])
+
+
+def test_a_line_that_is_torn_anywhere_is_as_if_it_had_not_been_written(tmp_path: Path):
+    journal = Journal(tmp_path / "name")
+    journal.write(ONE)
+    before = journal.read()
+    (file,) = journal.files()
+    start = file.stat().st_size
+    journal.write(THREE)
+    whole = file.read_bytes()
+    both = journal.read()
+    for end in range(start, len(whole)):
+        file.write_bytes(whole[:end])
+        assert journal.read() == before
+        journal.write(THREE)
+        assert journal.read().judgements == both.judgements
+        assert journal.read().unreadable == both.unreadable
+
+
+def test_lines_that_are_none_of_a_journals_are_passed_over(tmp_path: Path):
+    journal = Journal(tmp_path / "name")
+    (tmp_path / "name.0.jsonl").write_bytes(b"\n\n17\n[1]\nnull\n\xff\xfe\n{")
+    journal.write(ONE)
+    assert journal.read() == ONE
+
+
+# --- going on -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path, Path]:
+    """A network, its run's folder, and pictures."""
+    folder = tmp_path_factory.mktemp("ground")
+    labels = [index % 3 for index in range(PICTURES)]
+    paths = [
+        tiny.mottle(folder / "data" / tiny.CLASSES[label] / f"{index}.png", index) for index, label in enumerate(labels)
+    ]
+    model = plain.network(3, paths, labels)
+    return model, plain.save_run(folder / "run", model, tiny.CLASSES), folder / "data"
+
+
+def copy(data: Path, to: Path) -> list[Path]:
+    """Copies the pictures; the new files in the data set's order."""
+    pictures = open_pictures(str(data), None)
+    paths = [to / pictures.name(index) for index in range(len(pictures))]
+    for index, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((data / pictures.name(index)).read_bytes())
+    return paths
+
+
+def indices(file: Path) -> list[int]:
+    """Pictures in one file of a journal, as often as they are there."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return [int(index) for line in lines if "indices" in line for index in [*line["indices"], *line["unreadable"]]]
+
+
+def lines(folder: Path) -> int:
+    """Of all journals in a folder."""
+    return sum(len(file.read_bytes().splitlines()) for file in folder.glob("*.jsonl"))
+
+
+def test_finished_batches_are_not_evaluated_again(ground, tmp_path: Path):
+    model, _, data = ground
+    pictures = open_pictures(str(data), None)
+    journal = Journal(tmp_path / "name")
+    whole = judge(model, pictures, TEST, batch_size=BATCH, shard=6, journal=journal)
+    assert load(tmp_path / "name") == whole == judge(model, pictures, TEST, batch_size=BATCH, shard=6)
+    (file,) = journal.files()
+    lines = file.read_text().splitlines()
+    assert len(lines) == 10 + 1  # shards of 6 are batches of 4 and of 2
+    seen: list[int] = []
+    hook = model.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    try:
+        for kept, expected in ((11, []), (10, []), (9, [2]), (2, [4, 2] * 4), (0, [4, 2] * 5)):
+            seen.clear()
+            file.write_text("\n".join(lines[:kept]))
+            assert judge(model, pictures, TEST, batch_size=BATCH, shard=6, journal=journal) == whole
+            assert seen == expected
+            assert sorted(indices(file)) == list(range(PICTURES))
+    finally:
+        hook.remove()
+
+
+def wait_for(reached: Callable[[], bool], process: BaseProcess) -> None:
+    until = time.monotonic() + 120
+    while not reached() and process.is_alive() and time.monotonic() < until:
+        time.sleep(0.005)
+    assert reached()
+
+
+def command(run: Path, data: Path, out: Path, *more: str) -> list[str]:
+    options = ["--data", str(data), "--output", str(out), "-b", str(BATCH), "-j", "0", "--device", "cpu", "--json"]
+    return ["evaluate", str(run), *options, *more]
+
+
+def finish(arguments: list[str], said: Path) -> dict:
+    """Runs the command to its end; what it says, but for the time that it took."""
+    text = tiny.run(arguments, said, command=tiny.FIXEFFICIENTNET)
+    row = json.loads(text[text.index("{") : text.rindex("}") + 1])["results"][0]
+    assert row.pop("seconds") > 0
+    assert row.pop("pictures_per_second") > 0
+    return row
+
+
+def stalled(path: Path) -> Callable[[], None]:
+    """Makes reading a picture wait for ever; what it gives undoes that."""
+    content = path.read_bytes()
+    path.unlink()
+    os.mkfifo(path)
+
+    def undo() -> None:
+        path.unlink()
+        path.write_bytes(content)
+
+    return undo
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_figures(ground, tmp_path: Path):
+    _, run, data = ground
+    paths = copy(data, tmp_path / "data")
+    expected = finish(command(run, tmp_path / "data", tmp_path / "undisturbed"), tmp_path / "said")
+    undo = stalled(paths[3 * BATCH + 1])
+    arguments = command(run, tmp_path / "data", tmp_path / "out")
+    process = tiny.start(arguments, tmp_path / "said", command=tiny.FIXEFFICIENTNET)
+    wait_for(lambda: lines(tmp_path / "out") == 3, process)
+    process.kill()
+    process.join()
+    undo()
+
+    (file,) = (tmp_path / "out").iterdir()
+    assert indices(file) == list(range(3 * BATCH))
+    before = file.read_bytes()
+    file.write_bytes(before[:-20])  # as if it had been killed while it wrote
+    paths[2].write_bytes(b"no picture")  # which is done: nobody looks at it again
+    assert finish([*arguments, "--resume"], tmp_path / "said") == expected
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [file.name]
+    assert file.read_bytes().startswith(before[:-20])
+    (undisturbed,) = (tmp_path / "undisturbed").iterdir()
+    assert undisturbed.name == file.name
+    name = file.name.removesuffix(".0.jsonl")
+    assert load(tmp_path / "out" / name) == load(tmp_path / "undisturbed" / name)
+
+    # without --resume, anew
+    row = finish(arguments, tmp_path / "said")
+    assert (row["pictures"], row["unreadable"]) == (PICTURES - 1, 1)
+    assert sorted(indices(file)) == list(range(PICTURES))
+
+
+def test_another_evaluation_does_not_go_on_from_it(ground, tmp_path: Path):
+    _, run, data = ground
+    arguments = command(run, data, tmp_path / "out", "--resume")[1:]
+
+    def files(*more: str) -> int:
+        tiny.cli("evaluate", *arguments, *more)
+        return len([*(tmp_path / "out").iterdir()])
+
+    assert (files(), files()) == (1, 1)
+    assert files("--size", "40") == 2
+    assert files("--crop-pct", "1") == 3
+    assert files("-b", "5") == 4
+    paths = copy(data, tmp_path / "data")
+    assert files("--data", str(tmp_path / "data")) == 5  # which may be other ones of the same names
+    paths[0].rename(paths[0].with_name("x.png"))
+    assert files("--data", str(tmp_path / "data")) == 6
+
+
+def test_what_two_killed_processes_did_one_goes_on_from(ground, tmp_path: Path):
+    _, run, data = ground
+    paths = copy(data, tmp_path / "data")
+    expected = finish(command(run, tmp_path / "data", tmp_path / "undisturbed"), tmp_path / "said")
+    undo = stalled(paths[3 * BATCH])  # the second process's second batch
+    arguments = command(run, tmp_path / "data", tmp_path / "out")
+    processes = tiny.start_two(arguments, tmp_path / "said", command=tiny.FIXEFFICIENTNET)
+    wait_for(lambda: lines(tmp_path / "out") == 4 + 1, processes[1])
+    for process in processes:
+        process.kill()
+        process.join()
+    undo()
+    first, second = sorted((tmp_path / "out").iterdir())
+    assert [batch // BATCH for batch in indices(first)[::BATCH]] == [0, 2, 4, 6]
+    assert indices(second) == list(range(BATCH, 2 * BATCH))
+    assert finish([*arguments, "--resume"], tmp_path / "said") == expected
+    assert sorted(indices(first) + indices(second)) == list(range(PICTURES))
+
+
+def test_two_processes_judge_each_picture_once_and_find_the_same(ground, tmp_path: Path):
+    _, run, _ = ground
+    for index in range(1013):
+        path = tmp_path / "data" / tiny.CLASSES[index % 3] / f"{index}.png"
+        tiny.mottle(path, index)
+    (tmp_path / "data" / "brick" / "100.png").write_bytes(b"no picture")
+    small = ["--size", "24", "-b", "16"]
+    arguments = [command(run, tmp_path / "data", tmp_path / str(world), *small) for world in (1, 2)]
+    one = finish(arguments[0], tmp_path / "said")
+    processes = tiny.start_two(arguments[1], tmp_path / "two", command=tiny.FIXEFFICIENTNET)
+    for process in processes:
+        process.join(240)
+    said = [(tmp_path / f"two.{rank}").read_text() for rank in range(2)]
+    assert [process.exitcode for process in processes] == [0, 0], said
+    two = json.loads(said[0][said[0].index("{") : said[0].rindex("}") + 1])["results"][0]
+    assert {key: two[key] for key in one} == one
+    assert (one["pictures"], one["unreadable"]) == (1012, 1)
+    assert "brick/100.png" in said[0]
+    assert said[1] == ""
+
+    first, second = sorted((tmp_path / "2").iterdir())
+    assert sorted(indices(first) + indices(second)) == list(range(1013))
+    assert abs(len(indices(first)) - len(indices(second))) <= 16
+    (alone,) = (tmp_path / "1").iterdir()
+    evaluations = [load(file.parent / file.name.removesuffix(".0.jsonl")) for file in (alone, first)]
+    assert evaluations[0] == evaluations[1]
+    assert evaluations[0].right.count("-") == 1
