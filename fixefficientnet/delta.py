@@ -157,7 +157,42 @@ def extract(
             "clone the state dict before tuning."
         )
     tuned = {k: t.detach().to("cpu", torch.float32, copy=True) for k, t in head.select(model.state_dict()).items()}
-    replaced = head.select(base)
+    return of_tensors(
+        tuned,
+        replaced=head.select(base),
+        variant=variant,
+        backbone=backbone,
+        license=license,
+        recipe=recipe,
+        measured=measured,
+    )
+
+
+def of_tensors(
+    tuned: Mapping[str, Tensor],
+    *,
+    replaced: Mapping[str, Tensor],
+    variant: str,
+    backbone: str,
+    license: str,
+    recipe: Mapping[str, Any] | None = None,
+    measured: Mapping[str, Any] | None = None,
+) -> Delta:
+    """Makes a delta of a tuned head's tensors; see `extract`.
+
+    Args:
+        tuned: By state-dict name; float32, on the CPU.
+        replaced: The backbone's, which they replace.
+        variant: The manifest's key, or the model's timm name where it is none of ours.
+        backbone: timm name of the network.
+        license: Of the delta; SPDX, lower case.
+        recipe: Everything that decided the result; JSON values.
+        measured: What was measured with the tuned model; JSON values.
+
+    Raises:
+        DeltaMismatchError: The two are not of the same architecture.
+        DeltaFormatError: The tuned tensors hold NaN or Inf.
+    """
     delta = Delta(
         tensors=tuned,
         variant=variant,

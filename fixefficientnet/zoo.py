@@ -117,7 +117,10 @@ def build(
         tuned = None if pretrained == "backbone" else _delta(variant, pretrained, cache_dir)
         if tuned and (test := delta.test_time(tuned, variant.test)) != variant.test:
             timm_kwargs["pretrained_cfg"] = with_test_time(timm_kwargs["pretrained_cfg"], test)
-        model = _model_of(variant, _tensors(variant, tuned, cache_dir), timm_kwargs).to(device, dtype)
+        tensors = backbone_tensors(variant, cache_dir)
+        if tuned is not None:
+            tensors = delta.merge(tensors, tuned, HEAD)
+        model = _model_of(variant, tensors, timm_kwargs).to(device, dtype)
     return attach(model, variant)
 
 
@@ -151,14 +154,14 @@ def _timm_model(variant: Variant, **timm_kwargs: Any) -> nn.Module:
     return timm.create_model(variant.backbone.architecture, pretrained=False, **timm_kwargs)
 
 
-def _tensors(variant: Variant, tuned: Delta | None, cache_dir: str | os.PathLike[str] | None) -> dict[str, Tensor]:
-    """The full network's state dict: the backbone's file, and the delta on it if there is one."""
+def backbone_tensors(variant: Variant, cache_dir: str | os.PathLike[str] | None = None) -> dict[str, Tensor]:
+    """The backbone's whole state dict by timm's names, memory-mapped."""
     path = hub.backbone_file(variant.backbone, cache_dir)
     tensors = checkpoint.read(path)
     if path.suffix != ".safetensors":
         with _SkipInitialisation():
             tensors = checkpoint.rename(tensors, _timm_model(variant, device="meta").state_dict(), path)
-    return tensors if tuned is None else delta.merge(tensors, tuned, HEAD)
+    return tensors
 
 
 def _delta(variant: Variant, pretrained: Pretrained, cache_dir: str | os.PathLike[str] | None) -> Delta:

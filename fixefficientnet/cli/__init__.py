@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from fixefficientnet import processes
 from fixefficientnet.cli import (
+    deploy,  # noqa: F401
     measure,  # noqa: F401
     zoo,  # noqa: F401 - modules add their commands, in the order of --help
 )
@@ -28,6 +29,8 @@ def main() -> None:
             where = f" (process {processes.rank()})" if processes.rank() else ""
             err.quiet = False
             err.print(f"[red]Error{where}:[/] {escape(str(error))}", soft_wrap=True)
+    except OSError as error:
+        err.print(f"[red]Error:[/] {escape(str(error.filename or 'Writing'))}: {error.strerror}.", soft_wrap=True)
     except ModuleNotFoundError as error:
         if error.name not in _BY_EXTRA:
             raise

@@ -1,0 +1,86 @@
+"""`convert`, `merge`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from fixefficientnet import manifest
+from fixefficientnet.cli.app import app, out
+from fixefficientnet.errors import FixEfficientNetError
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A whole checkpoint: .safetensors, or .pth of tensors alone.")],
+    variant: Annotated[str, typer.Option(help="Which variant it is of.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The delta; with --full, the network.")],
+    full: Annotated[
+        bool, typer.Option("--full", help="Write the whole network, also what differs from the backbone.")
+    ] = False,
+    license: Annotated[str, typer.Option(help="Of these weights; SPDX, lower case.")] = "unknown",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")] = False,
+) -> None:
+    """Make a delta of a whole checkpoint.
+
+    Everything outside the classifier and the last batch norm must be the original backbone's.
+    """
+    from fixefficientnet import convert as converting
+    from fixefficientnet import delta
+
+    row = manifest.find(variant)
+    _not_there(output, overwrite)
+    found = converting.read(checkpoint, row)
+    head = len(found.tensors) - found.outside
+    out.print(
+        escape(
+            f"{checkpoint}: {row.key}, {len(found.tensors)} tensors; of the {found.outside} outside the head "
+            f"{found.outside - len(found.differing)} are the backbone's (tolerance {converting.TOLERANCE:g}), "
+            f"{len(found.differing)} differ"
+        ),
+        soft_wrap=True,
+    )
+    if full:
+        for name, difference in found.differing.items():
+            out.print(escape(f"  {name}: by up to {difference:.3g}"), soft_wrap=True)
+        converting.save_whole(found.tensors, output)
+        out.print(escape(f"{output}: the whole network, for timm's {row.backbone.architecture}"), soft_wrap=True)
+        return
+    made = converting.to_delta(found, row, license=license, source=checkpoint.name)
+    sha256 = delta.save(made, output)
+    size = output.stat().st_size
+    out.print(
+        escape(f"{output}: {head} tensors, {size / 1e6:.1f} MB, license {license}\nsha256 {sha256}"), soft_wrap=True
+    )
+
+
+@app.command()
+def merge(
+    variant: Annotated[str, typer.Argument(help="A variant's name or alias.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help=".safetensors, .pth, or a folder in the Hub's layout.")
+    ],
+    delta: Annotated[
+        str | None, typer.Option(help="A delta's path or hf://…, or 'backbone'. Default: the published weights.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")] = False,
+) -> None:
+    """Make one whole checkpoint of backbone and delta, which plain timm loads."""
+    from fixefficientnet import convert as converting
+    from fixefficientnet import zoo
+
+    row = manifest.find(variant)
+    _not_there(output, overwrite)
+    model = zoo.create(row.key, row.usual_weights if delta is None else delta)
+    converting.merge(model, output)
+    name = row.backbone.architecture
+    how = f"timm.create_model('{name}', checkpoint_path='{output}')"
+    if output.is_dir():
+        how = f"timm.create_model('local-dir:{output}', pretrained=True)"
+    out.print(escape(f"{output}: {row.title}, test size {model.preprocess.size}\n{how}"), soft_wrap=True)
+
+
+def _not_there(output: Path, overwrite: bool) -> None:
+    if not overwrite and (output.is_file() or (output.is_dir() and any(output.iterdir()))):
+        raise FixEfficientNetError(f"{output} is there already. Choose another --output, or replace it: --overwrite.")

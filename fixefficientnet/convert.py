@@ -1,0 +1,144 @@
+"""A whole checkpoint to a delta, and a delta back to a whole checkpoint that plain timm loads."""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from timm.models import save_for_hf
+from torch import Tensor
+
+from fixefficientnet import checkpoint, delta, zoo
+from fixefficientnet.checkpoint import listed
+from fixefficientnet.delta import Delta
+from fixefficientnet.errors import CheckpointError, MissingFileError
+from fixefficientnet.files import replacing
+from fixefficientnet.manifest import Variant
+
+TOLERANCE = 1e-6
+"""Largest difference of any value outside the head at which a tensor still counts as the backbone's."""
+_IGNORED = ".num_batches_tracked"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint of a variant.
+
+    Attributes:
+        tensors: By timm's state-dict names; float32.
+        backbone: The backbone's own tensors.
+        differing: Tensors outside classifier and last norm that are not the backbone's: name, largest difference.
+        outside: How many tensors there are outside.
+    """
+
+    tensors: dict[str, Tensor]
+    backbone: dict[str, Tensor]
+    differing: dict[str, float]
+    outside: int
+
+
+def read(path: Path, variant: Variant, *, cache_dir: str | os.PathLike[str] | None = None) -> Checkpoint:
+    """Reads a whole checkpoint and holds it against the variant's backbone.
+
+    Args:
+        path: safetensors, or a `.pth` of tensors alone; timm's names, also under "model" or "state_dict" and with
+            the prefix "module.".
+        variant: Which it is of.
+        cache_dir: Hub cache to use instead of the user's.
+
+    Raises:
+        MissingFileError: There is no such file.
+        CheckpointError: It cannot be read, or is of another network.
+    """
+    if not path.is_file():
+        raise MissingFileError(f"The checkpoint {path}: there is no such file.")
+    found = checkpoint.read_wrapped(path)
+    backbone = zoo.backbone_tensors(variant, cache_dir)
+    names = {name for name in backbone if not name.endswith(_IGNORED)}
+    wrong = [name for name in sorted(names) if name not in found or found[name].shape != backbone[name].shape]
+    wrong += sorted(name for name in set(found) - set(backbone) if not name.endswith(_IGNORED))
+    if wrong:
+        raise CheckpointError(
+            f"{path} is no checkpoint of {variant.backbone.architecture}: {listed(wrong)} missing, too many, or of "
+            f"another shape. Is it {variant.key}?"
+        )
+    tensors = {name: found[name].detach().to(torch.float32) for name in sorted(names)}
+    head = zoo.HEAD.select(tensors)
+    differing = {}
+    for name in sorted(names - head.keys()):
+        difference = float((tensors[name] - backbone[name].to(torch.float32)).abs().max())
+        if not difference <= TOLERANCE:  # NaN too
+            differing[name] = difference
+    return Checkpoint(tensors, backbone, differing, len(names) - len(head))
+
+
+def to_delta(found: Checkpoint, variant: Variant, *, license: str, source: str) -> Delta:
+    """The delta that makes a checkpoint of its backbone.
+
+    Args:
+        found: What `read` gave.
+        variant: Which it is of.
+        license: Of the weights; SPDX, lower case.
+        source: Where they come from, for the delta's metadata.
+
+    Raises:
+        CheckpointError: Other tensors than the head's were tuned too, which a delta cannot hold.
+        DeltaFormatError: The head holds NaN or Inf.
+    """
+    if found.differing:
+        several = sorted(found.differing.items(), key=lambda item: -item[1])
+        shown = "\n".join(f"  {name}: by up to {difference:.3g}" for name, difference in several[:8])
+        more = f"\n  and {len(several) - 8} more" if len(several) > 8 else ""
+        raise CheckpointError(
+            f"{len(several)} tensors outside {zoo.HEAD.norm} and {zoo.HEAD.classifier} are not those of "
+            f"{variant.backbone.name} (tolerance {TOLERANCE:g}):\n{shown}{more}\n"
+            "A delta cannot hold them; --full writes the whole network."
+        )
+    return delta.of_tensors(
+        zoo.HEAD.select(found.tensors),
+        replaced=zoo.HEAD.select(found.backbone),
+        variant=variant.key,
+        backbone=variant.backbone.name,
+        license=license,
+        recipe={"converted_from": source},
+    )
+
+
+def save_whole(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes a whole state dict: `.safetensors`, or `.pth` for `torch.load`."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        if path.suffix == ".safetensors":
+            safetensors.torch.save_file(contiguous, temporary, metadata={"format": "pt"})
+        else:
+            torch.save(contiguous, temporary)
+
+
+def merge(model: "zoo.ZooModel", path: Path) -> None:
+    """Writes a variant as plain timm loads it, with no trace of this package.
+
+    Args:
+        model: As `create` gives it.
+        path: `.safetensors` or `.pth` for `timm.create_model(NAME, checkpoint_path=…)`; anything else is a folder for
+            `timm.create_model("local-dir:…")` and for upload to the Hub, with the test-time preprocessing in its
+            config.json. A folder that is there keeps its other files.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    if path.suffix in (".safetensors", ".pth"):
+        save_whole(dict(model.state_dict()), path)
+        return
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.contiguous()  # which safetensors wants, and legacy files are not always
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+        backbone = model.variant.backbone
+        described = {"architecture": backbone.architecture, "tag": backbone.tag}
+        save_for_hf(model, temporary, model_config={"pretrained_cfg": described}, safe_serialization=True)
+        path.mkdir(exist_ok=True)
+        for file in sorted(Path(temporary).iterdir(), reverse=True):  # config.json last
+            file.chmod(0o644)
+            file.replace(path / file.name)

@@ -1,0 +1,181 @@
+"""A whole checkpoint to a delta and back, by the command line; plain timm, in a process of its own, is the judge."""
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import tuned_delta
+from safetensors.torch import load_file, save_file
+from tiny import cli
+
+import fixefficientnet
+from fixefficientnet import delta
+
+
+@pytest.fixture(autouse=True)
+def _the_hubs_cache(monkeypatch: pytest.MonkeyPatch, hub_cache: Path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub_cache))
+
+
+@pytest.fixture(scope="module")
+def tuned(hub_cache: Path):
+    """b0 as FixRes would leave it, and its whole state dict."""
+    model = fixefficientnet.create("b0", "backbone", cache_dir=hub_cache)
+    made = tuned_delta(model, "b0")
+    return made, {name: tensor.clone() for name, tensor in model.state_dict().items()} | dict(made.tensors)
+
+
+def write(tensors: dict[str, torch.Tensor], path: Path, wrapped: bool = False) -> Path:
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        named = {f"module.{name}": tensor for name, tensor in tensors.items()}
+        torch.save({"model": named, "epoch": 3} if wrapped else tensors, path)
+    return path
+
+
+def convert(checkpoint: Path, *more: object, status: int = 0) -> tuple[str, str]:
+    return cli("convert", checkpoint, "--variant", "b0", *more, status=status)
+
+
+@pytest.mark.parametrize(("name", "wrapped"), [("a.safetensors", False), ("a.pth", False), ("a.pth", True)])
+def test_a_whole_checkpoint_becomes_its_delta(tuned, tmp_path: Path, pictures, name: str, wrapped: bool):
+    made, whole = tuned
+    out, _ = convert(write(whole, tmp_path / name, wrapped), "-o", tmp_path / "delta.safetensors", "--license", "mit")
+    found = delta.load(tmp_path / "delta.safetensors")
+    assert found.tensors.keys() == made.tensors.keys()
+    assert all(torch.equal(tensor, made.tensors[key]) for key, tensor in found.tensors.items())
+    assert (found.variant, found.fingerprint, found.license) == ("b0", made.fingerprint, "mit")
+    assert "0 differ" in out
+    reference = timm.create_model("tf_efficientnet_b0").eval()
+    reference.load_state_dict(whole)
+    model = fixefficientnet.create("b0", tmp_path / "delta.safetensors")
+    with torch.inference_mode():
+        torch.testing.assert_close(model(pictures), reference(pictures))
+
+
+def test_what_differs_outside_the_head_is_named(tuned, tmp_path: Path):
+    _, whole = tuned
+    changed = whole | {"conv_stem.weight": whole["conv_stem.weight"] + 1e-3, "bn1.bias": whole["bn1.bias"] - 0.5}
+    path = write(changed, tmp_path / "a.pth")
+    _, err = convert(path, "-o", tmp_path / "out.safetensors", status=1)
+    assert "2 tensors outside bn2 and classifier" in err
+    assert "bn1.bias: by up to 0.5" in err and "conv_stem.weight: by up to 0.001" in err
+    assert "--full" in err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.pth"]
+    out, _ = convert(path, "-o", tmp_path / "out.safetensors", "--full")
+    assert "bn1.bias: by up to 0.5" in out
+    found = load_file(tmp_path / "out.safetensors")
+    assert all(torch.equal(tensor, changed[name]) for name, tensor in found.items())
+    timm.create_model("tf_efficientnet_b0", checkpoint_path=str(tmp_path / "out.safetensors"))
+
+
+def test_differences_within_the_tolerance_are_none(tuned, tmp_path: Path):
+    _, whole = tuned
+    path = write(whole | {"bn1.bias": whole["bn1.bias"] + 5e-7}, tmp_path / "a.pth")
+    assert "0 differ" in convert(path, "-o", tmp_path / "out.safetensors")[0]
+
+
+def test_nan_outside_the_head_differs(tuned, tmp_path: Path):
+    _, whole = tuned
+    path = write(whole | {"bn1.bias": whole["bn1.bias"] * torch.nan}, tmp_path / "a.pth")
+    assert "bn1.bias: by up to nan" in convert(path, "-o", tmp_path / "out.safetensors", status=1)[1]
+
+
+def test_another_architecture_is_refused(tuned, tmp_path: Path):
+    path = write(timm.create_model("test_efficientnet").state_dict(), tmp_path / "a.safetensors")
+    _, err = convert(path, "-o", tmp_path / "out.safetensors", status=1)
+    assert "is no checkpoint of tf_efficientnet_b0" in err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+class Evil:
+    """What runs a command when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_that_runs_code_is_refused_and_not_run(tuned, tmp_path: Path):
+    torch.save({"model": tuned[1], "args": Evil(tmp_path / "owned")}, tmp_path / "a.pth")
+    (tmp_path / "b.pth").write_bytes(pickle.dumps(Evil(tmp_path / "owned")))
+    for name in ("a.pth", "b.pth"):
+        _, err = convert(tmp_path / name, "-o", tmp_path / "out.safetensors", status=1)
+        assert "other pickled objects are never loaded" in err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.pth", "b.pth"]
+
+
+def test_bad_files_are_one_error(tuned, tmp_path: Path):
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    write(tuned[1], tmp_path / "whole.safetensors")
+    half = (tmp_path / "whole.safetensors").read_bytes()[:100_000]
+    (tmp_path / "half.safetensors").write_bytes(half)
+    torch.save({"model": {"a": 3}}, tmp_path / "number.pth")
+    for name in ("text.pth", "half.safetensors", "number.pth", "nowhere.pth", "."):
+        assert "Error:" in convert(tmp_path / name, "-o", tmp_path / "out.safetensors", status=1)[1]
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_target_that_is_there_is_kept(tuned, tmp_path: Path, b0_delta: Path):
+    path = write(tuned[1], tmp_path / "a.pth")
+    (tmp_path / "out.pth").write_text("precious")
+    _, err = convert(path, "-o", tmp_path / "out.pth", status=1)
+    assert "is there already" in err and "--overwrite" in err
+    assert "--overwrite" in cli("merge", "b0", "--delta", b0_delta, "-o", tmp_path / "out.pth", status=1)[1]
+    assert "--overwrite" in cli("merge", "b0", "--delta", b0_delta, "-o", tmp_path, status=1)[1]
+    assert (tmp_path / "out.pth").read_text() == "precious"
+    cli("merge", "b0", "--delta", b0_delta, "-o", tmp_path / "out.pth", "--overwrite")
+    assert torch.load(tmp_path / "out.pth", weights_only=True)
+
+
+def test_a_target_that_cannot_be_written(tuned, tmp_path: Path, b0_delta: Path):
+    (tmp_path / "file").touch()
+    for name in ("a.safetensors", "a.pth", "folder"):
+        _, err = cli("merge", "b0", "--delta", b0_delta, "-o", tmp_path / "file" / name, status=1)
+        assert "Error:" in err and "file" in err
+
+
+PLAIN = """
+import sys, timm, torch
+model = timm.create_model(sys.argv[1], pretrained=sys.argv[1].startswith("local-dir:"), checkpoint_path=sys.argv[2])
+assert "fixefficientnet" not in sys.modules
+config = timm.data.resolve_model_data_config(model)
+torch.save((model.eval()(torch.load(sys.argv[3])), config), sys.argv[4])
+"""
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth", "folder"])
+def test_plain_timm_loads_what_was_merged(tmp_path: Path, b0_delta: Path, pictures, name: str):
+    out, _ = cli("merge", "b0", "--delta", b0_delta, "-o", tmp_path / name)
+    assert "timm.create_model(" in out
+    torch.save(pictures, tmp_path / "pictures")
+    model, file = "tf_efficientnet_b0", str(tmp_path / name)
+    if name == "folder":
+        model, file = f"local-dir:{file}", ""
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["config.json", "model.safetensors"]
+    command = [sys.executable, "-c", PLAIN, model, file, str(tmp_path / "pictures"), str(tmp_path / "logits")]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    logits, config = torch.load(tmp_path / "logits", weights_only=True)
+    ours = fixefficientnet.create("b0", b0_delta)
+    with torch.inference_mode():
+        torch.testing.assert_close(logits, ours(pictures))
+    if name == "folder":
+        test = ours.preprocess
+        assert (config["input_size"], config["crop_pct"]) == ((3, test.size, test.size), test.crop_pct)
+        assert (tuple(config["mean"]), tuple(config["std"])) == (test.mean, test.std)
+        assert config["interpolation"] == test.interpolation
+
+
+def test_there_and_back_is_the_same_delta(tmp_path: Path, b0_delta: Path):
+    cli("merge", "b0", "--delta", b0_delta, "-o", tmp_path / "whole.safetensors")
+    convert(tmp_path / "whole.safetensors", "-o", tmp_path / "delta.safetensors")
+    before, after = delta.load(b0_delta), delta.load(tmp_path / "delta.safetensors")
+    assert all(torch.equal(tensor, after.tensors[name]) for name, tensor in before.tensors.items())
+    assert before.fingerprint == after.fingerprint
