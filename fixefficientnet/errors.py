@@ -64,6 +64,10 @@ class EvaluationError(FixEfficientNetError, RuntimeError):
     """A model cannot be evaluated: NaN, a size that it does not take, weights that cannot be had."""
 
 
+class ExportError(FixEfficientNetError, RuntimeError):
+    """A model cannot be exported, or the exported file disagrees with it."""
+
+
 class RecipeError(FixEfficientNetError, ValueError):
     """A fine-tuning recipe has an unknown key, or a value that cannot be."""
 

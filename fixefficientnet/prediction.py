@@ -123,7 +123,7 @@ def _classify(batch: list[tuple[PictureSource, torch.Tensor]], model: "ZooModel"
         raise UnsupportedModelError("This model gives features, not logits: build it with a classifier to predict.")
     probabilities = logits.float().softmax(dim=1)
     best = probabilities.topk(min(topk, probabilities.shape[1]), dim=1)
-    names = _names(probabilities.shape[1])
+    names = names_of(probabilities.shape[1])
     return [
         Prediction(picture, tuple(Label(i, names[i][0], names[i][1], p) for i, p in zip(indices, values, strict=True)))
         for (picture, _), indices, values in zip(batch, best.indices.tolist(), best.values.tolist(), strict=True)
@@ -131,7 +131,7 @@ def _classify(batch: list[tuple[PictureSource, torch.Tensor]], model: "ZooModel"
 
 
 @functools.lru_cache(maxsize=4)
-def _names(num_classes: int) -> list[tuple[str | None, str]]:
+def names_of(num_classes: int) -> list[tuple[str | None, str]]:
     """WordNet id and name of each class; only 1000 classes can be ImageNet's."""
     if num_classes != 1000:
         return [(None, str(index)) for index in range(num_classes)]

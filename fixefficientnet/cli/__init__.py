@@ -16,8 +16,8 @@ from fixefficientnet.cli import (
 from fixefficientnet.cli.app import app, err
 from fixefficientnet.errors import FixEfficientNetError
 
-EXTRA = "pip install 'fixefficientnet[evaluate]'"
-_BY_EXTRA = ("accelerate", "matplotlib", "torchmetrics")
+_EXTRAS = {"accelerate": "evaluate", "matplotlib": "evaluate", "torchmetrics": "evaluate"}
+_EXTRAS |= {"onnx": "onnx", "onnxruntime": "onnx", "onnxscript": "onnx", "openvino": "openvino"}
 
 
 def main() -> None:
@@ -32,9 +32,10 @@ def main() -> None:
     except OSError as error:
         err.print(f"[red]Error:[/] {escape(str(error.filename or 'Writing'))}: {error.strerror}.", soft_wrap=True)
     except ModuleNotFoundError as error:
-        if error.name not in _BY_EXTRA:
+        if error.name not in _EXTRAS:
             raise
-        err.print(f"[red]Error:[/] This needs {error.name}: {escape(EXTRA)}", soft_wrap=True)
+        command = f"pip install 'fixefficientnet[{_EXTRAS[error.name]}]'"
+        err.print(f"[red]Error:[/] This needs {error.name}: {escape(command)}", soft_wrap=True)
     if processes.several():
         processes.leave(1)
     sys.exit(1)

@@ -1,4 +1,4 @@
-"""`convert`, `merge`."""
+"""`convert`, `merge`, `export`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -79,6 +79,50 @@ def merge(
     if output.is_dir():
         how = f"timm.create_model('local-dir:{output}', pretrained=True)"
     out.print(escape(f"{output}: {row.title}, test size {model.preprocess.size}\n{how}"), soft_wrap=True)
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(help="A variant (b4_ns; b4_ns:backbone, b4_ns:FILE), a run's folder or file, or timm/NAME."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file: .onnx, .xml, .pt2 or .pt.")],
+    kind: Annotated[
+        str | None,
+        typer.Option("--format", help="onnx, openvino, torch-export or torchscript. Default: by the ending."),
+    ] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Test size in pixels. Default: the model's.")] = None,
+    dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Leave height and width free.")] = False,
+    half: Annotated[bool, typer.Option("--half", help="Weights in float16; inputs and outputs stay float32.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")] = False,
+) -> None:
+    """Write a model as a file for another runtime, and check it there.
+
+    The number of pictures is free. Preprocessing is in the file's metadata, labels are beside it.
+    """
+    from fixefficientnet.runtimes import SUFFIXES
+
+    if kind is None:
+        kind = next((name for name, suffix in SUFFIXES.items() if suffix == output.suffix), None)
+    if kind not in SUFFIXES:
+        raise typer.BadParameter(f"--format is one of {', '.join(SUFFIXES)}.")
+    _not_there(output, overwrite)
+    from fixefficientnet import export as exporting
+    from fixefficientnet.evaluation.models import open_model
+
+    opened = open_model(model)
+    test = opened.at(size)
+    checked = exporting.export(opened, output, kind, test=test, dynamic_size=dynamic_size, half=half)
+    out.print(
+        escape(
+            f"{output}: {opened.name}, {kind}, {'any size' if dynamic_size else f'{test.size} pixels'}, "
+            f"{output.stat().st_size / 1e6:.1f} MB\n"
+            f"against eager: logits differ by up to {checked.difference:.2g} ({checked.relative:.1g} of the largest), "
+            f"same best guess for {checked.agreement:.0%} of {checked.pictures} pictures"
+        ),
+        soft_wrap=True,
+    )
 
 
 def _not_there(output: Path, overwrite: bool) -> None:
