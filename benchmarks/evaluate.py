@@ -2,9 +2,10 @@
 
     python -m benchmarks.evaluate FOLDER
 
-FOLDER holds one folder per WordNet id. Both read the same files with the same number of loading processes and threads,
-at the same batch size, with the same model (EfficientNet-Lite0, real weights), in fresh processes in turns; the median
-counts. timm's loop is that of its validate.py, with its loader's defaults; "channels last" is its option of that name.
+FOLDER has val/ in it, with one folder per WordNet id. Both read the same files with the same number of loading
+processes and threads, at the same batch size, with the same model (EfficientNet-Lite0, real weights), in fresh
+processes in turns; the median counts. timm's loop is that of its validate.py, with its loader's defaults; "channels
+last" is its option of that name.
 The same right answers are asserted.
 """
 
@@ -112,7 +113,8 @@ def main() -> None:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=dict(os.environ))
             found[way].append(json.loads(done.stdout.splitlines()[-1]))
     counts = {(one["pictures"], one["right"]) for every in found.values() for one in every}
-    print(f"pictures, right: {sorted(counts)}")
+    assert len(counts) == 1, f"pictures, right: {sorted(counts)}"
+    print(f"pictures, right: {counts.pop()}")
     rates = {way: statistics.median(one["pictures"] / one["seconds"] for one in every) for way, every in found.items()}
     print("| | pictures/s | fixefficientnet is, times as fast |\n|---|---|---|")
     for way, rate in rates.items():

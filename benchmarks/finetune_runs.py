@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fixefficientnet.evaluation import journal
 from fixefficientnet.evaluation.outcome import Evaluation
-from fixefficientnet.evaluation.results import as_csv
+from fixefficientnet.evaluation.results import as_csv, from_csv
 from fixefficientnet.evaluation.statistics import compare
 from fixefficientnet.files import write_atomically
 
@@ -131,7 +131,9 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("csv", type=Path)
     options = parser.parse_args()
-    write_atomically(options.csv, as_csv(rows(*read(options.runs))).encode())
+    found = as_csv(rows(*read(options.runs)))
+    write_atomically(options.csv, found.encode())
+    print(table(from_csv(found)))
 
 
 if __name__ == "__main__":

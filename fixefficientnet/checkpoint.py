@@ -39,14 +39,14 @@ def read_wrapped(path: Path) -> dict[str, Tensor]:
     """Reads a state dict that a training script may have wrapped.
 
     That is: put under a top key ("state_dict", "model") beside other things, and given the prefix "module." by
-    DataParallel; the file may have any ending.
+    DataParallel or "_orig_mod." by torch.compile; the file may have any ending.
 
     Raises:
         CheckpointError: The file is damaged, or holds no plain state dict.
     """
     try:
         found: Any = load_file(path) if _is_safetensors(path) else torch.load(path, "cpu", weights_only=True)
-    except _DAMAGED as error:
+    except Exception as error:  # pickle, zip and safetensors raise a dozen kinds on damaged files
         raise CheckpointError(
             f"{path} is no checkpoint: it takes a safetensors file, or a .pth that holds tensors alone (save "
             "model.state_dict()); other pickled objects are never loaded."
@@ -56,7 +56,7 @@ def read_wrapped(path: Path) -> dict[str, Tensor]:
             found = found[key]
     if not isinstance(found, Mapping) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise CheckpointError(f"{path} is not a plain state dict (names to tensors).")
-    return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
+    return {str(name).removeprefix("module.").removeprefix("_orig_mod."): tensor for name, tensor in found.items()}
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -19,5 +19,5 @@ def gmacs_of(model: nn.Module, size: int) -> float:
 def gmacs(architecture: str, sizes: Iterable[int], num_classes: int = 1000) -> dict[int, float]:
     """The same of a timm network by name, at several sizes."""
     with torch.device("meta"):
-        model = timm.create_model(architecture, num_classes=num_classes).eval()
+        model = timm.create_model(architecture, num_classes=num_classes).eval().requires_grad_(False)
         return {size: gmacs_of(model, size) for size in sizes}

@@ -147,7 +147,7 @@ def open_pictures(
         source = _open_folder(folder)
     if not len(source):
         raise DataError(f"{what} holds no pictures.")
-    names = _class_names(source)
+    names = class_names(source)
     return Pictures(source, *classes.mapping(names, num_classes, what, numbered=numbered), what)
 
 
@@ -295,7 +295,9 @@ def _split_folder(folder: Path, split: str, *, may_be_whole: bool) -> Path:
         if (folder / name).is_dir():
             return folder / name
     there = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if may_be_whole and there and not {*there} & {"test", *_SYNONYMS[TRAIN]}:
+    splits = [name for name in there if name in {"test", *_SYNONYMS[TRAIN]}]
+    holds_classes = any(path.is_dir() for name in splits for path in (folder / name).iterdir())
+    if may_be_whole and there and not holds_classes:
         return folder
     raise DataError(
         f"{folder} has no folder {candidates[0]}/ (nor {', '.join(candidates[1:]) or 'another name for it'}). "
@@ -314,16 +316,16 @@ def _open_folder(folder: Path) -> Any:
         source = create_dataset("", root=str(folder), split="", search_split=False).reader
     except (RuntimeError, AssertionError) as error:
         raise DataError(f"{folder} holds no pictures: {error}") from error
-    classes = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    folders = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
     found = {os.path.dirname(path): path for path, _ in source.samples}  # noqa: PTH120 - a million of them
     for parent, path in sorted(found.items()):
-        if Path(parent).parent != folder or Path(parent).name not in classes:
+        if Path(parent).parent != folder or Path(parent).name not in folders:
             raise DataError(
                 f"{path} is in no class's folder. {folder} takes one folder per class, with pictures right in it."
             )
-    if empty := sorted(classes - {Path(parent).name for parent in found}):
+    if empty := sorted(folders - {Path(parent).name for parent in found}):
         raise DataError(f"The class {empty[0]} has no pictures in {folder / empty[0]}: add some, or remove the folder.")
-    number = {name: index for index, name in enumerate(sorted(classes, key=_in_order))}
+    number = {name: index for index, name in enumerate(sorted(folders, key=_in_order))}
     of_folder = {parent: number[Path(parent).name] for parent in found}
     samples = [(path, of_folder[os.path.dirname(path)]) for path, _ in source.samples]  # noqa: PTH120
     source.samples = sorted(samples, key=lambda sample: _in_order(sample[0]))
@@ -335,7 +337,8 @@ def _in_order(name: str) -> tuple[list[str | int], str]:
     return natural_key(name), name  # type: ignore[no-untyped-call]
 
 
-def _class_names(source: Any) -> tuple[str, ...]:
+def class_names(source: Any) -> tuple[str, ...]:
+    """A source's own names of its classes, by its own index; empty where it has none."""
     numbers = getattr(source, "class_to_idx", None)
     if numbers:
         return tuple(str(name) for name, _ in sorted(numbers.items(), key=lambda item: item[1]))

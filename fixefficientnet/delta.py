@@ -321,10 +321,15 @@ def test_time(delta: Delta, usual: TestTime) -> TestTime:
         )
     except (TypeError, ValueError) as error:
         raise DeltaFormatError(f"The delta for {delta.variant} has a recipe that cannot be read: {error}.") from error
-    sound = 0 < test.size < 2**16 and 0 < test.crop_pct <= 1 and min(test.std) > 0
-    if not sound or test.interpolation not in INTERPOLATIONS:
+    if not is_sound(test):
         raise DeltaFormatError(f"The delta for {delta.variant} was tuned for a preprocessing that cannot be: {test}.")
     return test
+
+
+def is_sound(test: TestTime) -> bool:
+    """Whether pictures can be shown that way."""
+    sound = 0 < test.size < 2**16 and 0 < test.crop_pct <= 1 and min(test.std) > 0
+    return sound and test.interpolation in INTERPOLATIONS
 
 
 def _triple(values: Any) -> Triple:

@@ -40,7 +40,7 @@ def from_checkpoint(architecture: str, path: Path) -> nn.Module:
         model = timm.create_model(architecture, pretrained=False)
     name = delta.find_classifier(model)
     weight = tensors.get(f"{name}.weight")
-    if weight is None:
+    if weight is None or weight.ndim == 0:
         raise CheckpointError(f"{path} has no {name}.weight: it is no checkpoint of {architecture}.")
     model = timm.create_model(architecture, pretrained=False, num_classes=len(weight))
     wanted = model.state_dict()

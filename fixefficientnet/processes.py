@@ -1,17 +1,16 @@
 """Devices, processes and precision, by Accelerate: one process, or those of torchrun and `accelerate launch`."""
 
+import contextlib
 import datetime
 import os
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from fixefficientnet.errors import FixEfficientNetError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-_ours = False
-"""Whether Accelerate's state, one for the process, is of our making."""
 
 
 def accelerator(device: str | None, mixed_precision: str) -> "Accelerator":
@@ -26,7 +25,6 @@ def accelerator(device: str | None, mixed_precision: str) -> "Accelerator":
     """
     import torch
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     if device not in (None, "cpu", "cuda"):
@@ -42,10 +40,6 @@ def accelerator(device: str | None, mixed_precision: str) -> "Accelerator":
     cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
     if cpu and mixed_precision == "fp16":
         raise FixEfficientNetError("fp16 is for CUDA devices; on a CPU, there is bf16.")
-    global _ours
-    if _ours and not several():  # the last call's device and precision would hold for the whole process
-        AcceleratorState._reset_state(reset_partial_state=True)
-    _ours = not AcceleratorState._shared_state
     try:
         return Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=handlers)
     except ValueError as error:  # Accelerate's state is the process's
@@ -53,6 +47,19 @@ def accelerator(device: str | None, mixed_precision: str) -> "Accelerator":
             f"Accelerate runs with another device or precision in this process already ({error}). Use the same one, "
             "or a process of its own."
         ) from error
+
+
+@contextlib.contextmanager
+def accelerating(device: str | None, mixed_precision: str) -> Iterator["Accelerator"]:
+    """The same for a while: Accelerate's state, one for the process, is left as it was found."""
+    from accelerate.state import AcceleratorState
+
+    ours = not AcceleratorState._shared_state
+    try:
+        yield accelerator(device, mixed_precision)
+    finally:
+        if ours and not several():  # else device and precision would hold for all that comes after
+            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def rank() -> int:

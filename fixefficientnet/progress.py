@@ -24,8 +24,8 @@ def bar(title: str, total: int, console: Console, say: Callable[[str], None]) ->
     with contextlib.ExitStack() as stack:
         progress = None
         if console.is_terminal and not console.quiet:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn())
-            more = (TextColumn("{task.fields[said]}"), TimeRemainingColumn(compact=True))
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=16), MofNCompleteColumn())
+            more = (TextColumn("{task.fields[said]}", markup=False), TimeRemainingColumn(compact=True))
             progress = stack.enter_context(Progress(*columns, *more, console=console, transient=True))
         shown = Bar(say, title, total, progress)
         yield shown

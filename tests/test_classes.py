@@ -268,7 +268,7 @@ def test_real_accuracy_is_timms(tmp_path: Path, imagenet):
     assert row["top5"] == pytest.approx(timms.get_accuracy(5))
     assert 0 < row["top1"] < row["top5"] < 100
     assert (row["pictures"], row["unreadable"], row["real_labels"]) == (70, 0, True)
-    assert "ReaL labels; 6 pictures have none and do not count" in said
+    assert "ReaL labels (pictures without any, which do not count: 6)" in said
     # the same pictures by their own labels
     usual, said = measured(tmp_path / "out", run, "--data", tmp_path / "data")
     targets = [pictures[index][1] for index in range(len(pictures))]

@@ -193,7 +193,7 @@ def test_logits_that_are_no_numbers_are_refused(ground, value: float):
 def test_a_size_that_the_model_does_not_take_is_refused(ground):
     _, pictures, labels, _ = ground
     model = timm.create_model("test_vit", num_classes=max(labels) + 1, dynamic_img_size=False).eval()
-    with pytest.raises(EvaluationError, match=r"cannot take pictures of 48 pixels: .*160"):
+    with pytest.raises(EvaluationError, match=r"fails on pictures of 48 pixels: .*160"):
         judge(model, pictures, TEST)
 
 

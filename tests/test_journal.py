@@ -9,10 +9,13 @@ from pathlib import Path
 
 import plain
 import pytest
+import timm
 import tiny
+import torch
 from plain import TEST
 from torch import nn
 
+import fixefficientnet
 from fixefficientnet.data import open_pictures
 from fixefficientnet.errors import EvaluationError
 from fixefficientnet.evaluation.journal import Finished, Journal, load
@@ -40,7 +43,7 @@ def test_what_was_written_is_read_again_also_of_several_processes(tmp_path: Path
     assert found.judgements == ONE.judgements | THREE.judgements
     assert found.unreadable == TWO.unreadable | THREE.unreadable
     assert found.seconds == 2.0  # that of the process which took longest
-    assert [index in found for index in range(6)] == [True] * 5 + [False]
+    assert sorted([*found.judgements, *found.unreadable]) == [0, 1, 2, 3, 4]
     with pytest.raises(EvaluationError, match="unfinished"):
         load(path)
     Journal(path, 0).note({"size": 48, "crop_pct": 0.5, "pictures": 5})
@@ -275,3 +278,26 @@ def test_two_processes_judge_each_picture_once_and_find_the_same(ground, tmp_pat
     evaluations = [load(file.parent / file.name.removesuffix(".0.jsonl")) for file in (alone, first)]
     assert evaluations[0] == evaluations[1]
     assert evaluations[0].right.count("-") == 1
+
+
+def test_a_mended_picture_counts_when_the_evaluation_goes_on(tmp_path: Path):
+    paths = [tiny.mottle(tmp_path / "data" / name / "0.png", number) for number, name in enumerate(tiny.CLASSES)]
+    run = plain.save_run(tmp_path / "run", plain.network(3, [*paths, paths[0]], [0, 1, 2, 1]), tiny.CLASSES)
+    good = paths[1].read_bytes()
+    paths[1].write_bytes(b"no picture")
+    more = {"workers": 0, "device": "cpu", "folder": tmp_path / "kept", "resume": True}
+    broken = fixefficientnet.evaluate(str(run), tmp_path / "data", **more)
+    assert (broken.pictures, len(broken.unreadable)) == (2, 1)
+    paths[1].write_bytes(good)
+    mended = fixefficientnet.evaluate(str(run), tmp_path / "data", **more)
+    assert (mended.pictures, len(mended.unreadable)) == (3, 0)
+
+
+def test_equal_weights_in_another_network_are_another_evaluation(tmp_path: Path):
+    data = tiny.make_data(tmp_path / "data", train=0, val=4)
+    found = []
+    for padding in ("", "same"):
+        torch.manual_seed(5)
+        model = timm.create_model("test_efficientnet", num_classes=3, pad_type=padding).eval()
+        found.append(fixefficientnet.evaluate(model, data, size=47, workers=0, folder=tmp_path / "kept", resume=True))
+    assert found[0].loss != found[1].loss

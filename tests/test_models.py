@@ -316,3 +316,9 @@ def test_pictures_that_are_not_square():
     model = timm.create_model("test_efficientnet", pretrained_cfg_overlay={"input_size": (3, 96, 64)})
     with pytest.raises(EvaluationError, match="96 x 64 pixels; only squares"):
         of_module(model)
+
+
+def test_a_checkpoint_of_torch_compile(tmp_path: Path):
+    model = timm.create_model("test_efficientnet", num_classes=3).eval()
+    torch.save({f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}, tmp_path / "compiled.pth")
+    assert same(open_model(f"timm/test_efficientnet:{tmp_path / 'compiled.pth'}").model, model)

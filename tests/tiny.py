@@ -64,6 +64,9 @@ def cli(*arguments: object, status: int = 0, columns: int = 80) -> tuple[str, st
             main()
         except SystemExit as exit_:
             ended = exit_.code or 0
+        finally:
+            if state := sys.modules.get("accelerate.state"):  # the command would have ended its process
+                state.AcceleratorState._reset_state(reset_partial_state=True)
     assert ended == status, err.getvalue()
     return out.getvalue(), err.getvalue()
 

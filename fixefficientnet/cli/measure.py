@@ -15,6 +15,7 @@ from fixefficientnet.files import write_atomically
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from fixefficientnet.data import Pictures
     from fixefficientnet.evaluation.evaluate import Measured, Settings
     from fixefficientnet.evaluation.models import Opened
 
@@ -77,6 +78,9 @@ def evaluate(
     _need_data(data)
     if per_class and real_labels:
         raise typer.BadParameter("--per-class needs one label per picture, which ReaL labels are not.")
+    for path in filter(None, (per_class, results_file)):
+        if path.is_dir() or not next(folder for folder in path.absolute().parents if folder.exists()).is_dir():
+            raise FixEfficientNetError(f"{path} cannot be written: it is a folder, or what it is in is none.")
     from fixefficientnet.evaluation import results
     from fixefficientnet.evaluation.evaluate import Settings
     from fixefficientnet.evaluation.statistics import compare as paired
@@ -97,7 +101,13 @@ def evaluate(
     accelerator = _accelerator(device, mixed_precision)
     found: dict[str, Measured] = {}
     for name in names:
-        found[name] = _measure(name, settings, accelerator)
+        try:
+            found[name] = _measure(name, settings, accelerator)
+        except (FixEfficientNetError, KeyboardInterrupt) as error:
+            if found or isinstance(error, KeyboardInterrupt):
+                said = f"What is finished is kept in {output}: the same command with --resume goes on."
+                err.print(escape(said), soft_wrap=True)
+            raise
         found[name].opened.model.to("meta")  # frees its memory
     every = list(found.values())
     rows = [results.row(one) for one in every]
@@ -174,13 +184,16 @@ def sweep(
     every: list[Measured] = []
 
     def take(opened: "Opened", settings: "Settings") -> "Measured":
-        every.append(_measure(opened, settings, accelerator))
+        known = every[-1].pictures if every and every[-1].opened.name == opened.name else None
+        every.append(_measure(opened, settings, accelerator, known))
         return every[-1]
 
     rows = sweeps.sweep(sweeps.with_untuned(models), chosen, settings, take)
     if not accelerator.is_main_process:
         return
     _write(output / "sweep.csv", results.as_csv(rows))
+    for kind in figures.FORMATS:  # an earlier sweep's would not belong to the new table
+        (output / f"statistics.{kind}").unlink(missing_ok=True)
     drawn = {"sweep": figures.sweep} | ({"statistics": figures.activations} if statistics else {})
     for name, draw in drawn.items():
         figure = draw(rows)
@@ -319,8 +332,13 @@ def _said(every: "list[Measured]") -> str:
     """On what, and how: a line for each that differs."""
     from fixefficientnet.evaluation.evaluate import restriction
 
-    lines = [_described(one) + (f"; {more}" if (more := restriction(one)) else "") for one in every]
-    return escape("\n".join(dict.fromkeys(lines)))
+    whose: dict[str, list[str]] = {}
+    for one in every:
+        line = _described(one) + (f"; {more}" if (more := restriction(one)) else "")
+        names = whose.setdefault(line, [])
+        names += [one.opened.name] * (one.opened.name not in names)
+    lines = [f"{', '.join(names)}: {line}" if len(whose) > 1 else line for line, names in whose.items()]
+    return escape("\n".join(lines))
 
 
 def _described(one: "Measured") -> str:
@@ -358,14 +376,16 @@ def _accelerator(device: str | None, mixed_precision: str) -> "Accelerator":
     return processes.accelerator(device, mixed_precision)
 
 
-def _measure(model: "str | Opened", settings: "Settings", accelerator: "Accelerator") -> "Measured":
+def _measure(
+    model: "str | Opened", settings: "Settings", accelerator: "Accelerator", pictures: "Pictures | None" = None
+) -> "Measured":
     """Measures one model, under a progress bar."""
     from fixefficientnet.evaluation.evaluate import measure, pictures_for
     from fixefficientnet.evaluation.models import open_model
     from fixefficientnet.progress import bar
 
     opened = open_model(model) if isinstance(model, str) else model
-    pictures = pictures_for(opened, settings)
+    pictures = pictures or pictures_for(opened, settings)
     short = opened.name if len(opened.name) <= 30 else f"…{opened.name[-29:]}"  # a bar has one line
     said = f"{short} at {settings.size or opened.test.size}"
     err.quiet = not accelerator.is_main_process

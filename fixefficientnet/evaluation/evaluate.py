@@ -5,15 +5,17 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from fixefficientnet import delta, processes
-from fixefficientnet.classes import IMAGENET, SUBSET, Subset, real_labels
-from fixefficientnet.data import Pictures, follow, open_pictures
+from fixefficientnet.classes import IMAGENET, SUBSET, Subset, are_wordnet_ids, imagenet_order, real_labels
+from fixefficientnet.data import Pictures, class_names, follow, open_pictures
 from fixefficientnet.errors import EvaluationError
 from fixefficientnet.evaluation.activations import PooledActivations
 from fixefficientnet.evaluation.journal import Journal
@@ -62,6 +64,17 @@ class Settings:
     resume: bool = False
     activations: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuses what cannot be.
+
+        Raises:
+            EvaluationError: A number is out of its range.
+        """
+        for name, least in (("batch_size", 1), ("workers", 0), ("size", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise EvaluationError(f"{name} is a whole number of at least {least}, not {value!r}.")
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -85,10 +98,10 @@ class Measured:
 
 
 def evaluate(
-    model: str | nn.Module,
+    model: str | os.PathLike[str] | nn.Module,
     data: str | os.PathLike[str],
     *,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     mixed_precision: str = "no",
     **settings: Any,
 ) -> Evaluation:
@@ -110,14 +123,15 @@ def evaluate(
         DataError: The data set cannot be used: no pictures, other classes than the model's, labels out of range.
         EvaluationError: The model cannot be used: NaN, a size that it does not take.
     """
-    opened = open_model(model) if isinstance(model, str) else of_module(model)
     chosen = Settings(os.fspath(data), **settings)
-    return measure(opened, chosen, processes.accelerator(device, mixed_precision)).evaluation
+    opened = of_module(model) if isinstance(model, nn.Module) else open_model(os.fspath(model))
+    with processes.accelerating(None if device is None else str(device), mixed_precision) as accelerator:
+        return measure(opened, chosen, accelerator).evaluation
 
 
 def pictures_for(opened: Opened, settings: Settings) -> Pictures:
     """The data set, its classes numbered as the model's."""
-    own = bool(opened.classes) and opened.num_classes != IMAGENET
+    own = bool(opened.classes) and opened.classes != imagenet_order()
     number = None if own else opened.num_classes
     pictures = open_pictures(settings.data, settings.split, root=settings.data_root, num_classes=number, numbered=True)
     return follow(pictures, opened.classes, opened.name) if own else pictures
@@ -147,6 +161,10 @@ def measure(
     subset = _subset(pictures, opened, settings.restrict_classes)
     labels = None
     if settings.real_labels:
+        if opened.num_classes != IMAGENET:
+            raise EvaluationError(
+                f"ReaL labels are of ImageNet's 1000 classes; {opened.name} has {opened.num_classes}."
+            )
         labels = real_labels([pictures.name(index) for index in range(len(pictures))])
     model = opened.model.to(accelerator.device)
     journal: Journal | None = None
@@ -155,7 +173,7 @@ def measure(
         place = Path(pictures.what)
         identity = {
             "weights": delta.fingerprint(model.state_dict()),
-            "network": type(model).__name__,
+            "network": hashlib.sha256(repr(model).encode()).hexdigest(),  # equal weights can mean another padding
             "place": str(place.resolve()) if place.exists() else pictures.what,  # fingerprints know names, not pixels
             "pictures": pictures.fingerprint(),
             "test": asdict(test),
@@ -178,6 +196,7 @@ def measure(
         watched = None
         if settings.activations and activations is None:
             watched = stack.enter_context(PooledActivations(model))
+        stack.enter_context(_telling_what_ran_out(settings))
         found = judge(
             model,
             pictures,
@@ -198,6 +217,23 @@ def measure(
     if labels is not None:
         found = found.relabelled(labels)
     return Measured(replace(opened, test=test), pictures, subset, settings.real_labels, found, activations)
+
+
+@contextlib.contextmanager
+def _telling_what_ran_out(settings: Settings) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        goes_on = " With --resume the finished batches are taken over." if settings.folder else ""
+        if str(error).startswith("DataLoader worker"):
+            raise EvaluationError(
+                f"A loading process ended by itself ({error}), as a rule for lack of memory: try fewer (-j).{goes_on}"
+            ) from error
+        if isinstance(error, MemoryError) or "memory" in str(error).lower():
+            raise EvaluationError(
+                f"Out of memory with {settings.batch_size} pictures at once: try fewer (-b).{goes_on}"
+            ) from error
+        raise
 
 
 def _subset(pictures: Pictures, opened: Opened, restrict: bool | None) -> Subset | None:
@@ -226,6 +262,8 @@ def restriction(measured: Measured) -> str:
     if measured.subset:
         said.append(f"logits restricted to the {len(measured.subset.classes)} classes of the data set")
     if measured.real_labels:
-        without = len(cast(Any, measured.pictures)) - measured.evaluation.pictures - len(measured.evaluation.unreadable)
-        said.append(f"ReaL labels; {without:,} pictures have none and do not count")
+        without = len(measured.pictures) - measured.evaluation.pictures - len(measured.evaluation.unreadable)
+        said.append(f"ReaL labels (pictures without any, which do not count: {without:,})")
+    if measured.pictures.imagenet and not are_wordnet_ids(class_names(measured.pictures.source)):
+        said.append("class names taken as the numbers of ImageNet's classes")
     return "; ".join(said)

@@ -100,7 +100,8 @@ def _mark_sizes(axes: "Sequence[Axes]", rows: Iterable[Mapping[str, Any]], named
             is_papers = key == "test_size" and (size == row["paper_size"] or not row["tuned"])
             if size and not is_papers and label not in marks.setdefault(size, []):
                 marks[size].append(label)
-    marks = {size: labels for size, labels in sorted(marks.items()) if labels}
+    low, high = named_on[0].get_xlim()
+    marks = {size: labels for size, labels in sorted(marks.items()) if labels and low <= size <= high}
     for (size, labels), named in zip(marks.items(), itertools.cycle(named_on), strict=False):
         for axis in axes:
             axis.axvline(size, color="#999999", linewidth=0.9, linestyle=":" if "train size" in labels else "-.")

@@ -28,9 +28,6 @@ class Finished:
     unreadable: dict[int, str] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def __contains__(self, index: int) -> bool:
-        return index in self.judgements or index in self.unreadable
-
     def add(self, other: "Finished") -> None:
         """Takes in what another process finished at the same time."""
         self.judgements |= other.judgements
@@ -76,6 +73,8 @@ class Journal:
                     part.unreadable |= {int(index): reason for index, reason in line["unreadable"].items()}
                     part.seconds += line["seconds"]
             found.add(part)
+        mended = found.unreadable.keys() & found.judgements.keys()
+        found.unreadable = {index: why for index, why in found.unreadable.items() if index not in mended}
         return found
 
     def write(self, batch: Finished) -> None:

@@ -68,11 +68,12 @@ def judge(
     """
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     done = journal.read() if journal else Finished()
+    done.unreadable.clear()  # these may have been mended
     mine = range(rank, math.ceil(len(pictures) / shard), world)
     tasks = shard_tasks(len(pictures), shard, batch_size, mine)
-    tasks = [batch for batch in tasks if not all(index in done for _, index in batch)]
-    if progress and (before := len(done.judgements) + len(done.unreadable)):
-        progress.skip(before)
+    tasks = [batch for batch in tasks if not all(index in done.judgements for _, index in batch)]
+    if progress and done.judgements:
+        progress.skip(len(done.judgements))
     failure: FixEfficientNetError | None = None
     now = Finished()
     try:
@@ -178,7 +179,8 @@ class _TestTimeTransform:
 
 @torch.inference_mode()
 def _logits(model: nn.Module, inputs: Tensor, size: int, accelerator: "Accelerator | None") -> Tensor:
-    inputs = inputs.contiguous(memory_format=torch.channels_last)
+    dtype = next(model.parameters()).dtype
+    inputs = inputs.to(dtype).contiguous(memory_format=torch.channels_last)
     with in_eval_mode(model), accelerator.autocast() if accelerator else contextlib.nullcontext():
         try:
             logits: Tensor = model(inputs)
@@ -186,5 +188,5 @@ def _logits(model: nn.Module, inputs: Tensor, size: int, accelerator: "Accelerat
             if "memory" in str(error).lower():
                 raise
             reason = str(error).partition("\n")[0]
-            raise EvaluationError(f"The model cannot take pictures of {size} pixels: {reason}") from error
+            raise EvaluationError(f"The model fails on pictures of {size} pixels: {reason}") from error
     return logits.float()

@@ -43,6 +43,7 @@ class Opened:
         untuned: Name of the same model before FixRes; None: not known, or it is that already.
         classes: Names of its classes by index, where its weights tell.
         variant: The manifest's row, if it is of the zoo.
+        own_weights: Whether its weights are others than those that `timm_name` stands for.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Opened:
     untuned: str | None = None
     classes: tuple[str, ...] = ()
     variant: Variant | None = None
+    own_weights: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -155,6 +157,7 @@ def _of_variant(name: str, variant: Variant, weights: bool | str) -> Opened:
         tuned=tuned,
         untuned=f"{variant.key}:backbone" if tuned else None,
         variant=variant,
+        own_weights=weights not in (True, "backbone"),
     )
 
 
@@ -185,6 +188,8 @@ def _of_file(name: str, path: Path) -> Opened:
             cast(manifest.Triple, std),
         )
         backbone, classes = str(described["backbone"]), tuple(map(str, described["classes"]))
+        if not delta.is_sound(test):
+            raise ValueError(test)
     except (KeyError, TypeError, ValueError) as error:
         raise EvaluationError(f"{path}: what it says of itself cannot be read ({error!r}).") from error
     return Opened(
@@ -195,25 +200,32 @@ def _of_file(name: str, path: Path) -> Opened:
         train_size=sizes["train"],
         tuned=not base,
         classes=classes,
+        own_weights=True,
     )
 
 
 def _of_delta(name: str, path: Path, tuned: Delta) -> Opened:
     if tuned.variant in manifest.load():
         opened = _of_variant(name, manifest.find(tuned.variant), str(path))
-        size = tuned.recipe.get("train_size", opened.train_size)
-        return replace(opened, train_size=int(size) if size else None)
+        return replace(opened, train_size=_train_size(path, tuned, opened))
     opened = _of_timm(f"{TIMM}{tuned.backbone}")
     delta.apply(opened.model, tuned)
-    size = tuned.recipe.get("train_size", opened.train_size)
     return replace(
         opened,
         name=name,
         test=delta.test_time(tuned, opened.test),
-        train_size=int(size) if size else None,
+        train_size=_train_size(path, tuned, opened),
         tuned=True,
         untuned=f"{TIMM}{tuned.backbone}",
+        own_weights=True,
     )
+
+
+def _train_size(path: Path, tuned: Delta, opened: Opened) -> int | None:
+    size = tuned.recipe.get("train_size", opened.train_size)
+    if size is not None and not isinstance(size, int):
+        raise EvaluationError(f"{path}: the train_size {size!r} of its recipe is no size.")
+    return size
 
 
 def _of_timm(name: str) -> Opened:
@@ -234,7 +246,10 @@ def _of_timm(name: str) -> Opened:
             ) from error
     if not getattr(model, "num_classes", 0):
         raise EvaluationError(f"{known} has no classifier to evaluate.")
-    return replace(_described_by_timm(name, model), timm_name=known)
+    described = _described_by_timm(name, model)
+    tag = cast(dict[str, Any], model.pretrained_cfg).get("tag")
+    full = f"{architecture}.{tag}" if tag and "." not in known else known
+    return replace(described, timm_name=full, own_weights=bool(file))
 
 
 def _described_by_timm(name: str, model: nn.Module) -> Opened:

@@ -12,19 +12,6 @@ from fixefficientnet.classes import imagenet_order
 from fixefficientnet.evaluation.evaluate import Measured
 from fixefficientnet.evaluation.statistics import Comparison
 
-TIMM_COLUMNS = (
-    "model",
-    "img_size",
-    "top1",
-    "top1_err",
-    "top5",
-    "top5_err",
-    "param_count",
-    "crop_pct",
-    "interpolation",
-)
-"""Of the files in timm's results folder, such as results-imagenet.csv."""
-
 
 def row(measured: Measured) -> dict[str, Any]:
     """Everything about one evaluation, as JSON values; accuracies in per cent, loss in nats."""
@@ -46,10 +33,10 @@ def row(measured: Measured) -> dict[str, Any]:
 
 
 def timm_row(measured: Measured) -> dict[str, Any]:
-    """One evaluation with the columns of timm's result files, rounded as there."""
+    """One evaluation with the columns of the files in timm's results folder, rounded as there."""
     opened, found = measured.opened, measured.evaluation
     return {
-        "model": opened.timm_name,
+        "model": opened.name if opened.own_weights else opened.timm_name,
         "img_size": found.size,
         "top1": round(found.top1, 4),
         "top1_err": round(100 - found.top1, 4),

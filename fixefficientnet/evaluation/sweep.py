@@ -39,7 +39,10 @@ def with_untuned(names: Sequence[str]) -> list[Opened]:
     for name in names:
         one = open_model(name)
         if one.untuned and one.untuned not in opened:
-            opened[one.untuned] = open_model(one.untuned)
+            base = open_model(one.untuned)
+            # only then the difference is FixRes alone
+            test = replace(base.test, crop_pct=one.test.crop_pct, interpolation=one.test.interpolation)
+            opened[one.untuned] = replace(base, test=test)
         opened.setdefault(name, one)
     return list(opened.values())
 
