@@ -322,3 +322,8 @@ def test_a_checkpoint_of_torch_compile(tmp_path: Path):
     model = timm.create_model("test_efficientnet", num_classes=3).eval()
     torch.save({f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}, tmp_path / "compiled.pth")
     assert same(open_model(f"timm/test_efficientnet:{tmp_path / 'compiled.pth'}").model, model)
+
+
+def test_a_run_that_is_not_there_is_no_misspelt_variant(tmp_path: Path):
+    with pytest.raises(MissingFileError, match="runs/b2: there is no such file or folder"):
+        open_model(str(tmp_path / "runs/b2"))

@@ -116,8 +116,8 @@ def open_model(name: str) -> Opened:
             return _of_run(name, path)
         if path.is_file():
             return _of_file(name, path)
-        if path.suffix in WEIGHTS_SUFFIXES:
-            raise MissingFileError(f"{name}: there is no such file.") from None
+        if path.suffix in WEIGHTS_SUFFIXES or "/" in key:
+            raise MissingFileError(f"{name}: there is no such file or folder.") from None
         raise UnknownVariantError(
             f"{error} A model of timm's is timm/NAME (timm/resnet50.a1_in1k), a fine-tuning run its folder."
         ) from None
