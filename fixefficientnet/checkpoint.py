@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fixefficientnet.errors import CheckpointError
+from fixefficientnet.errors import CheckpointError, MissingFileError
 
 _DAMAGED = (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError, KeyError)
 
@@ -30,9 +30,7 @@ def read(path: Path) -> dict[str, Tensor]:
         tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except _DAMAGED as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
-    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise CheckpointError(f"{path} is not a plain state dict (names to tensors).")
-    return dict(tensors)
+    return _plain(tensors, path)
 
 
 def read_wrapped(path: Path) -> dict[str, Tensor]:
@@ -42,8 +40,10 @@ def read_wrapped(path: Path) -> dict[str, Tensor]:
     DataParallel or "_orig_mod." by torch.compile; the file may have any ending.
 
     Raises:
+        MissingFileError: There is no such file.
         CheckpointError: The file is damaged, or holds no plain state dict.
     """
+    check_there(path)
     try:
         found: Any = load_file(path) if _is_safetensors(path) else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # pickle, zip and safetensors raise a dozen kinds on damaged files
@@ -54,9 +54,25 @@ def read_wrapped(path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
+    return {
+        name.removeprefix("module.").removeprefix("_orig_mod."): tensor for name, tensor in _plain(found, path).items()
+    }
+
+
+def _plain(found: object, path: Path) -> dict[str, Tensor]:
     if not isinstance(found, Mapping) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise CheckpointError(f"{path} is not a plain state dict (names to tensors).")
-    return {str(name).removeprefix("module.").removeprefix("_orig_mod."): tensor for name, tensor in found.items()}
+    return {str(name): tensor for name, tensor in found.items()}
+
+
+def check_there(path: Path) -> None:
+    """Refuses a name that is no file's.
+
+    Raises:
+        MissingFileError: There is no such file.
+    """
+    if not path.is_file():
+        raise MissingFileError(f"The checkpoint {path}: there is no such file.")
 
 
 def _is_safetensors(path: Path) -> bool:

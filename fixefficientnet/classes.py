@@ -1,5 +1,6 @@
 """Class numbers: a data set's classes in the model's numbering, subsets of them, ReaL's further labels."""
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ def are_wordnet_ids(names: Sequence[str]) -> bool:
     return bool(names) and all(_WORDNET_ID.fullmatch(name) for name in names)
 
 
+@functools.cache
 def imagenet_order() -> tuple[str, ...]:
     """The WordNet ids of ImageNet-1k's classes, in their order."""
     info = ImageNetInfo("imagenet-1k")

@@ -13,7 +13,7 @@ from torch import Tensor
 from fixefficientnet import checkpoint, delta, zoo
 from fixefficientnet.checkpoint import listed
 from fixefficientnet.delta import Delta
-from fixefficientnet.errors import CheckpointError, MissingFileError
+from fixefficientnet.errors import CheckpointError
 from fixefficientnet.files import replacing
 from fixefficientnet.manifest import Variant
 
@@ -30,13 +30,16 @@ class Checkpoint:
         tensors: By timm's state-dict names; float32.
         backbone: The backbone's own tensors.
         differing: Tensors outside classifier and last norm that are not the backbone's: name, largest difference.
-        outside: How many tensors there are outside.
     """
 
     tensors: dict[str, Tensor]
     backbone: dict[str, Tensor]
     differing: dict[str, float]
-    outside: int
+
+    @property
+    def outside(self) -> int:
+        """How many tensors there are outside the head."""
+        return len(self.tensors) - len(zoo.HEAD.select(self.tensors))
 
 
 def read(path: Path, variant: Variant, *, cache_dir: str | os.PathLike[str] | None = None) -> Checkpoint:
@@ -52,8 +55,6 @@ def read(path: Path, variant: Variant, *, cache_dir: str | os.PathLike[str] | No
         MissingFileError: There is no such file.
         CheckpointError: It cannot be read, or is of another network.
     """
-    if not path.is_file():
-        raise MissingFileError(f"The checkpoint {path}: there is no such file.")
     found = checkpoint.read_wrapped(path)
     backbone = zoo.backbone_tensors(variant, cache_dir)
     names = {name for name in backbone if not name.endswith(_IGNORED)}
@@ -71,7 +72,7 @@ def read(path: Path, variant: Variant, *, cache_dir: str | os.PathLike[str] | No
         difference = float((tensors[name] - backbone[name].to(torch.float32)).abs().max())
         if not difference <= TOLERANCE:  # NaN too
             differing[name] = difference
-    return Checkpoint(tensors, backbone, differing, len(names) - len(head))
+    return Checkpoint(tensors, backbone, differing)
 
 
 def to_delta(found: Checkpoint, variant: Variant, *, license: str, source: str) -> Delta:

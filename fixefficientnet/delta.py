@@ -183,11 +183,11 @@ def of_tensors(
     Args:
         tuned: By state-dict name; float32, on the CPU.
         replaced: The backbone's, which they replace.
-        variant: The manifest's key, or the model's timm name where it is none of ours.
+        variant: As all that follow, see `extract`.
         backbone: timm name of the network.
-        license: Of the delta; SPDX, lower case.
-        recipe: Everything that decided the result; JSON values.
-        measured: What was measured with the tuned model; JSON values.
+        license: Of the delta.
+        recipe: What decided the result.
+        measured: What was measured.
 
     Raises:
         DeltaMismatchError: The two are not of the same architecture.

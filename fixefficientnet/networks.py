@@ -12,7 +12,7 @@ from torch import nn
 
 from fixefficientnet import checkpoint, delta
 from fixefficientnet.checkpoint import listed
-from fixefficientnet.errors import CheckpointError, MissingFileError
+from fixefficientnet.errors import CheckpointError
 
 DESCRIPTION = "fixefficientnet"
 """Key of a run's own words about its network, in the metadata of its model.safetensors."""
@@ -29,8 +29,6 @@ def from_checkpoint(architecture: str, path: Path) -> nn.Module:
         MissingFileError: There is no such file.
         CheckpointError: It cannot be read, or is not of this network.
     """
-    if not path.is_file():
-        raise MissingFileError(f"The checkpoint {path}: there is no such file.")
     tensors = checkpoint.read_wrapped(path)
     if not timm.is_model(architecture):
         raise CheckpointError(
@@ -64,8 +62,7 @@ def description(path: Path) -> Mapping[str, Any]:
     Raises:
         MissingFileError: There is no such file.
     """
-    if not path.is_file():
-        raise MissingFileError(f"The checkpoint {path}: there is no such file.")
+    checkpoint.check_there(path)
     try:
         with safetensors.safe_open(path, "pt") as file:
             described = json.loads((file.metadata() or {}).get(DESCRIPTION, "{}"))

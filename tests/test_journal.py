@@ -47,6 +47,8 @@ def test_what_was_written_is_read_again_also_of_several_processes(tmp_path: Path
     with pytest.raises(EvaluationError, match="unfinished"):
         load(path)
     Journal(path, 0).note({"size": 48, "crop_pct": 0.5, "pictures": 5})
+    assert found.notes == {}
+    found.notes = {"size": 48, "crop_pct": 0.5, "pictures": 5}
     assert Journal(path).read() == found
     whole = load(path)
     judgements = (ONE.judgements[0], None, THREE.judgements[2], ONE.judgements[3], None)

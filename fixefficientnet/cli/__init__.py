@@ -8,13 +8,13 @@ import sys
 from rich.markup import escape
 
 from fixefficientnet import processes
-from fixefficientnet.cli import (
-    deploy,  # noqa: F401
-    measure,  # noqa: F401
-    zoo,  # noqa: F401 - modules add their commands, in the order of --help
-)
 from fixefficientnet.cli.app import app, err
 from fixefficientnet.errors import FixEfficientNetError
+
+# the modules add their commands, which stand in this order in --help
+# isort: off
+from fixefficientnet.cli import zoo, measure, deploy  # noqa: F401
+# isort: on
 
 _EXTRAS = {"accelerate": "evaluate", "matplotlib": "evaluate", "torchmetrics": "evaluate"}
 _EXTRAS |= {"onnx": "onnx", "onnxruntime": "onnx", "onnxscript": "onnx", "openvino": "openvino"}
@@ -30,7 +30,8 @@ def main() -> None:
             err.quiet = False
             err.print(f"[red]Error{where}:[/] {escape(str(error))}", soft_wrap=True)
     except OSError as error:
-        err.print(f"[red]Error:[/] {escape(str(error.filename or 'Writing'))}: {error.strerror}.", soft_wrap=True)
+        where, reason = error.filename or "Writing", error.strerror or str(error) or type(error).__name__
+        err.print(f"[red]Error:[/] {escape(f'{where}: {reason}')}.", soft_wrap=True)
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise

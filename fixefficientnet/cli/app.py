@@ -4,7 +4,9 @@ import json
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from fixefficientnet import __version__, processes
 
@@ -24,6 +26,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def print_json(value: object) -> None:
     """Prints JSON on stdout."""
     typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """A table for 80 columns: the first column is text, the others are figures and keep to one line."""
+    made = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    first, *others = columns
+    made.add_column(first, overflow="fold")
+    for column in others:
+        made.add_column(column, justify="right", no_wrap=True)
+    return made
 
 
 def _print_version(asked: bool) -> None:

@@ -4,11 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.markup import escape
-from rich.table import Table
 
-from fixefficientnet.cli.app import AsJson, app, err, out, print_json
+from fixefficientnet.cli.app import AsJson, app, err, out, print_json, table
 from fixefficientnet.errors import FixEfficientNetError
 from fixefficientnet.files import write_atomically
 
@@ -236,14 +234,11 @@ def paper(
         typer.echo(f"{papers.as_markdown(rows)}\n\n{papers.footnote(rows)}")
     else:
         for number, title in papers.TITLES.items():
-            table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
-            table.padding = (0, 1, 0, 0)
-            for column in papers.HEADER:
-                table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
+            shown = table(*papers.HEADER, title=title)
             for row in rows:
                 for cells in papers.cells(row) if row["table"] == number else ():
-                    table.add_row(*cells)
-            out.print(table)
+                    shown.add_row(*cells)
+            out.print(shown)
         out.print(escape(papers.footnote(rows)))
     for result in papers.elsewhere(found):
         err.print(
@@ -274,17 +269,14 @@ def figure(
 def _show_sweep(rows: "list[dict[str, Any]]") -> None:
     from fixefficientnet.evaluation.sweep import best_size
 
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("model", overflow="fold")
-    for column in ("size", "top-1", "95%", "top-5", "loss", "GMACs", "pict./s", ""):
-        table.add_column(column, justify="right", no_wrap=True)
+    shown = table("model", "size", "top-1", "95%", "top-5", "loss", "GMACs", "pict./s", "")
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         best = best_size(own)
         for row in own:
             marks = ["best"] if row["size"] == best else []
             marks += [word for word in ("train", "paper", "test") if row["size"] == row[f"{word}_size"]]
-            table.add_row(
+            shown.add_row(
                 escape(model),
                 str(row["size"]),
                 f"{row['top1']:.2f}",
@@ -295,17 +287,14 @@ def _show_sweep(rows: "list[dict[str, Any]]") -> None:
                 f"{row['pictures_per_second']:.1f}",
                 ",".join(marks),
             )
-    out.print(table)
+    out.print(shown)
 
 
 def _show(every: "list[Measured]", pair: "dict[str, Any] | None") -> None:
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("model", overflow="fold")
-    for column in ("size", "top-1", "95%", "top-5", "95%", "loss", "ECE", "pict./s"):
-        table.add_column(column, justify="right", no_wrap=True)
+    shown = table("model", "size", "top-1", "95%", "top-5", "95%", "loss", "ECE", "pict./s")
     for one in every:
         found = one.evaluation
-        table.add_row(
+        shown.add_row(
             escape(one.opened.name),
             str(found.size),
             f"{found.top1:.2f}",
@@ -316,7 +305,7 @@ def _show(every: "list[Measured]", pair: "dict[str, Any] | None") -> None:
             f"{found.calibration_error:.3f}",
             f"{found.rate:.1f}" if found.rate else "-",
         )
-    out.print(table)
+    out.print(shown)
     out.print(_said(every), soft_wrap=True)
     if pair:
         out.print(

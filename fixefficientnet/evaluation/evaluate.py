@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fixefficientnet import delta, processes
+from fixefficientnet import processes
 from fixefficientnet.classes import IMAGENET, SUBSET, Subset, are_wordnet_ids, imagenet_order, real_labels
 from fixefficientnet.data import Pictures, class_names, follow, open_pictures
 from fixefficientnet.errors import EvaluationError
@@ -172,8 +172,7 @@ def measure(
     if settings.folder:
         place = Path(pictures.what)
         identity = {
-            "weights": delta.fingerprint(model.state_dict()),
-            "network": hashlib.sha256(repr(model).encode()).hexdigest(),  # equal weights can mean another padding
+            **opened.identity,
             "place": str(place.resolve()) if place.exists() else pictures.what,  # fingerprints know names, not pixels
             "pictures": pictures.fingerprint(),
             "test": asdict(test),
@@ -184,7 +183,7 @@ def measure(
         }
         path = Path(settings.folder) / _filename(opened.name, test.size, identity)
         journal = Journal(path, accelerator.process_index)
-        known = journal.notes().get(_ACTIVATIONS)
+        known = journal.read().notes.get(_ACTIVATIONS) if settings.activations else None
         accelerator.wait_for_everyone()  # all have looked before the first clears
         # what was not watched when its batch was done needs the batch again
         anew = not settings.resume or (settings.activations and known is None)

@@ -123,6 +123,8 @@ def sweep(rows: Sequence[Mapping[str, Any]]) -> "Figure":
 
     Bars are 95% intervals, a star is each model's best size.
     """
+    from fixefficientnet.evaluation.sweep import best_size
+
     lines = _by_model(rows)
     figure, (accuracy, gmacs, rate) = panels(3, width=7, height=6.2, ratios=(3, 1, 1), sharex=True)
     looks = _looks(lines)
@@ -131,8 +133,8 @@ def sweep(rows: Sequence[Mapping[str, Any]]) -> "Figure":
         top1 = [row["top1"] for row in points]
         spread = [[row["top1"] - row["top1_low"] for row in points], [row["top1_high"] - row["top1"] for row in points]]
         accuracy.errorbar(sizes, top1, spread, elinewidth=0.7, capsize=2, **looks[name])
-        best = sorted(zip(top1, sizes, strict=True), key=lambda point: (-point[0], point[1]))[0]
-        accuracy.plot(best[1], best[0], "*", markersize=14, color=looks[name]["color"], zorder=3)
+        best = best_size(points)
+        accuracy.plot(best, top1[sizes.index(best)], "*", markersize=14, color=looks[name]["color"], zorder=3)
         rate.plot(sizes, [row["pictures_per_second"] for row in points], **looks[name])
     for network, points in {row["network"]: lines[row["model"]] for row in rows}.items():
         gmacs.plot([row["size"] for row in points], [row["gmacs"] for row in points], ".-", color="#333333")

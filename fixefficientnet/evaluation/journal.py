@@ -22,17 +22,20 @@ class Finished:
         judgements: By picture index.
         unreadable: Reason by picture index.
         seconds: What they took; of several processes, the one that took longest.
+        notes: What belongs to the whole, the latest of each key.
     """
 
     judgements: dict[int, Judgement] = field(default_factory=dict)
     unreadable: dict[int, str] = field(default_factory=dict)
     seconds: float = 0.0
+    notes: dict[str, Any] = field(default_factory=dict)
 
     def add(self, other: "Finished") -> None:
         """Takes in what another process finished at the same time."""
         self.judgements |= other.judgements
         self.unreadable |= other.unreadable
         self.seconds = max(self.seconds, other.seconds)
+        self.notes |= other.notes
 
     def evaluation(self, size: int, crop_pct: float, pictures: int) -> Evaluation:
         """The whole; all pictures must be in."""
@@ -63,7 +66,7 @@ class Journal:
             file.unlink(missing_ok=True)
 
     def read(self) -> Finished:
-        """All finished batches, of any number of processes."""
+        """All finished batches and notes, of any number of processes."""
         found = Finished()
         for file in self.files():
             part = Finished()
@@ -72,6 +75,8 @@ class Journal:
                     part.judgements |= zip(line["indices"], map(_judgement, line["judgements"]), strict=True)
                     part.unreadable |= {int(index): reason for index, reason in line["unreadable"].items()}
                     part.seconds += line["seconds"]
+                else:
+                    part.notes |= line
             found.add(part)
         mended = found.unreadable.keys() & found.judgements.keys()
         found.unreadable = {index: why for index, why in found.unreadable.items() if index not in mended}
@@ -86,15 +91,6 @@ class Journal:
     def note(self, values: Mapping[str, Any]) -> None:
         """Appends JSON values that belong to the whole; keys other than a batch's."""
         self._append(values)
-
-    def notes(self) -> dict[str, Any]:
-        """All that was noted, the latest of each key."""
-        found: dict[str, Any] = {}
-        for file in self.files():
-            for line in _lines(file):
-                if "indices" not in line:
-                    found |= line
-        return found
 
     def _append(self, values: Mapping[str, Any]) -> None:
         file = self.path.with_name(f"{self.path.name}.{self._rank}.jsonl")
@@ -115,8 +111,8 @@ def load(path: Path) -> Evaluation:
     Raises:
         EvaluationError: It is not there, or was not finished.
     """
-    journal = Journal(path)
-    notes, found = journal.notes(), journal.read()
+    found = Journal(path).read()
+    notes = found.notes
     if not {"size", "crop_pct", "pictures"} <= notes.keys():
         raise EvaluationError(f"{path}.*.jsonl is no evaluation, or an unfinished one.")
     return found.evaluation(notes["size"], notes["crop_pct"], notes["pictures"])

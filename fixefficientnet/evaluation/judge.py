@@ -109,7 +109,7 @@ def judge(
             f"{next(iter(now.unreadable.values()))}"
         )
     whole = {"size": test.size, "crop_pct": test.crop_pct, "pictures": len(pictures)}
-    if journal and rank == 0 and not whole.items() <= journal.notes().items():
+    if journal and rank == 0 and not whole.items() <= done.notes.items():
         journal.note(whole)
     return now.evaluation(test.size, test.crop_pct, len(pictures))
 

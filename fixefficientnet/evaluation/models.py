@@ -9,7 +9,9 @@
 | `timm/resnet50:FILE` | a timm network with a whole checkpoint of one's own |
 """
 
+import hashlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,6 +74,14 @@ class Opened:
     def parameters(self) -> int:
         """How many it has."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """Hashes that tell this network with these weights from every other."""
+        return {
+            "weights": delta.fingerprint(self.model.state_dict()),
+            "network": hashlib.sha256(repr(self.model).encode()).hexdigest(),  # equal weights, another padding
+        }
 
     def at(self, size: int | None, crop_pct: float | None = None) -> TestTime:
         """Its test-time preprocessing at another size or crop_pct."""

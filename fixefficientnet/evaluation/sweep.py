@@ -1,6 +1,6 @@
 """Accuracy and cost of models over a range of test sizes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -78,6 +78,6 @@ def sweep(
     return rows
 
 
-def best_size(rows: Sequence[dict[str, Any]]) -> int:
+def best_size(rows: Sequence[Mapping[str, Any]]) -> int:
     """The size of highest top-1; of several, the smallest."""
     return int(min(rows, key=lambda row: (-row["top1"], row["size"]))["size"])

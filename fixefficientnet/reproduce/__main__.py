@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from fixefficientnet import manifest, processes
+from fixefficientnet.cli.app import table
 from fixefficientnet.errors import FixEfficientNetError, RecipeError, UnknownVariantError
 
 EXTRA = "pip install 'fixefficientnet[reproduce]'"
@@ -190,12 +190,10 @@ def _print_plan(
         console.print(grid)
         return
     header, *rows = plan.as_table(plans, throughput)
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in header:
-        table.add_column(column, justify="left" if column in ("variant", "method") else "right")
+    shown = table(*header)
     for row in rows:
-        table.add_row(*row)
-    console.print(table)
+        shown.add_row(*row)
+    console.print(shown)
     console.print(
         f"For {pictures[0]:,} pictures to train on, {pictures[1]:,} to measure on. trained: values that change. GMACs: "
         "billions of multiply-adds per picture. memory: tensors per device, float32. "
