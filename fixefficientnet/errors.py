@@ -48,6 +48,10 @@ class DeltaMismatchError(DeltaError):
     """A sound delta, but not for this model: another variant, another backbone, other tensors or shapes."""
 
 
+class PublishError(FixEfficientNetError, ValueError):
+    """A run cannot be published, or not there; says whether anything was."""
+
+
 class UnsupportedModelError(FixEfficientNetError, ValueError):
     """FixRes does not know where to find the classifier or the last batch norm of this model."""
 

@@ -327,12 +327,21 @@ def _load(overlay: str, place: Path, _version: object = None) -> Mapping[str, Va
             text = place.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ManifestError(f"{place} ({OVERLAY_VARIABLE}) cannot be read: {error}") from None
-    document = _read_json(text, source)
+    return MappingProxyType(parse_overlay(_read_json(text, source), folder=folder, source=source))
+
+
+def parse_overlay(document: object, *, folder: Path, source: str) -> dict[str, Variant]:
+    """Checks rows that lie over the packaged ones, and turns all into variants; see `parse`.
+
+    Raises:
+        ManifestError: Names the row and the key at fault.
+    """
+    packaged = _read_json(packaged_path().read_text(encoding="utf-8"), str(packaged_path()))
     try:
         merged = _merge(_rows(packaged), _rows(document))
     except ManifestError as error:
         raise ManifestError(f"{source}: {error}") from None
-    return MappingProxyType(parse(merged, folder=folder, source=source))
+    return parse(merged, folder=folder, source=source)
 
 
 def _read_json(text: str, source: str) -> object:

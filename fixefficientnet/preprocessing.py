@@ -50,8 +50,12 @@ class Preprocess(TestTime):
         Raises:
             PictureError: It cannot be opened, or is above the pixel limit (see `open_picture`).
         """
-        square: Image.Image = F.center_crop(self.resize(open_picture(picture)), [self.size, self.size])
-        return self.normalise(square)
+        return self.normalise(self.crop(open_picture(picture)))
+
+    def crop(self, image: Image.Image) -> Image.Image:
+        """The first two steps: an RGB picture to the square of `size` pixels that the network is shown."""
+        square: Image.Image = F.center_crop(self.resize(image), [self.size, self.size])
+        return square
 
     def resize(self, image: Image.Image) -> Image.Image:
         """The first step: the shorter side to `int(size / crop_pct)`; RGB to RGB."""

@@ -95,7 +95,15 @@ def test_a_run_leaves_what_it_measured(ground: Ground, tmp_path: Path, method: s
     said = tiny.run(ground.fixres("--method", method, out=tmp_path), tmp_path / "said.txt")
     folder = tmp_path / "run"
     assert "FixRes, at the test size (48): top-1" in said
-    names = {"delta.safetensors", "model.safetensors", "recipe.json", "report.json", "report.md", "log.jsonl"}
+    names = {
+        "delta.safetensors",
+        "model.safetensors",
+        "probe.safetensors",
+        "recipe.json",
+        "report.json",
+        "report.md",
+        "log.jsonl",
+    }
     names |= {"curve.png", "checkpoint", "evaluations", "tensorboard", ".lock"}
     assert {path.name for path in folder.iterdir()} == names
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""`convert`, `merge`, `export`."""
+"""`convert`, `merge`, `export`, `publish`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -120,6 +120,69 @@ def export(
             f"{output.stat().st_size / 1e6:.1f} MB\n"
             f"against eager: logits differ by up to {checked.difference:.2g} ({checked.relative:.1g} of the largest), "
             f"same best guess for {checked.agreement:.0%} of {checked.pictures} pictures"
+        ),
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def publish(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, of different variants.")],
+    repo: Annotated[str, typer.Option(help="ORGANISATION/NAME on the Hub.")],
+    to: Annotated[
+        Path | None, typer.Option(help="Write it as a git repository in this folder, and nothing to the Hub.")
+    ] = None,
+    manifest_file: Annotated[
+        Path, typer.Option("--manifest", help="Gets the rows that load from there; made if need be.")
+    ] = Path("weights_manifest.json"),
+    replace: Annotated[bool, typer.Option("--replace", help="Replace other weights of the same variants.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is made.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show everything and write nothing.")] = False,
+) -> None:
+    """Check finished runs and publish their deltas on the Hub.
+
+    One commit, one tag: deltas, model card, models.json. Who may write there is huggingface_hub's business: `hf auth
+    login`, or HF_TOKEN.
+    """
+    from fixefficientnet.publishing import rows
+    from fixefficientnet.publishing import runs as checking
+    from fixefficientnet.publishing.places import InFolder, OnHub, check_name
+    from fixefficientnet.publishing.publish import CARD, plan
+    from fixefficientnet.publishing.publish import publish as publishing
+
+    check_name(repo)
+    checked = checking.check_all(runs)
+    for run in checked:
+        said = (
+            f"{run.folder}: {run.variant.key}, {len(run.data) / 1e6:.1f} MB, sha256 {run.sha256}\n"
+            f"  complete; {run.right} of {run.probed} stored pictures right, logits differ by {run.difference:.1g} of "
+            "the largest"
+        )
+        out.print(escape(said), soft_wrap=True)
+    place = OnHub(repo, private) if to is None else InFolder(to)
+    present = place.present()
+    chosen = plan(checked, repo, present, replace=replace)
+    where = repo if to is None else f"{to} ({repo})"
+    if dry_run:
+        out.print(escape(f"\n{where}, {chosen.message if chosen.files else f'{chosen.version}: all is there'}"))
+        for name, data in chosen.files.items():
+            out.print(escape(f"  {name}  {len(data):,} bytes"), soft_wrap=True)
+        if card := chosen.files.get(CARD):
+            out.print(f"\n{CARD}:", soft_wrap=True)
+            typer.echo(card.decode())
+        revisions = {run.variant.key: "0" * 40 for run in checked}
+        out.print(escape(f"{manifest_file}, but for the commit:"), soft_wrap=True)
+        typer.echo(rows.updated(manifest_file, checked, repo, revisions), nl=False)
+        out.print("Nothing was written (--dry-run).")
+        return
+    done = publishing(checked, chosen, place, present, manifest_file)
+    out.print(escape(f"{where}, {chosen.message if chosen.files else f'{chosen.version}: all was there already'}"))
+    for key, revision in done.revisions.items():
+        out.print(escape(f"  {key} at {revision}"), soft_wrap=True)
+    out.print(
+        escape(
+            f"{manifest_file} has the rows: with FIXEFFICIENTNET_MANIFEST={manifest_file}, "
+            f"create({next(iter(done.revisions))!r}, pretrained=True) loads them."
         ),
         soft_wrap=True,
     )

@@ -16,6 +16,8 @@ ROUNDING = 0.05
 """The paper gives one decimal."""
 IMAGENET = (50_000, 1000)
 """Pictures and classes of ImageNet-2012's validation set: only there the paper's figures can be compared."""
+IMAGENET_NAME = "imagenet-1k"
+"""What a manifest's measured data set begins with where it is that."""
 
 
 def within_noise(difference: float) -> bool:
@@ -50,7 +52,7 @@ def published() -> list[Result]:
     for variant in manifest.load().values():
         measured = variant.weights.measured if variant.weights else None
         if measured:
-            named = measured.dataset.lower().startswith(("imagenet-1k", "imagenet-2012"))
+            named = measured.dataset.lower().startswith((IMAGENET_NAME, "imagenet-2012"))
             comparable = named and measured.pictures == IMAGENET[0]
             fix = Accuracy(variant.test.size, measured.top1, measured.top5)
             found.append(Result(variant.key, "published", measured.pictures, comparable, None, fix))

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
-from fixefficientnet import delta, networks
+from fixefficientnet import delta, networks, probe
 from fixefficientnet.data import TRAIN, VALIDATION, Pictures, follow, open_pictures
 from fixefficientnet.errors import CheckpointError, DataError, RunError
 from fixefficientnet.evaluation.journal import Journal
@@ -215,7 +215,8 @@ def _claim(session: Session, identity: Mapping[str, Any], recipe: Recipe, option
             + "\nChoose another folder with --experiment, or start anew in this one with --overwrite."
         )
     finished = _saved(folder / "report.json")
-    results = ["report.md", "delta.safetensors" if recipe.stage == "fixres" else "model.safetensors"]
+    weights = ["delta.safetensors", probe.FILENAME] if recipe.stage == "fixres" else ["model.safetensors"]
+    results = ["report.md", *weights]
     if finished is not None and all((folder / name).exists() for name in results):
         return dict(finished)
     write_atomically(file, (json.dumps(identity, indent=2) + "\n").encode())
@@ -232,6 +233,7 @@ _OURS = (
     "features",
     "log.jsonl",
     "model.safetensors",
+    probe.FILENAME,
     "recipe.json",
     "report.json",
     "report.md",
@@ -292,6 +294,7 @@ def _tune(
 
     def finish() -> dict[str, Any]:
         more = {
+            "data": {"train": train.what, "validation": validation.what},
             "train_pictures": len(train),
             "processes": session.world,
             "classes": list(train.classes),
@@ -303,6 +306,8 @@ def _tune(
         built = report.build(recipe, subject.variant, measured.found, num_classes=classes, more=more)
         finished: dict[str, Any] = json.loads(json.dumps(built))  # as a later call reads it
         _save_weights(folder, subject, recipe, model, original, finished, own=options.checkpoint is not None)
+        if recipe.stage == "fixres":
+            probe.save(probe.take(model, validation, measured.found["tuned"], recipe.test), folder / probe.FILENAME)
         report.curve(log.lines(), folder / "curve.png", f"{recipe.variant}, {recipe.stage} stage, {recipe.method}")
         report.write(folder, finished, recipe)
         shutil.rmtree(folder / "features", ignore_errors=True)
@@ -320,11 +325,11 @@ def _save_weights(
     recipe: Recipe,
     model: nn.Module,
     original: Mapping[str, torch.Tensor],
-    finished: Mapping[str, Any],
+    finished: dict[str, Any],
     *,
     own: bool,
 ) -> None:
-    """The delta of a FixRes stage; the whole network where its weights are nobody else's."""
+    """The delta of a FixRes stage (and its hash in the report); the whole network where it is on nobody's Hub."""
     if recipe.stage == "fixres":
         measured = {
             name: {key: row[key] for key in ("size", "crop_pct", "pictures", "top1", "top5")}
@@ -339,7 +344,7 @@ def _save_weights(
             recipe=asdict(recipe),
             measured=measured,
         )
-        delta.save(tuned, folder / "delta.safetensors")
+        finished["delta_sha256"] = delta.save(tuned, folder / "delta.safetensors")
     if recipe.stage == "base" or recipe.weights != "pretrained":
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         for name, tensor in tensors.items():

@@ -1,0 +1,110 @@
+"""A few pictures with the logits that a network gave for them: whether another copy of it is still the same.
+
+A run leaves them (`probe.safetensors`), publishing holds what it is about to publish against them. Tensors: pictures,
+uint8 [N, S, S, 3], resized and cropped; logits, float32 [N, classes]; labels, int64 [N].
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fixefficientnet.errors import CheckpointError
+from fixefficientnet.files import write_atomically
+from fixefficientnet.manifest import TestTime
+from fixefficientnet.preprocessing import Preprocess
+
+if TYPE_CHECKING:
+    from fixefficientnet.data import Pictures
+    from fixefficientnet.evaluation.outcome import Evaluation
+
+FILENAME = "probe.safetensors"
+COUNT = 8
+TOLERANCE = 0.01
+"""Largest difference of logits between two devices, relative to the largest logit: TF32 keeps ten bits."""
+_DTYPES = {"pictures": torch.uint8, "logits": torch.float32, "labels": torch.int64}
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Pictures and what a network made of them; see the module."""
+
+    pictures: Tensor
+    logits: Tensor
+    labels: Tensor
+
+    @property
+    def right(self) -> int:
+        """How many have the label as best guess."""
+        return int((self.logits.argmax(1) == self.labels).sum())
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def take(model: nn.Module, pictures: "Pictures", evaluation: "Evaluation", test: TestTime) -> Probe:
+    """Takes pictures from all over a data set, among those that could be read.
+
+    Args:
+        model: In eval mode, float32.
+        pictures: What it was measured on.
+        evaluation: How.
+        test: With which preprocessing.
+    """
+    judged = [index for index, judgement in enumerate(evaluation.judgements) if judgement is not None]
+    chosen = [judged[position] for position in np.linspace(0, len(judged) - 1, min(COUNT, len(judged))).astype(int)]
+    preprocess = Preprocess.of(test)
+    images, labels = zip(*(pictures[index] for index in chosen), strict=True)
+    squares = torch.stack([torch.from_numpy(np.array(preprocess.crop(image))) for image in images])
+    return Probe(squares, logits(model, squares, test), torch.tensor(labels))
+
+
+@torch.inference_mode()
+def logits(model: nn.Module, pictures: Tensor, test: TestTime) -> Tensor:
+    """What a model makes of a probe's pictures: float32 [N, classes], on the CPU."""
+    preprocess = Preprocess.of(test)
+    device = next(model.parameters()).device
+    tensors = (preprocess.normalise(Image.fromarray(picture.numpy())) for picture in pictures)
+    return torch.cat([model(tensor[None].to(device)).float().cpu() for tensor in tensors])  # one by one: any size fits
+
+
+def save(probe: Probe, path: Path) -> None:
+    """Writes a probe."""
+    write_atomically(path, safetensors.torch.save({name: getattr(probe, name) for name in _DTYPES}))
+
+
+def load(path: Path) -> Probe:
+    """Reads a probe.
+
+    Raises:
+        CheckpointError: It is damaged, or none.
+    """
+    try:
+        tensors = safetensors.torch.load(path.read_bytes())
+        probe = Probe(**{name: tensors[name] for name in _DTYPES})
+    except (safetensors.SafetensorError, OSError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    sound = all(getattr(probe, name).dtype == dtype for name, dtype in _DTYPES.items())
+    shapes = probe.pictures.shape[:1], probe.logits.shape[:1], probe.labels.shape
+    if not sound or len(set(shapes)) != 1 or not len(probe) or probe.pictures.shape[3:] != (3,):
+        raise CheckpointError(f"{path} is no probe of a run.")
+    return probe
+
+
+def difference(probe: Probe, found: Tensor) -> float:
+    """Largest difference of other logits from a probe's, relative to its largest; infinite where they are no numbers.
+
+    Args:
+        probe: Whose.
+        found: float32 [N, classes].
+    """
+    if found.shape != probe.logits.shape:
+        return float("inf")
+    largest = float((found - probe.logits).abs().max().nan_to_num(torch.inf))
+    return largest / float(probe.logits.abs().max())

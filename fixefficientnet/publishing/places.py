@@ -1,0 +1,235 @@
+"""Where a repository is written: on the Hub, or as a git repository on disk. One commit, then its tag."""
+
+import contextlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from fixefficientnet import __version__, hub
+from fixefficientnet.errors import FixEfficientNetError, PublishError
+from fixefficientnet.hub import HubFile
+
+INDEX = "models.json"
+BRANCH = "main"
+_NO_COMMIT = "0" * 40
+_NOBODY = ("-c", "user.name=fixefficientnet", "-c", "user.email=fixefficientnet@localhost")
+
+
+@dataclass(frozen=True)
+class Present:
+    """What a repository holds now.
+
+    Attributes:
+        head: Its last commit; None: there is none.
+        names: Of its files.
+        index: The bytes of its models.json; None: it has none.
+        tags: Commit by tag.
+    """
+
+    head: str | None = None
+    names: frozenset[str] = frozenset()
+    index: bytes | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+class Place(Protocol):
+    """Somewhere to publish to."""
+
+    def present(self) -> Present:
+        """What is there."""
+
+    def commit(self, files: Mapping[str, bytes], message: str, parent: str | None) -> str:
+        """Adds or replaces files in one commit; all or none.
+
+        Returns:
+            Its hash, 40 hex digits.
+
+        Raises:
+            PublishError: Nothing was published.
+        """
+
+    def tag(self, name: str, revision: str) -> None:
+        """Names a commit."""
+
+
+@dataclass(frozen=True)
+class OnHub:
+    """A model repository on the Hub; who may write there is huggingface_hub's business (`hf auth login`, HF_TOKEN).
+
+    Attributes:
+        repository: organisation/name.
+        private: Whether it is made private, if it is made.
+    """
+
+    repository: str
+    private: bool = False
+
+    def present(self) -> Present:
+        """What is there."""
+        api = self._api()
+        with self._saying("Nothing was published"):
+            try:
+                info = api.model_info(self.repository)
+                tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(self.repository).tags}
+            except RepositoryNotFoundError:
+                return Present()
+        names = frozenset(sibling.rfilename for sibling in info.siblings or ())
+        index = None
+        if INDEX in names and info.sha:
+            index = hub.read(HubFile(self.repository, INDEX, info.sha))
+        return Present(info.sha, names, index, tags)
+
+    def commit(self, files: Mapping[str, bytes], message: str, parent: str | None) -> str:
+        """Adds or replaces files in one commit; all or none."""
+        api = self._api()
+        with self._saying("Nothing was published"):
+            api.create_repo(self.repository, private=self.private, exist_ok=True)
+            parent = parent or api.model_info(self.repository).sha  # the Hub's own first commit
+            operations = [CommitOperationAdd(name, data) for name, data in files.items()]
+            made = api.create_commit(self.repository, operations, commit_message=message, parent_commit=parent)
+        return str(made.oid)
+
+    def tag(self, name: str, revision: str) -> None:
+        """Names a commit."""
+        with self._saying(f"The commit {revision} is published, its tag {name} is not"):
+            self._api().create_tag(self.repository, tag=name, revision=revision)
+
+    def _api(self) -> HfApi:
+        return HfApi(library_name="fixefficientnet", library_version=__version__)
+
+    @contextlib.contextmanager
+    def _saying(self, state: str) -> Iterator[None]:
+        """Turns huggingface_hub's errors into one message, which says what is published and what is not."""
+        try:
+            yield
+        except HfHubHTTPError as error:
+            status = error.response.status_code if error.response is not None else None
+            what = f"{constants.ENDPOINT} answered with the status {status}"
+            if status in (401, 403, 404):
+                organisation = self.repository.partition("/")[0]
+                advice = (
+                    f"Your token may not write to {self.repository}: log in with one that may (`hf auth login`, or "
+                    f"HF_TOKEN), as a member of {organisation}."
+                )
+            elif status in (409, 412):
+                advice = "Somebody else committed meanwhile: give the same command again."
+            else:
+                advice = "Give the same command again."
+            raise PublishError(f"{state}: {what} ({_reason(error)}). {advice}") from error
+        except (HTTPError, OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, FixEfficientNetError):
+                raise
+            raise PublishError(
+                f"{state}: {constants.ENDPOINT} was not reached to the end ({_reason(error)}). The same command, given "
+                "again, completes it."
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The server's own words, or the first line."""
+    said = getattr(error, "server_message", None) or next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return str(said).strip().rstrip(".")
+
+
+@dataclass(frozen=True)
+class InFolder:
+    """A git repository on disk.
+
+    Attributes:
+        folder: Its working tree; made if need be.
+    """
+
+    folder: Path
+
+    def present(self) -> Present:
+        """What is there."""
+        if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
+            return Present()
+        if not (self.folder / ".git").exists():
+            raise PublishError(f"{self.folder} is there, and is no git repository. Choose another folder.")
+        head = self._try("rev-parse", "--verify", "--quiet", "HEAD^{commit}")
+        if head is None:
+            return Present()
+        names = frozenset(filter(None, self._git("ls-tree", "-r", "-z", "--name-only", head).split("\0")))
+        index = self._git("show", f"{head}:{INDEX}").encode() if INDEX in names else None
+        lines = self._git("for-each-ref", "refs/tags", "--format=%(refname:strip=2) %(objectname) %(*objectname)")
+        tags = {name: (peeled or [commit])[0] for name, commit, *peeled in map(str.split, lines.splitlines())}
+        return Present(head, names, index, tags)
+
+    def commit(self, files: Mapping[str, bytes], message: str, parent: str | None) -> str:
+        """Adds or replaces files in one commit; all or none."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / ".git").exists():
+            self._git("init", "--quiet", "--initial-branch", BRANCH)
+        branch = self._try("symbolic-ref", "--quiet", "HEAD")
+        if branch is None:
+            raise PublishError(f"{self.folder} is on no branch. Nothing was published: check one out first.")
+        with tempfile.TemporaryDirectory() as temporary:  # an index of our own: the user's staged changes stay his
+            index = {"GIT_INDEX_FILE": str(Path(temporary) / "index")}
+            if parent:
+                self._git("read-tree", parent, more=index)
+            for name, data in files.items():
+                blob = self._git("hash-object", "-w", "--stdin", given=data)
+                self._git("update-index", "--add", "--cacheinfo", f"100644,{blob},{name}", more=index)
+            tree = self._git("write-tree", more=index)
+        named = () if self._try("config", "user.email") else _NOBODY
+        made = self._git(*named, "commit-tree", tree, "-m", message, *(("-p", parent) if parent else ()))
+        self._git("update-ref", branch, made, parent or _NO_COMMIT)
+        self._git("checkout", "--quiet", made, "--", *files)
+        return made
+
+    def tag(self, name: str, revision: str) -> None:
+        """Names a commit."""
+        self._git("update-ref", f"refs/tags/{name}", revision, _NO_COMMIT)
+
+    def _try(self, *arguments: str) -> str | None:
+        try:
+            return self._git(*arguments)
+        except PublishError:
+            return None
+
+    def _git(self, *arguments: str, given: bytes | None = None, more: Mapping[str, str] | None = None) -> str:
+        """Runs git here and nowhere else: not where the environment points, nor in a repository further up."""
+        environment = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith("GIT_") or key.startswith(("GIT_AUTHOR_", "GIT_COMMITTER_", "GIT_CONFIG"))
+        }
+        environment |= {"GIT_CEILING_DIRECTORIES": str(self.folder.resolve().parent), **(more or {})}
+        try:
+            done = subprocess.run(
+                ["git", *arguments], cwd=self.folder, env=environment, input=given or b"", capture_output=True
+            )
+        except FileNotFoundError as error:
+            raise PublishError("--to needs git, which is not installed (or not on the PATH).") from error
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip()
+            raise PublishError(f"{self.folder}: git failed: {said}. Nothing was published.")
+        return done.stdout.decode().strip()
+
+
+def check_name(repository: str) -> None:
+    """Refuses what is no name of a repository on the Hub.
+
+    Raises:
+        PublishError: It is not organisation/name.
+    """
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise PublishError(f"--repo: {error}") from None
+    if "/" not in repository:
+        raise PublishError(f"--repo {repository!r} is not of the form ORGANISATION/NAME.")
