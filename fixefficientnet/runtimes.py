@@ -17,11 +17,12 @@ SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2", "torchs
 """Endings of the exported files, by format."""
 
 
-def load(path: Path) -> Callable[[Tensor], Tensor]:
+def load(path: Path, *, threads: int | None = None) -> Callable[[Tensor], Tensor]:
     """Opens an exported file.
 
     Args:
         path: Its ending tells the format.
+        threads: How many ONNX Runtime and OpenVINO compute with; None: as they choose.
 
     Returns:
         float32 [N, 3, S, S] → float32 [N, classes], on the CPU.
@@ -30,35 +31,40 @@ def load(path: Path) -> Callable[[Tensor], Tensor]:
         ModuleNotFoundError: The format's runtime is not installed.
     """
     kind = {suffix: kind for kind, suffix in SUFFIXES.items()}[path.suffix]
-    return _LOADERS[kind](path)
+    return _LOADERS[kind](path, threads)
 
 
-def _onnx(path: Path) -> Callable[[Tensor], Tensor]:
+def _onnx(path: Path, threads: int | None) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda pictures: torch.from_numpy(session.run([OUTPUT], {INPUT: pictures.numpy()})[0])
 
 
-def _openvino(path: Path) -> Callable[[Tensor], Tensor]:
+def _openvino(path: Path, threads: int | None) -> Callable[[Tensor], Tensor]:
     import openvino
 
     # else it computes in bfloat16 where the processor can
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return lambda pictures: torch.from_numpy(compiled(pictures.numpy())[0].copy())
+    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+    if threads:
+        options["INFERENCE_NUM_THREADS"] = threads
+    compiled = openvino.Core().compile_model(path, "CPU", options)
+    return lambda pictures: torch.from_numpy(compiled(pictures.contiguous().numpy())[0].copy())
 
 
-def _torch_export(path: Path) -> Callable[[Tensor], Tensor]:
+def _torch_export(path: Path, threads: int | None) -> Callable[[Tensor], Tensor]:
     module: Callable[[Tensor], Tensor] = torch.export.load(path).module()
     return module
 
 
-def _torchscript(path: Path) -> Callable[[Tensor], Tensor]:
+def _torchscript(path: Path, threads: int | None) -> Callable[[Tensor], Tensor]:
     module: Any = torch.jit.load(str(path), "cpu")  # type: ignore[no-untyped-call]
     return module  # type: ignore[no-any-return]
 
 
-_LOADERS: dict[str, Callable[[Path], Callable[[Tensor], Tensor]]] = {
+_LOADERS: dict[str, Callable[[Path, int | None], Callable[[Tensor], Tensor]]] = {
     "onnx": _onnx,
     "openvino": _openvino,
     "torch-export": _torch_export,

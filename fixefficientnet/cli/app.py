@@ -22,6 +22,8 @@ out = Console(highlight=False, quiet=processes.rank() > 0)  # the first process 
 err = Console(stderr=True, highlight=False)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
+Engine = Annotated[str, typer.Option(help="What computes: eager (PyTorch), compile, onnx or openvino.")]
+
 
 def print_json(value: object) -> None:
     """Prints JSON on stdout."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from fixefficientnet.cli.app import AsJson, app, err, out, print_json, table
+from fixefficientnet.cli.app import AsJson, Engine, app, err, out, print_json, table
 from fixefficientnet.errors import FixEfficientNetError
 from fixefficientnet.files import write_atomically
 
@@ -63,6 +63,7 @@ def evaluate(
     workers: Workers = 4,
     device: Device = None,
     mixed_precision: MixedPrecision = "no",
+    engine: Engine = "eager",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for finished batches.")] = Path("evaluations"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed evaluation was.")] = False,
 ) -> None:
@@ -95,8 +96,11 @@ def evaluate(
         real_labels=real_labels,
         folder=output,
         resume=resume,
+        engine=engine,
     )
-    accelerator = _accelerator(device, mixed_precision)
+    from fixefficientnet import engines
+
+    accelerator = _accelerator(device or ("cpu" if engine in engines.EXPORTED else None), mixed_precision)
     found: dict[str, Measured] = {}
     for name in names:
         try:
@@ -369,6 +373,7 @@ def _measure(
     model: "str | Opened", settings: "Settings", accelerator: "Accelerator", pictures: "Pictures | None" = None
 ) -> "Measured":
     """Measures one model, under a progress bar."""
+    from fixefficientnet import engines
     from fixefficientnet.evaluation.evaluate import measure, pictures_for
     from fixefficientnet.evaluation.models import open_model
     from fixefficientnet.progress import bar
@@ -382,6 +387,9 @@ def _measure(
     def say(text: str) -> None:
         err.print(escape(text), soft_wrap=True)
 
+    if settings.engine in engines.EXPORTED:
+        engines.check(settings.engine, accelerator.device, accelerator.mixed_precision)
+        engines.exported(opened, opened.at(settings.size), settings.engine, say)
     with bar(said, len(pictures), err, say) as shown:
         return measure(opened, settings, accelerator, pictures=pictures, progress=shown)
 

@@ -1,5 +1,6 @@
 """`list`, `info`, `predict`."""
 
+import contextlib
 import glob
 import os
 import sys
@@ -13,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fixefficientnet import manifest
-from fixefficientnet.cli.app import AsJson, app, err, out, print_json
+from fixefficientnet.cli.app import AsJson, Engine, app, err, out, print_json
 from fixefficientnet.errors import FixEfficientNetError, PictureError
 from fixefficientnet.manifest import Variant
 
@@ -117,11 +118,15 @@ def predict(
     as_json: AsJson = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, …  Default: cuda if there is one.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 16,
+    engine: Engine = "eager",
 ) -> None:
     """Classify pictures into ImageNet's 1000 classes."""
     variant = manifest.find(model)
-    from fixefficientnet import prediction, zoo
+    from fixefficientnet import engines, prediction, zoo
 
+    if engine in engines.EXPORTED and device is None:
+        device = "cpu"
+    engines.check(engine, _device(device))
     weights = variant.usual_weights if pretrained is None else pretrained
     network = zoo.create(variant.key, weights, device=_device(device))
     tuned = weights != "backbone"
@@ -134,19 +139,27 @@ def predict(
         failed.append({"file": _shown(picture), "error": str(error)})
         err.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
 
-    predictions = prediction.stream(
-        _pictures(images, report), network, topk=topk, batch_size=batch_size, on_error=report
-    )
-    if as_json:
-        found = [{"file": _shown(p.picture), "labels": [asdict(label) for label in p.labels]} for p in predictions]
-        kind = "fixres" if tuned else "backbone"
-        print_json({"model": variant.key, "weights": kind, "predictions": found, "errors": failed})
-    else:
-        out.print(said, soft_wrap=True)
-        for found_one in predictions:
-            out.print(f"\n[bold]{escape(_shown(found_one.picture))}[/]", soft_wrap=True)
-            for label in found_one.labels:
-                out.print(f"  {label.probability:6.1%}  {escape(label.name)}", no_wrap=True, overflow="ellipsis")
+    with contextlib.ExitStack() as stack:
+        if engine != "eager":
+            from fixefficientnet.evaluation.models import of_module
+
+            opened = of_module(network)
+            if engine in engines.EXPORTED:
+                engines.exported(opened, opened.test, engine, lambda text: err.print(escape(text), soft_wrap=True))
+            stack.enter_context(engines.running(opened, opened.test, engine))
+        predictions = prediction.stream(
+            _pictures(images, report), network, topk=topk, batch_size=batch_size, on_error=report
+        )
+        if as_json:
+            found = [{"file": _shown(p.picture), "labels": [asdict(label) for label in p.labels]} for p in predictions]
+            kind = "fixres" if tuned else "backbone"
+            print_json({"model": variant.key, "weights": kind, "predictions": found, "errors": failed})
+        else:
+            out.print(said, soft_wrap=True)
+            for found_one in predictions:
+                out.print(f"\n[bold]{escape(_shown(found_one.picture))}[/]", soft_wrap=True)
+                for label in found_one.labels:
+                    out.print(f"  {label.probability:6.1%}  {escape(label.name)}", no_wrap=True, overflow="ellipsis")
     if failed:
         err.print(f"{len(failed)} of what was named could not be used.")
         raise typer.Exit(1)

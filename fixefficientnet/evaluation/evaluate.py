@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fixefficientnet import processes
+from fixefficientnet import engines, processes
 from fixefficientnet.classes import IMAGENET, SUBSET, Subset, are_wordnet_ids, imagenet_order, real_labels
 from fixefficientnet.data import Pictures, class_names, follow, open_pictures
 from fixefficientnet.errors import EvaluationError
@@ -49,6 +49,7 @@ class Settings:
         folder: Where finished batches are kept; None: nowhere.
         resume: Whether batches that are there are taken over.
         activations: Whether the pooled activations are watched too.
+        engine: What computes the forward pass: "eager" (PyTorch), "compile", "onnx" or "openvino".
     """
 
     data: str
@@ -63,6 +64,7 @@ class Settings:
     folder: str | os.PathLike[str] | None = None
     resume: bool = False
     activations: bool = False
+    engine: str = "eager"
 
     def __post_init__(self) -> None:
         """Refuses what cannot be.
@@ -116,7 +118,7 @@ def evaluate(
         device: "cpu" or "cuda". Default: cuda if there is one.
         mixed_precision: "no", "bf16" or "fp16".
         **settings: Other fields of `Settings`: split, size, crop_pct, batch_size, workers, restrict_classes,
-            real_labels, data_root, folder, resume.
+            real_labels, data_root, folder, resume, engine.
 
     Raises:
         UnknownVariantError: No variant has this name.
@@ -154,6 +156,7 @@ def measure(
         pictures: What `pictures_for` gave, if that was asked for before.
         progress: Counts the pictures as they are done.
     """
+    engines.check(settings.engine, accelerator.device, accelerator.mixed_precision)
     pictures = pictures or pictures_for(opened, settings)
     test = opened.at(settings.size, settings.crop_pct)
     if test.size < 1 or not 0 < test.crop_pct <= 1:
@@ -179,6 +182,7 @@ def measure(
             "crop_mode": opened.crop_mode,
             "batch_size": settings.batch_size,
             "precision": accelerator.mixed_precision,
+            "engine": settings.engine,
             "subset": subset and subset.classes,
         }
         path = Path(settings.folder) / _filename(opened.name, test.size, identity)
@@ -196,6 +200,7 @@ def measure(
         if settings.activations and activations is None:
             watched = stack.enter_context(PooledActivations(model))
         stack.enter_context(_telling_what_ran_out(settings))
+        stack.enter_context(engines.running(opened, test, settings.engine))
         found = judge(
             model,
             pictures,

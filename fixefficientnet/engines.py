@@ -1,0 +1,121 @@
+"""What computes a model's forward pass: PyTorch itself, torch.compile, or another runtime from an exported file.
+
+Exported files are kept (in huggingface_hub's assets cache), named by a hash of the weights, the network, the size and
+the exporter's versions: the same model is exported once.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import cached_assets_path
+from huggingface_hub.utils import WeakFileLock
+from torch import Tensor
+
+from fixefficientnet import runtimes
+from fixefficientnet.errors import ExportError
+from fixefficientnet.manifest import TestTime
+
+if TYPE_CHECKING:
+    from fixefficientnet.evaluation.models import Opened
+
+EXPORTED = {"onnx": ("torch", "onnx", "onnxruntime"), "openvino": ("torch", "onnx", "openvino")}
+"""Engines that run an exported file, with the packages whose versions decide it."""
+ENGINES = ("eager", "compile", *EXPORTED)
+
+
+def check(engine: str, device: torch.device | str, precision: str = "no") -> None:
+    """Refuses an engine that does not run there.
+
+    Raises:
+        ExportError: There is none of this name, or it runs on CPUs in float32 alone.
+    """
+    if engine not in ENGINES:
+        raise ExportError(f"--engine {engine}: there are {', '.join(ENGINES)}.")
+    if engine in EXPORTED and (torch.device(device).type != "cpu" or precision != "no"):
+        raise ExportError(f"--engine {engine} runs on the CPU, in float32: --device cpu, and no --mixed-precision.")
+
+
+def exported(opened: "Opened", test: TestTime, engine: str, say: Callable[[str], None] | None = None) -> Path:
+    """The exported file of a model at one size; made and checked where it is not kept yet.
+
+    Args:
+        opened: The model, on the CPU.
+        test: Its test-time preprocessing.
+        engine: "onnx" or "openvino".
+        say: Told what takes its time.
+
+    Raises:
+        ExportError: It cannot be exported, or the runtime disagrees with PyTorch.
+        ModuleNotFoundError: The runtime is not installed.
+    """
+    identity = {"engine": engine, "size": test.size, **opened.identity}
+    identity |= {package: metadata.version(package) for package in EXPORTED[engine] if _installed(package)}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    folder = cached_assets_path("fixefficientnet", namespace="exports", subfolder=digest)
+    path = folder / f"{opened.architecture}-{test.size}{runtimes.SUFFIXES[engine]}"
+    if not path.is_file():
+        from fixefficientnet import export
+
+        with WeakFileLock(folder / ".lock"):  # other processes of the same evaluation want it too
+            if not path.is_file():
+                if say:
+                    say(f"{opened.name}: exporting for {engine} at {test.size} pixels; kept for the next time")
+                export.export(opened, path, engine, test=test)
+    return path
+
+
+def _installed(package: str) -> bool:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return bool(metadata.version(package))
+    return False
+
+
+@contextlib.contextmanager
+def running(opened: "Opened", test: TestTime, engine: str) -> Iterator[None]:
+    """Within, the model's forward pass is the engine's: float32 [N, 3, S, S] → float32 [N, classes].
+
+    Args:
+        opened: The model; its weights, mode and attributes stay as they are.
+        test: The size that it is shown pictures at.
+        engine: One of `ENGINES`.
+
+    Raises:
+        ExportError: As `exported`.
+    """
+    if engine == "eager":
+        yield
+        return
+    model: Any = opened.model
+    if engine == "compile":
+        forward = _compiled(model.forward)
+    else:
+        forward = runtimes.load(exported(opened, test, engine), threads=torch.get_num_threads())
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward  # the class's own again
+
+
+def _compiled(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Compiles once: smaller batches than the largest so far (a data set's last) are filled up."""
+    compiled = torch.compile(forward, dynamic=False, options={"freezing": True})
+    largest = 0
+
+    def run(pictures: Tensor) -> Tensor:
+        nonlocal largest
+        count = len(pictures)
+        largest = max(largest, count)
+        if count < largest:
+            pictures = torch.cat([pictures, pictures[:1].expand(largest - count, -1, -1, -1)])
+            pictures = pictures.contiguous(memory_format=torch.channels_last)
+        logits: Tensor = compiled(pictures)
+        return logits[:count]
+
+    return run
