@@ -13,6 +13,8 @@ from torch import Tensor
 from fixefficientnet.errors import CheckpointError, MissingFileError
 
 _DAMAGED = (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError, KeyError)
+_TOP_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -36,8 +38,8 @@ def read(path: Path) -> dict[str, Tensor]:
 def read_wrapped(path: Path) -> dict[str, Tensor]:
     """Reads a state dict that a training script may have wrapped.
 
-    That is: put under a top key ("state_dict", "model") beside other things, and given the prefix "module." by
-    DataParallel or "_orig_mod." by torch.compile; the file may have any ending.
+    That is: put under a top key beside other things (averaged weights go first, as in timm), and given the prefix
+    "module." by DataParallel or "_orig_mod." by torch.compile; the file may have any ending.
 
     Raises:
         MissingFileError: There is no such file.
@@ -47,21 +49,24 @@ def read_wrapped(path: Path) -> dict[str, Tensor]:
     try:
         found: Any = load_file(path) if _is_safetensors(path) else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # pickle, zip and safetensors raise a dozen kinds on damaged files
+        if isinstance(error, OSError) and error.strerror:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
         raise CheckpointError(
-            f"{path} is no checkpoint: it takes a safetensors file, or a .pth that holds tensors alone (save "
-            "model.state_dict()); other pickled objects are never loaded."
+            f"{path} is no checkpoint, or a damaged one: it takes a safetensors file, or a .pth that holds tensors "
+            "alone (save model.state_dict()); other pickled objects are never loaded."
         ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    return {
-        name.removeprefix("module.").removeprefix("_orig_mod."): tensor for name, tensor in _plain(found, path).items()
-    }
+    while isinstance(found, Mapping) and (key := next((k for k in _TOP_KEYS if isinstance(found.get(k), Mapping)), "")):
+        found = found[key]
+    plain = _plain(found, path)
+    while prefix := next((p for p in _PREFIXES if plain and all(name.startswith(p) for name in plain)), ""):
+        plain = {name.removeprefix(prefix): tensor for name, tensor in plain.items()}
+    return plain
 
 
 def _plain(found: object, path: Path) -> dict[str, Tensor]:
     if not isinstance(found, Mapping) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-        raise CheckpointError(f"{path} is not a plain state dict (names to tensors).")
+        there = f"; it has {listed(map(str, found))}" if isinstance(found, Mapping) else ""
+        raise CheckpointError(f"{path} is not a plain state dict (names to tensors){there}.")
     return {str(name): tensor for name, tensor in found.items()}
 
 
@@ -72,7 +77,9 @@ def check_there(path: Path) -> None:
         MissingFileError: There is no such file.
     """
     if not path.is_file():
-        raise MissingFileError(f"The checkpoint {path}: there is no such file.")
+        raise MissingFileError(
+            f"The checkpoint {path}: {'it is a folder' if path.is_dir() else 'there is no such file'}."
+        )
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -1,10 +1,11 @@
 """A whole checkpoint to a delta, and a delta back to a whole checkpoint that plain timm loads."""
 
+import io
 import os
-import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 from timm.models import save_for_hf
@@ -14,8 +15,8 @@ from fixefficientnet import checkpoint, delta, zoo
 from fixefficientnet.checkpoint import listed
 from fixefficientnet.delta import Delta
 from fixefficientnet.errors import CheckpointError
-from fixefficientnet.files import replacing
-from fixefficientnet.manifest import Variant
+from fixefficientnet.files import beside, replacing
+from fixefficientnet.manifest import TestTime, Variant
 
 TOLERANCE = 1e-6
 """Largest difference of any value outside the head at which a tensor still counts as the backbone's."""
@@ -37,9 +38,18 @@ class Checkpoint:
     differing: dict[str, float]
 
     @property
+    def tuned(self) -> bool:
+        """Whether the head is another than the backbone's."""
+        return any(not torch.equal(tensor, self.backbone[name]) for name, tensor in self._head.items())
+
+    @property
+    def _head(self) -> dict[str, Tensor]:
+        return zoo.HEAD.select(self.tensors)
+
+    @property
     def outside(self) -> int:
         """How many tensors there are outside the head."""
-        return len(self.tensors) - len(zoo.HEAD.select(self.tensors))
+        return len(self.tensors) - len(self._head)
 
 
 def read(path: Path, variant: Variant, *, cache_dir: str | os.PathLike[str] | None = None) -> Checkpoint:
@@ -55,27 +65,43 @@ def read(path: Path, variant: Variant, *, cache_dir: str | os.PathLike[str] | No
         MissingFileError: There is no such file.
         CheckpointError: It cannot be read, or is of another network.
     """
+    if delta.is_delta(path):
+        raise CheckpointError(f"{path} is a delta already; `convert` takes a whole checkpoint.")
     found = checkpoint.read_wrapped(path)
     backbone = zoo.backbone_tensors(variant, cache_dir)
     names = {name for name in backbone if not name.endswith(_IGNORED)}
     wrong = [name for name in sorted(names) if name not in found or found[name].shape != backbone[name].shape]
     wrong += sorted(name for name in set(found) - set(backbone) if not name.endswith(_IGNORED))
+    weight = found.get(f"{zoo.HEAD.classifier}.weight")
+    if weight is not None and weight.ndim and set(wrong) == {f"{zoo.HEAD.classifier}.{x}" for x in ("weight", "bias")}:
+        raise CheckpointError(
+            f"{path} has {len(weight)} classes, {variant.key} has {len(backbone[f'{zoo.HEAD.classifier}.weight'])}: a "
+            "delta is of a network with the backbone's own classes."
+        )
     if wrong:
         raise CheckpointError(
             f"{path} is no checkpoint of {variant.backbone.architecture}: {listed(wrong)} missing, too many, or of "
             f"another shape. Is it {variant.key}?"
         )
-    tensors = {name: found[name].detach().to(torch.float32) for name in sorted(names)}
-    head = zoo.HEAD.select(tensors)
+    if broken := [name for name in sorted(names) if not found[name].isfinite().all()]:
+        raise CheckpointError(f"{path} has NaN or Inf in {listed(broken)}.")
     differing = {}
-    for name in sorted(names - head.keys()):
-        difference = float((tensors[name] - backbone[name].to(torch.float32)).abs().max())
-        if not difference <= TOLERANCE:  # NaN too
+    for name in sorted(names - zoo.HEAD.select(found).keys()):
+        # a checkpoint in half precision has the backbone's values as far as that holds them
+        original = backbone[name].to(found[name].dtype).to(torch.float32)
+        difference = float((found[name].to(torch.float32) - original).abs().max())
+        if difference > TOLERANCE:
             differing[name] = difference
+    if len(differing) > len(names) / 2:
+        raise CheckpointError(
+            f"{path} has the shapes of {variant.key} but other weights: {len(differing)} of {len(names)} tensors "
+            f"differ from {variant.backbone.name}. Is it another variant's, or trained as a whole?"
+        )
+    tensors = {name: found[name].detach().to(torch.float32) for name in sorted(names)}
     return Checkpoint(tensors, backbone, differing)
 
 
-def to_delta(found: Checkpoint, variant: Variant, *, license: str, source: str) -> Delta:
+def to_delta(found: Checkpoint, variant: Variant, *, license: str, source: str, test: TestTime | None = None) -> Delta:
     """The delta that makes a checkpoint of its backbone.
 
     Args:
@@ -83,6 +109,7 @@ def to_delta(found: Checkpoint, variant: Variant, *, license: str, source: str) 
         variant: Which it is of.
         license: Of the weights; SPDX, lower case.
         source: Where they come from, for the delta's metadata.
+        test: The preprocessing that it was tuned for; None: the variant's.
 
     Raises:
         CheckpointError: Other tensors than the head's were tuned too, which a delta cannot hold.
@@ -103,18 +130,20 @@ def to_delta(found: Checkpoint, variant: Variant, *, license: str, source: str) 
         variant=variant.key,
         backbone=variant.backbone.name,
         license=license,
-        recipe={"converted_from": source},
+        recipe={"converted_from": source, "test_size": (test or variant.test).size, **asdict(test or variant.test)},
     )
 
 
 def save_whole(tensors: dict[str, Tensor], path: Path) -> None:
     """Writes a whole state dict: `.safetensors`, or `.pth` for `torch.load`."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    written = io.BytesIO()  # both raise what they like where their own writing meets a full disk
+    if path.suffix == ".safetensors":
+        written.write(safetensors.torch.save(contiguous, metadata={"format": "pt"}))
+    else:
+        torch.save(contiguous, written)
     with replacing(path) as temporary:
-        if path.suffix == ".safetensors":
-            safetensors.torch.save_file(contiguous, temporary, metadata={"format": "pt"})
-        else:
-            torch.save(contiguous, temporary)
+        temporary.write_bytes(written.getbuffer())
 
 
 def merge(model: "zoo.ZooModel", path: Path) -> None:
@@ -127,19 +156,21 @@ def merge(model: "zoo.ZooModel", path: Path) -> None:
             config.json. A folder that is there keeps its other files.
 
     Raises:
-        OSError: It cannot be written.
+        OSError, CheckpointError: It cannot be written.
     """
     if path.suffix in (".safetensors", ".pth"):
         save_whole(dict(model.state_dict()), path)
         return
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.contiguous()  # which safetensors wants, and legacy files are not always
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+    with beside(path) as temporary:
         backbone = model.variant.backbone
         described = {"architecture": backbone.architecture, "tag": backbone.tag}
-        save_for_hf(model, temporary, model_config={"pretrained_cfg": described}, safe_serialization=True)
+        try:
+            save_for_hf(model, str(temporary), model_config={"pretrained_cfg": described}, safe_serialization=True)
+        except safetensors.SafetensorError as error:
+            raise CheckpointError(f"{path} cannot be written: {error}.") from error
         path.mkdir(exist_ok=True)
-        for file in sorted(Path(temporary).iterdir(), reverse=True):  # config.json last
+        for file in sorted(temporary.iterdir(), reverse=True):  # config.json last
             file.chmod(0o644)
             file.replace(path / file.name)

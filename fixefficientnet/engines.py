@@ -66,7 +66,7 @@ def exported(opened: "Opened", test: TestTime, engine: str, say: Callable[[str],
             if not path.is_file():
                 if say:
                     say(f"{opened.name}: exporting for {engine} at {test.size} pixels; kept for the next time")
-                export.export(opened, path, engine, test=test)
+                export.export(opened, path, test=test)
     return path
 
 
@@ -92,15 +92,23 @@ def running(opened: "Opened", test: TestTime, engine: str) -> Iterator[None]:
         yield
         return
     model: Any = opened.model
-    if engine == "compile":
-        forward = _compiled(model.forward)
-    else:
-        forward = runtimes.load(exported(opened, test, engine), threads=torch.get_num_threads())
+    forward = _compiled(model.forward) if engine == "compile" else _loaded(opened, test, engine)
     model.forward = forward
     try:
         yield
     finally:
         del model.forward  # the class's own again
+
+
+def _loaded(opened: "Opened", test: TestTime, engine: str) -> Callable[[Tensor], Tensor]:
+    path = exported(opened, test, engine)
+    try:
+        return runtimes.load(path, threads=torch.get_num_threads())
+    except ModuleNotFoundError:
+        raise
+    except Exception:  # the kept file is damaged, and each runtime has its own words for that
+        path.unlink(missing_ok=True)
+        return runtimes.load(exported(opened, test, engine), threads=torch.get_num_threads())
 
 
 def _compiled(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -10,6 +10,26 @@ _SUFFIX = ".partial"
 
 
 @contextlib.contextmanager
+def _naming(path: Path, temporary: str) -> Iterator[None]:
+    """Lets errors of writing name the target, which users know, and not the temporary name beside it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or str(error.filename).startswith(temporary):
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+@contextlib.contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Gives a temporary folder beside a target, for what is then moved there; makes the target's folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:64]}.", suffix=_SUFFIX)
+    with temporary as folder, _naming(path, folder):
+        yield Path(folder)
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary name beside a target, which it becomes if all goes well; makes the folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -17,11 +37,12 @@ def replacing(path: Path) -> Iterator[Path]:
     os.close(descriptor)
     temporary = Path(name)
     try:
-        yield temporary
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        with _naming(path, name):
+            yield temporary
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -22,7 +22,7 @@ def from_checkpoint(architecture: str, path: Path) -> nn.Module:
     """Builds a timm network with as many classes as a checkpoint of it has, in eval mode.
 
     Args:
-        architecture: timm's name, without a tag.
+        architecture: timm's name; with a tag, the model's preprocessing is the tag's.
         path: safetensors, or a `.pth` of tensors alone (see `checkpoint.read_wrapped`).
 
     Raises:
@@ -34,8 +34,11 @@ def from_checkpoint(architecture: str, path: Path) -> nn.Module:
         raise CheckpointError(
             f"{path} is of the network {architecture!r}, which timm {timm.__version__} does not have."
         )
-    with torch.device("meta"):
-        model = timm.create_model(architecture, pretrained=False)
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(architecture, pretrained=False)
+    except RuntimeError as error:  # a tag that is none
+        raise CheckpointError(f"timm {timm.__version__} has no {architecture}: {error}") from error
     name = delta.find_classifier(model)
     weight = tensors.get(f"{name}.weight")
     if weight is None or weight.ndim == 0:

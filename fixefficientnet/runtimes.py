@@ -3,6 +3,7 @@
 python -m fixefficientnet.runtimes FILE GIVEN.safetensors FOUND.safetensors
 """
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,46 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from fixefficientnet.errors import ExportError
+
 INPUT, OUTPUT = "pixel_values", "logits"
+METADATA = "fixefficientnet"
+"""Key of the preprocessing, as JSON, in a file's metadata."""
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2", "torchscript": ".pt"}
 """Endings of the exported files, by format."""
+PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
+"""What a format needs besides torch."""
+
+
+def format_of(path: Path, kind: str | None = None) -> str:
+    """The format of an exported file.
+
+    Args:
+        path: Of the file.
+        kind: The format's name, if it was given; else the ending tells.
+
+    Raises:
+        ExportError: There is no such format, or it has another ending.
+    """
+    by_suffix = {suffix: name for name, suffix in SUFFIXES.items()}
+    endings = ", ".join(f"{suffix} ({name})" for name, suffix in SUFFIXES.items())
+    if kind is not None and kind not in SUFFIXES:
+        raise ExportError(f"There is no format {kind!r}; there are {', '.join(SUFFIXES)}.")
+    if by_suffix.get(path.suffix) is None or by_suffix[path.suffix] != (kind or by_suffix[path.suffix]):
+        of = f" of the format {kind}" if kind else ""
+        raise ExportError(f"{path}: the ending of a file{of} is {SUFFIXES[kind] if kind else f'one of {endings}'}.")
+    return by_suffix[path.suffix]
+
+
+def need(*packages: str) -> None:
+    """Makes sure that packages are there before anything begins.
+
+    Raises:
+        ModuleNotFoundError: Names the first that is not.
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
 
 def load(path: Path, *, threads: int | None = None) -> Callable[[Tensor], Tensor]:
@@ -30,8 +68,7 @@ def load(path: Path, *, threads: int | None = None) -> Callable[[Tensor], Tensor
     Raises:
         ModuleNotFoundError: The format's runtime is not installed.
     """
-    kind = {suffix: kind for kind, suffix in SUFFIXES.items()}[path.suffix]
-    return _LOADERS[kind](path, threads)
+    return _LOADERS[format_of(path)](path, threads)
 
 
 def _onnx(path: Path, threads: int | None) -> Callable[[Tensor], Tensor]:

@@ -1,6 +1,7 @@
 """A whole checkpoint to a delta and back, by the command line; plain timm, in a process of its own, is the judge."""
 
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -80,10 +81,87 @@ def test_differences_within_the_tolerance_are_none(tuned, tmp_path: Path):
     assert "0 differ" in convert(path, "-o", tmp_path / "out.safetensors")[0]
 
 
-def test_nan_outside_the_head_differs(tuned, tmp_path: Path):
+def test_differences_above_the_tolerance_count(tuned, tmp_path: Path):
     _, whole = tuned
-    path = write(whole | {"bn1.bias": whole["bn1.bias"] * torch.nan}, tmp_path / "a.pth")
-    assert "bn1.bias: by up to nan" in convert(path, "-o", tmp_path / "out.safetensors", status=1)[1]
+    path = write(whole | {"bn1.bias": whole["bn1.bias"] + 3e-6}, tmp_path / "a.pth")
+    assert "bn1.bias: by up to 3" in convert(path, "-o", tmp_path / "out.safetensors", status=1)[1]
+
+
+@pytest.mark.parametrize("name", ["bn1.bias", "bn2.bias"])
+def test_nan_is_refused_also_with_full(tuned, tmp_path: Path, name: str):
+    _, whole = tuned
+    path = write(whole | {name: whole[name] * torch.nan}, tmp_path / "a.pth")
+    for more in ((), ("--full",)):
+        _, err = convert(path, "-o", tmp_path / "out.safetensors", *more, status=1)
+        assert f"has NaN or Inf in {name}" in err
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pth"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_checkpoint_in_half_precision_is_still_of_its_backbone(tuned, tmp_path: Path, dtype: torch.dtype):
+    made, whole = tuned
+    half = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in whole.items()}
+    assert "0 differ" in convert(write(half, tmp_path / "a.pth"), "-o", tmp_path / "out.safetensors")[0]
+    found = delta.load(tmp_path / "out.safetensors")
+    assert all(torch.equal(tensor, made.tensors[key].to(dtype).float()) for key, tensor in found.tensors.items())
+    assert found.fingerprint == made.fingerprint
+
+
+@pytest.mark.parametrize("keys", [("state_dict_ema", "state_dict"), ("model_ema", "model")])
+def test_averaged_weights_go_first_as_in_timm(tuned, tmp_path: Path, keys: tuple[str, str]):
+    made, whole = tuned
+    torch.save({keys[1]: whole | {"bn2.bias": whole["bn2.bias"] + 1}, keys[0]: whole}, tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", "-o", tmp_path / "out.safetensors")
+    assert torch.equal(delta.load(tmp_path / "out.safetensors").tensors["bn2.bias"], made.tensors["bn2.bias"])
+
+
+def test_what_is_no_checkpoint_of_the_variant_is_told_as_what_it_is(tuned, tmp_path: Path, b0_delta: Path):
+    _, whole = tuned
+    fewer = {key: tensor[:51] if key.startswith("classifier.") else tensor for key, tensor in whole.items()}
+    other = timm.create_model("tf_efficientnet_b0").state_dict()
+    for file, said in (
+        (write(fewer, tmp_path / "fewer.pth"), "has 51 classes, b0 has 1000"),
+        (write(whole | {"extra": torch.zeros(1)}, tmp_path / "extra.pth"), "extra missing, too many"),
+        (write(other, tmp_path / "other.pth"), "Is it another variant's"),
+        (b0_delta, "is a delta already"),
+        (tmp_path, "it is a folder"),
+    ):
+        assert said in convert(file, "-o", tmp_path / "out.safetensors", status=1)[1]
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_an_untuned_checkpoint_is_told_of(tmp_path: Path):
+    cli("merge", "b0", "--delta", "backbone", "-o", tmp_path / "a.pth")
+    assert "nothing was tuned" in convert(tmp_path / "a.pth", "-o", tmp_path / "out.safetensors")[0]
+
+
+def test_the_preprocessing_goes_along(tuned, tmp_path: Path):
+    convert(write(tuned[1], tmp_path / "a.pth"), "-o", tmp_path / "d.safetensors", "--size", 256, "--crop-pct", 0.9)
+    model = fixefficientnet.create("b0", tmp_path / "d.safetensors")
+    assert (model.preprocess.size, model.preprocess.crop_pct) == (256, 0.9)
+    assert delta.load(tmp_path / "d.safetensors").recipe["converted_from"] == "a.pth"
+    cli("merge", "b0", "--delta", tmp_path / "d.safetensors", "-o", tmp_path / "folder")
+    plain = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True)
+    config = timm.data.resolve_model_data_config(plain)
+    assert (config["input_size"], config["crop_pct"]) == ((3, 256, 256), 0.9)
+    assert "No picture" in convert(tmp_path / "a.pth", "-o", tmp_path / "e.safetensors", "--crop-pct", 2, status=2)[1]
+
+
+def test_a_full_disk_is_one_error_and_leaves_nothing(tuned, tmp_path: Path, b0_delta: Path):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = write(tuned[1], tmp_path / "a.pth")
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))  # files of a megabyte are full
+    try:
+        said = [convert(path, "-o", tmp_path / "out.safetensors", status=1)[1]]
+        for name in ("out.safetensors", "out.pth", "folder"):
+            said.append(cli("merge", "b0", "--delta", b0_delta, "-o", tmp_path / name, status=1)[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert all(line.startswith("Error: ") and str(tmp_path) in line and len(line.splitlines()) == 1 for line in said)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pth"]
 
 
 def test_another_architecture_is_refused(tuned, tmp_path: Path):
@@ -125,9 +203,14 @@ def test_bad_files_are_one_error(tuned, tmp_path: Path):
 
 def test_a_target_that_is_there_is_kept(tuned, tmp_path: Path, b0_delta: Path):
     path = write(tuned[1], tmp_path / "a.pth")
-    (tmp_path / "out.pth").write_text("precious")
-    _, err = convert(path, "-o", tmp_path / "out.pth", status=1)
+    for name in ("out.pth", "out.safetensors"):
+        (tmp_path / name).write_text("precious")
+    _, err = convert(path, "-o", tmp_path / "out.safetensors", status=1)
     assert "is there already" in err and "--overwrite" in err
+    assert (tmp_path / "out.safetensors").read_text() == "precious"
+    for name in ("out.pth", "out"):
+        assert "the ending of such a file is" in convert(path, "-o", tmp_path / name, status=1)[1]
+    assert "the ending of such a file is" in cli("merge", "b0", "-o", tmp_path / "model.pt", status=1)[1]
     assert "--overwrite" in cli("merge", "b0", "--delta", b0_delta, "-o", tmp_path / "out.pth", status=1)[1]
     assert "--overwrite" in cli("merge", "b0", "--delta", b0_delta, "-o", tmp_path, status=1)[1]
     assert (tmp_path / "out.pth").read_text() == "precious"

@@ -1,15 +1,20 @@
 """Exported files, run by their own runtimes as their users run them, against eager."""
 
+import copy
+import importlib.util
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
-from tiny import cli
+from plain import marks, network, save_run, stack
+from safetensors.torch import load_file, save_file
+from tiny import cli, make_data
 
+from fixefficientnet import export
 from fixefficientnet.evaluation.models import open_model
 from fixefficientnet.runtimes import SUFFIXES
 
@@ -79,8 +84,8 @@ def test_a_file_gives_eagers_logits(model: str, tmp_path: Path, kind: str, more:
     eager = open_model(model)
     tolerance = 3e-2 if more == ("--half",) else 1e-4
     generator = torch.Generator().manual_seed(1)
-    for batch, size in [(1, 64), (3, 64), *([(2, 97)] if more == ("--dynamic-size",) else [])]:
-        pictures = torch.randn(batch, 3, size, size, generator=generator)
+    for batch, size in [(1, (64, 64)), (3, (64, 64)), *([(2, (97, 81))] if more == ("--dynamic-size",) else [])]:
+        pictures = torch.randn(batch, 3, *size, generator=generator)
         with torch.inference_mode():
             expected = eager.model(pictures).numpy()
         found = run(path, pictures.numpy())
@@ -90,22 +95,107 @@ def test_a_file_gives_eagers_logits(model: str, tmp_path: Path, kind: str, more:
     described = metadata(path)
     assert (described["size"], described["crop_pct"]) == (64, test.crop_pct)
     assert (tuple(described["mean"]), tuple(described["std"])) == (test.mean, test.std)
-    assert (tmp_path / "model.labels.txt").read_text().split() == [str(number) for number in range(7)]
-    files = {path.name, "model.labels.txt"} | ({"model.bin"} if kind == "openvino" else set())
+    assert (described["interpolation"], described["crop_mode"]) == (test.interpolation, "center")
+    labels = f"{path.name}.labels.txt"
+    assert (tmp_path / labels).read_text().split() == [str(number) for number in range(7)]
+    files = {path.name, labels} | ({"model.bin"} if kind == "openvino" else set())
     assert {file.name for file in tmp_path.iterdir()} == files
 
 
-def test_half_the_bytes(model: str, tmp_path: Path):
-    for name, more in (("full.onnx", ()), ("half.onnx", ("--half",))):
-        cli("export", model, "-o", tmp_path / name, "--size", 64, *more)
-    assert (tmp_path / "half.onnx").stat().st_size < 0.75 * (tmp_path / "full.onnx").stat().st_size
+@pytest.mark.parametrize("kind", SUFFIXES)
+def test_half_the_bytes(model: str, tmp_path: Path, kind: str):
+    sizes = []
+    for name, more in (("full", ()), ("half", ("--half",))):
+        path = tmp_path / f"{name}{SUFFIXES[kind]}"
+        cli("export", model, "-o", path, "--size", 64, *more)
+        weights = path.with_suffix(".bin") if kind == "openvino" else path
+        sizes.append(weights.stat().st_size)
+    parameters = sum(parameter.numel() for parameter in open_model(model).model.parameters())
+    assert sizes[0] - sizes[1] > 1.8 * parameters  # two bytes less for each, but for what names and graph take
 
 
-def test_a_file_that_disagrees_is_not_kept(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    # no exporter at hand is wrong, so an honest file is held against a tolerance that nothing meets
-    monkeypatch.setattr("fixefficientnet.export.TOLERANCES", {False: -1.0})
-    _, err = cli("export", model, "-o", tmp_path / "model.onnx", "--size", 64, status=1)
+@pytest.mark.parametrize("kind", SUFFIXES)
+def test_a_file_of_another_network_is_not_kept(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str):
+    honest = export._WRITERS[kind]
+
+    def wrong(network: torch.nn.Module, *more: object) -> None:
+        other = copy.deepcopy(network)
+        other.classifier.bias.data[0] += 0.05 * other.classifier.weight.abs().max()
+        honest(other, *more)
+
+    monkeypatch.setitem(export._WRITERS, kind, wrong)  # no exporter at hand is wrong by itself
+    _, err = cli("export", model, "-o", tmp_path / f"model{SUFFIXES[kind]}", "--size", 64, status=1)
     assert "disagrees with eager" in err and "was not written" in err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_network_that_gives_nan_is_not_exported(model: str, tmp_path: Path):
+    tensors = load_file(model.partition(":")[2])
+    save_file(tensors | {"classifier.bias": tensors["classifier.bias"] * torch.nan}, tmp_path / "nan.safetensors")
+    name = f"{model.partition(':')[0]}:{tmp_path / 'nan.safetensors'}"
+    assert "gives NaN" in cli("export", name, "-o", tmp_path / "a.pt", "--size", 64, status=1)[1]
+    assert [file.name for file in tmp_path.iterdir()] == ["nan.safetensors"]
+
+
+def test_labels_are_imagenets_or_the_runs_own(tmp_path: Path):
+    cli("export", "lite0:backbone", "-o", tmp_path / "lite0.pt", "--size", 64)
+    labels = (tmp_path / "lite0.pt.labels.txt").read_text().splitlines()
+    assert len(labels) == 1000 and labels[285].startswith("Egyptian cat")
+    network = timm.create_model("test_efficientnet", num_classes=3).eval()
+    save_run(tmp_path / "run", network, ("apple", "brick", "cloud"))
+    cli("export", tmp_path / "run", "-o", tmp_path / "run.pt")
+    assert (tmp_path / "run.pt.labels.txt").read_text().splitlines() == ["apple", "brick", "cloud"]
+    assert metadata(tmp_path / "run.pt")["size"] == 48  # as the run tells
+
+
+def test_the_tag_decides_the_preprocessing_of_a_file_of_ones_own(tmp_path: Path):
+    file = tmp_path / "b0.safetensors"
+    save_file(timm.create_model("tf_efficientnet_b0").state_dict(), file)
+    assert open_model(f"timm/tf_efficientnet_b0.ap_in1k:{file}").test.mean == (0.5, 0.5, 0.5)
+    assert open_model(f"timm/tf_efficientnet_b0.ns_jft_in1k:{file}").test.mean == (0.485, 0.456, 0.406)
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A network that gets a part of some pictures right, and these."""
+    folder = make_data(tmp_path_factory.mktemp("seeing"), train=1, val=12)
+    paths = sorted((folder / "val").glob("*/*.jpg"))
+    labels = [("apple", "brick", "cloud").index(path.parent.name) for path in paths]
+    return str(save_run(folder / "run", network(3, paths, labels), ("apple", "brick", "cloud"))), folder
+
+
+@pytest.mark.parametrize("name", ["a.onnx", "a.xml"])
+def test_in_8_bits_with_accuracy_before_and_after(seeing: tuple[str, Path], tmp_path: Path, name: str):
+    run_, data = seeing
+    arguments = ["export", run_, "--int8", "--data", data, "--pictures", 100]
+    out, _ = cli(*arguments, "-o", tmp_path / name, "--max-drop", 100)
+    paths = sorted((data / "val").glob("*/*.jpg"))
+    labels = [("apple", "brick", "cloud").index(path.parent.name) for path in paths]
+    pictures = stack(paths)
+    with torch.inference_mode():
+        eager = open_model(run_).model(pictures)
+    found = torch.from_numpy(run(tmp_path / name, pictures.numpy()))
+    before, after = (marks(logits, labels).count("1") / 0.36 for logits in (eager, found))
+    assert f"{before:.2f} before, {after:.2f} after" in out
+    assert (found - eager).abs().max() / eager.abs().max() > 1e-4  # it is another network, if a close one
+    assert metadata(tmp_path / name)["size"] == 48
+    weights = (tmp_path / name).with_suffix(".bin" if name.endswith(".xml") else ".onnx")
+    if name.endswith(".onnx"):
+        import onnx
+
+        kinds = {tensor.data_type for tensor in onnx.load(str(weights)).graph.initializer}
+        assert onnx.TensorProto.INT8 in kinds
+    _, err = cli(*arguments, "-o", tmp_path / f"b{Path(name).suffix}", "--max-drop", -100, status=1)
+    assert "points less" in err and "was not written" in err
+    assert not [*tmp_path.glob("*b.*")]
+
+
+def test_8_bits_want_pictures_and_a_format_that_has_them(seeing: tuple[str, Path], tmp_path: Path):
+    run_, data = seeing
+    assert "--data" in cli("export", run_, "--int8", "-o", tmp_path / "a.onnx", status=2)[1]
+    assert "--int8" in cli("export", run_, "--data", data, "-o", tmp_path / "a.onnx", status=2)[1]
+    for more in (["-o", tmp_path / "a.pt"], ["-o", tmp_path / "a.onnx", "--half"]):
+        assert "8-bit integers are for" in cli("export", run_, "--int8", "--data", data, *more, status=1)[1]
     assert not [*tmp_path.iterdir()]
 
 
@@ -113,17 +203,32 @@ def test_bad_requests_are_one_error(model: str, tmp_path: Path):
     (tmp_path / "there.onnx").write_text("precious")
     assert "is there already" in cli("export", model, "-o", tmp_path / "there.onnx", status=1)[1]
     assert (tmp_path / "there.onnx").read_text() == "precious"
-    assert "--format is one of" in cli("export", model, "-o", tmp_path / "model.tflite", status=2)[1]
-    _, err = cli("export", model, "-o", tmp_path / "model.pt", "--format", "onnx", status=1)
-    assert "ends in .onnx" in err
+    assert ".onnx (onnx)" in cli("export", model, "-o", tmp_path / "model.tflite", status=1)[1]
+    assert "onnx is .onnx" in cli("export", model, "-o", tmp_path / "a.pt", "--format", "onnx", status=1)[1]
+    assert "no format 'tflite'" in cli("export", model, "-o", tmp_path / "a.pt", "--format", "tflite", status=1)[1]
+    (tmp_path / "a.bin").write_text("precious")
+    (tmp_path / "a.pt.labels.txt").write_text("precious")
+    for name, there in (("a.xml", "a.bin"), ("a.pt", "a.pt.labels.txt")):
+        assert f"{there} is there already" in cli("export", model, "-o", tmp_path / name, status=1)[1]
+        assert (tmp_path / there).read_text() == "precious"
+    (tmp_path / "folder.onnx").mkdir()
+    os.mkfifo(tmp_path / "fifo.onnx")
+    (tmp_path / "link.onnx").symlink_to("nowhere")
+    for name in ("folder.onnx", "fifo.onnx", "link.onnx"):
+        assert "is no file" in cli("export", model, "-o", tmp_path / name, "--overwrite", status=1)[1]
+    assert (tmp_path / "link.onnx").is_symlink()
     assert "No variant is named" in cli("export", "b44", "-o", tmp_path / "model.onnx", status=1)[1].replace("\n", " ")
 
 
-@pytest.mark.parametrize(("module", "extra", "name"), [("onnx", "onnx", "a.onnx"), ("openvino", "openvino", "a.xml")])
+@pytest.mark.parametrize(
+    ("module", "extra", "name"),
+    [("onnx", "onnx", "a.onnx"), ("onnxruntime", "onnx", "a.onnx"), ("openvino", "openvino", "a.xml")],
+)
 def test_a_missing_runtime_names_the_command(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, extra: str, name: str
 ):
-    monkeypatch.setitem(__import__("sys").modules, module, None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == module else find(name, *more))
     _, err = cli("export", model, "-o", tmp_path / name, "--size", 64, status=1)
     assert f"pip install 'fixefficientnet[{extra}]'" in err
     assert not [*tmp_path.iterdir()]

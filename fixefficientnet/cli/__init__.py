@@ -3,6 +3,7 @@
 `list`, `info` and `--help` import no torch.
 """
 
+import signal
 import sys
 
 from rich.markup import escape
@@ -17,11 +18,13 @@ from fixefficientnet.cli import zoo, measure, deploy  # noqa: F401
 # isort: on
 
 _EXTRAS = {"accelerate": "evaluate", "matplotlib": "evaluate", "torchmetrics": "evaluate"}
-_EXTRAS |= {"onnx": "onnx", "onnxruntime": "onnx", "onnxscript": "onnx", "openvino": "openvino"}
+_EXTRAS |= dict.fromkeys(("onnx", "onnxruntime", "onnxscript", "sympy"), "onnx")
+_EXTRAS |= dict.fromkeys(("nncf", "openvino"), "openvino")
 
 
 def main() -> None:
     """Runs the command line; an error of this package becomes one message and status 1."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half done is cleaned up
     try:
         app()
     except FixEfficientNetError as error:
@@ -37,6 +40,8 @@ def main() -> None:
             raise
         command = f"pip install 'fixefficientnet[{_EXTRAS[error.name]}]'"
         err.print(f"[red]Error:[/] This needs {error.name}: {escape(command)}", soft_wrap=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if processes.several():
         processes.leave(1)
     sys.exit(1)

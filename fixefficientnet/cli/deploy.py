@@ -1,5 +1,6 @@
 """`convert`, `merge`, `export`, `publish`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,10 @@ def convert(
     full: Annotated[
         bool, typer.Option("--full", help="Write the whole network, also what differs from the backbone.")
     ] = False,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Test size that it was tuned for, in pixels. Default: the variant's.")
+    ] = None,
+    crop_pct: Annotated[float | None, typer.Option(help="And its crop_pct.")] = None,
     license: Annotated[str, typer.Option(help="Of these weights; SPDX, lower case.")] = "unknown",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")] = False,
 ) -> None:
@@ -30,9 +35,13 @@ def convert(
     from fixefficientnet import delta
 
     row = manifest.find(variant)
-    _not_there(output, overwrite)
+    _ending(output, (".safetensors", ".pth") if full else (".safetensors",))
+    _not_there([output], overwrite)
+    crop_pct = row.test.crop_pct if crop_pct is None else crop_pct
+    test = replace(row.test, size=size or row.test.size, crop_pct=crop_pct)
+    if not delta.is_sound(test):
+        raise typer.BadParameter(f"No picture can be shown at {test.size} pixels with crop_pct {test.crop_pct:g}.")
     found = converting.read(checkpoint, row)
-    head = len(found.tensors) - found.outside
     out.print(
         escape(
             f"{checkpoint}: {row.key}, {len(found.tensors)} tensors; of the {found.outside} outside the head "
@@ -41,17 +50,23 @@ def convert(
         ),
         soft_wrap=True,
     )
+    if not found.tuned:
+        out.print("The head is the backbone's own too: nothing was tuned.")
     if full:
         for name, difference in found.differing.items():
             out.print(escape(f"  {name}: by up to {difference:.3g}"), soft_wrap=True)
         converting.save_whole(found.tensors, output)
         out.print(escape(f"{output}: the whole network, for timm's {row.backbone.architecture}"), soft_wrap=True)
         return
-    made = converting.to_delta(found, row, license=license, source=checkpoint.name)
+    made = converting.to_delta(found, row, license=license, source=checkpoint.name, test=test)
     sha256 = delta.save(made, output)
-    size = output.stat().st_size
+    bytes_ = output.stat().st_size
     out.print(
-        escape(f"{output}: {head} tensors, {size / 1e6:.1f} MB, license {license}\nsha256 {sha256}"), soft_wrap=True
+        escape(
+            f"{output}: {len(made.tensors)} tensors, {bytes_ / 1e6:.1f} MB, test size {test.size}, license {license}\n"
+            f"sha256 {sha256}"
+        ),
+        soft_wrap=True,
     )
 
 
@@ -62,23 +77,36 @@ def merge(
         Path, typer.Option("--output", "-o", help=".safetensors, .pth, or a folder in the Hub's layout.")
     ],
     delta: Annotated[
-        str | None, typer.Option(help="A delta's path or hf://…, or 'backbone'. Default: the published weights.")
+        str | None,
+        typer.Option(
+            help="A delta's path, a run's folder, hf://…, or 'backbone'. Default: the published weights; 'backbone' "
+            "for lite0, lite1 and lite2."
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output if it is there; a folder keeps its other files.")
+    ] = False,
 ) -> None:
     """Make one whole checkpoint of backbone and delta, which plain timm loads."""
     from fixefficientnet import convert as converting
     from fixefficientnet import zoo
 
     row = manifest.find(variant)
-    _not_there(output, overwrite)
-    model = zoo.create(row.key, row.usual_weights if delta is None else delta)
+    if output.suffix.lower() in _WEIGHTS:
+        _ending(output, (".safetensors", ".pth"))
+    folder = output.suffix not in (".safetensors", ".pth")
+    _not_there([output], overwrite, may_be_folder=folder)
+    weights = row.usual_weights if delta is None else delta
+    if delta and Path(delta).is_dir():
+        weights = str(Path(delta) / "delta.safetensors")
+    model = zoo.create(row.key, weights)
     converting.merge(model, output)
-    name = row.backbone.architecture
-    how = f"timm.create_model('{name}', checkpoint_path='{output}')"
-    if output.is_dir():
-        how = f"timm.create_model('local-dir:{output}', pretrained=True)"
-    out.print(escape(f"{output}: {row.title}, test size {model.preprocess.size}\n{how}"), soft_wrap=True)
+    test, name = model.preprocess, row.backbone.name
+    said = f"{test.size} pixels, crop_pct {test.crop_pct:g}, {test.interpolation}, mean {test.mean}, std {test.std}"
+    how = f"timm.create_model('{name}', checkpoint_path='{output}')\nIts preprocessing is not in the file: {said}."
+    if folder:
+        how = f"timm.create_model('local-dir:{output}', pretrained=True)\nIts preprocessing is in config.json: {said}."
+    out.print(escape(f"{output}: {row.title}\n{how}"), soft_wrap=True)
 
 
 @app.command()
@@ -95,34 +123,61 @@ def export(
     size: Annotated[int | None, typer.Option(min=1, help="Test size in pixels. Default: the model's.")] = None,
     dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Leave height and width free.")] = False,
     half: Annotated[bool, typer.Option("--half", help="Weights in float16; inputs and outputs stay float32.")] = False,
+    eight_bit: Annotated[
+        bool, typer.Option("--int8", help="8-bit integers (onnx, openvino), calibrated on pictures of --data.")
+    ] = False,
+    data: Annotated[str, typer.Option(help="Labelled pictures, as for `evaluate`.")] = "",
+    pictures: Annotated[int, typer.Option(min=1, help="How many of them --int8 takes, evenly spread.")] = 300,
+    max_drop: Annotated[
+        float, typer.Option(help="Points of accuracy on these that --int8 may lose; more, and nothing is written.")
+    ] = 2.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")] = False,
 ) -> None:
     """Write a model as a file for another runtime, and check it there.
 
     The number of pictures is free. Preprocessing is in the file's metadata, labels are beside it.
     """
-    from fixefficientnet.runtimes import SUFFIXES
+    from fixefficientnet import runtimes
 
-    if kind is None:
-        kind = next((name for name, suffix in SUFFIXES.items() if suffix == output.suffix), None)
-    if kind not in SUFFIXES:
-        raise typer.BadParameter(f"--format is one of {', '.join(SUFFIXES)}.")
-    _not_there(output, overwrite)
+    kind = runtimes.format_of(output, kind)
+    runtimes.need(*runtimes.PACKAGES.get(kind, ()))
+    if eight_bit != bool(data):
+        raise typer.BadParameter("--int8 takes its pictures from --data, and nothing else does.")
     from fixefficientnet import export as exporting
+    from fixefficientnet.evaluation.evaluate import Settings, pictures_for
     from fixefficientnet.evaluation.models import open_model
+    from fixefficientnet.int8 import Calibration
 
+    written = exporting.files(output)
+    _not_there(written, overwrite)
     opened = open_model(model)
     test = opened.at(size)
-    checked = exporting.export(opened, output, kind, test=test, dynamic_size=dynamic_size, half=half)
-    out.print(
-        escape(
-            f"{output}: {opened.name}, {kind}, {'any size' if dynamic_size else f'{test.size} pixels'}, "
-            f"{output.stat().st_size / 1e6:.1f} MB\n"
-            f"against eager: logits differ by up to {checked.difference:.2g} ({checked.relative:.1g} of the largest), "
-            f"same best guess for {checked.agreement:.0%} of {checked.pictures} pictures"
-        ),
-        soft_wrap=True,
+    calibration = None
+    if eight_bit:
+        calibration = Calibration(pictures_for(opened, Settings(data)), opened.transform(test), pictures)
+    checked = exporting.export(
+        opened,
+        output,
+        test=test,
+        dynamic_size=dynamic_size,
+        half=half,
+        calibration=calibration,
+        max_drop=max_drop,
     )
+    size_of = sum(file.stat().st_size for file in written)
+    said = [
+        f"{output}: {opened.name}, {kind}, {'any size' if dynamic_size else f'{test.size} pixels'}, "
+        f"{size_of / 1e6:.1f} MB (with {', '.join(file.name for file in written[1:])})",
+        f"against eager: logits differ by up to {checked.difference:.2g} ({checked.relative:.1g} of the largest), "
+        f"same best guess for {checked.agreement:.0%} of {checked.pictures} generated pictures",
+    ]
+    if checked.accuracy:
+        before, after = checked.accuracy
+        said.append(
+            f"top-1 on the {checked.measured} pictures of {data} that it was calibrated on: {before:.2f} before, "
+            f"{after:.2f} after"
+        )
+    out.print(escape("\n".join(said)), soft_wrap=True)
 
 
 @app.command()
@@ -135,7 +190,7 @@ def publish(
     manifest_file: Annotated[
         Path, typer.Option("--manifest", help="Gets the rows that load from there; made if need be.")
     ] = Path("weights_manifest.json"),
-    replace: Annotated[bool, typer.Option("--replace", help="Replace other weights of the same variants.")] = False,
+    replacing: Annotated[bool, typer.Option("--replace", help="Replace other weights of the same variants.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is made.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show everything and write nothing.")] = False,
 ) -> None:
@@ -161,7 +216,7 @@ def publish(
         out.print(escape(said), soft_wrap=True)
     place = OnHub(repo, private) if to is None else InFolder(to)
     present = place.present()
-    chosen = plan(checked, repo, present, replace=replace)
+    chosen = plan(checked, repo, present, replace=replacing)
     where = repo if to is None else f"{to} ({repo})"
     if dry_run:
         out.print(escape(f"\n{where}, {chosen.message if chosen.files else f'{chosen.version}: all is there'}"))
@@ -188,6 +243,26 @@ def publish(
     )
 
 
-def _not_there(output: Path, overwrite: bool) -> None:
-    if not overwrite and (output.is_file() or (output.is_dir() and any(output.iterdir()))):
-        raise FixEfficientNetError(f"{output} is there already. Choose another --output, or replace it: --overwrite.")
+_WEIGHTS = {".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar"}
+"""Endings that no folder is meant to have."""
+
+
+def _ending(output: Path, allowed: tuple[str, ...]) -> None:
+    if output.suffix not in allowed:
+        raise FixEfficientNetError(f"{output}: the ending of such a file is {' or '.join(allowed)}.")
+
+
+def _not_there(outputs: list[Path], overwrite: bool, *, may_be_folder: bool = False) -> None:
+    """Refuses to replace files unasked, and what is no file at all: a device, a folder."""
+    for output in outputs:
+        if may_be_folder and output.is_dir():
+            wrong, there = False, any(output.iterdir())
+        else:
+            there = output.exists() or output.is_symlink()
+            wrong = there and not output.is_file()
+        if wrong:
+            raise FixEfficientNetError(f"{output} is there, and is no file. Choose another --output.")
+        if there and not overwrite:
+            raise FixEfficientNetError(
+                f"{output} is there already. Choose another --output, or replace it: --overwrite."
+            )

@@ -76,6 +76,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise EvaluationError(f"{name} is a whole number of at least {least}, not {value!r}.")
+        if self.engine not in engines.ENGINES:
+            raise EvaluationError(f"There is no engine {self.engine!r}; there are {', '.join(engines.ENGINES)}.")
 
 
 @dataclass(frozen=True)

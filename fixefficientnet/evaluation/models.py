@@ -155,7 +155,7 @@ def _of_variant(name: str, variant: Variant, weights: bool | str) -> Opened:
         model = zoo.create(variant.key, weights)
     except WeightsNotPublishedError as error:
         raise WeightsNotPublishedError(
-            f"{error}\nAs a MODEL to evaluate: {variant.key}:backbone, {variant.key}:PATH, or the run's folder."
+            f"{error}\nAs a MODEL here: {variant.key}:backbone, {variant.key}:PATH, or the run's folder."
         ) from None
     tuned = weights != "backbone"
     return Opened(
@@ -244,7 +244,7 @@ def _of_timm(name: str) -> Opened:
     if not timm.is_model(architecture):
         raise EvaluationError(f"timm {timm.__version__} has no model {known!r} (timm.list_models() names them).")
     if file:
-        model = networks.from_checkpoint(architecture, Path(file).expanduser())
+        model = networks.from_checkpoint(known, Path(file).expanduser())
     else:
         try:
             model = timm.create_model(known, pretrained=True).eval()

@@ -1,0 +1,134 @@
+"""Exported files in 8-bit integers, by the runtimes' own quantizers: ONNX Runtime's, and NNCF for OpenVINO."""
+
+import contextlib
+import logging
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fixefficientnet import runtimes
+from fixefficientnet.data import Pictures, load_batches
+from fixefficientnet.errors import DataError
+
+if TYPE_CHECKING:
+    from fixefficientnet.evaluation.judge import TestTransform
+
+PACKAGES = {"onnx": ("sympy",), "openvino": ("nncf",)}
+"""What quantizing a format needs besides its own packages."""
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Labelled pictures, evenly spread over a data set: ranges of activations are taken from them, and accuracy.
+
+    Attributes:
+        pictures: The data set, in the model's numbering.
+        transform: The test-time preprocessing.
+        count: How many of them.
+    """
+
+    pictures: Pictures
+    transform: "TestTransform"
+    count: int
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """float32 [n, 3, S, S] and int64 [n]; pictures that cannot be read are left out."""
+        count = min(self.count, len(self.pictures))
+        indices = np.linspace(0, len(self.pictures) - 1, count).astype(int).tolist()
+        tasks = [[(0, index) for index in indices[at : at + _BATCH]] for at in range(0, count, _BATCH)]
+        for batch in load_batches(self.pictures, _AtTestTime(self.transform), tasks):
+            if len(batch.targets):
+                yield batch.inputs, batch.targets
+
+    @torch.inference_mode()
+    def accuracy(self, run: Callable[[Tensor], Tensor]) -> tuple[float, int]:
+        """Top-1 accuracy in per cent, and of how many pictures.
+
+        Args:
+            run: float32 [N, 3, S, S] → float32 [N, classes].
+
+        Raises:
+            DataError: None of the pictures can be read.
+        """
+        right = total = 0
+        for inputs, targets in self.batches():
+            right += int((run(inputs).argmax(1) == targets).sum())
+            total += len(targets)
+        if not total:
+            raise DataError(f"None of the pictures of {self.pictures.what} could be read.")
+        return 100 * right / total, total
+
+
+@dataclass(frozen=True)
+class _AtTestTime:
+    transform: "TestTransform"
+
+    def __call__(self, picture: Any, epoch: int, index: int) -> Tensor:
+        return self.transform(picture)
+
+
+def quantise(kind: str, path: Path, calibration: Calibration, metadata: str) -> None:
+    """Replaces an exported file of one size by its 8-bit form.
+
+    Args:
+        kind: "onnx" or "openvino".
+        path: The file, in float32.
+        calibration: Where ranges of activations are taken from.
+        metadata: What the file is to have under `runtimes.METADATA`.
+    """
+    with contextlib.redirect_stdout(sys.stderr):  # both tell of their progress
+        _QUANTIZERS[kind](path, calibration, metadata)
+
+
+def _onnx(path: Path, calibration: Calibration, metadata: str) -> None:
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.batches = calibration.batches()
+
+        def get_next(self) -> dict[str, Any] | None:
+            inputs, _ = next(self.batches, (None, None))
+            return None if inputs is None else {runtimes.INPUT: inputs.numpy()}
+
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        prepared = Path(folder) / path.name
+        quant_pre_process(str(path), str(prepared))
+        quantize_static(str(prepared), str(path), Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
+    written = onnx.load(str(path))
+    onnx.helper.set_model_props(written, {runtimes.METADATA: metadata})
+    onnx.save(written, str(path))
+
+
+def _openvino(path: Path, calibration: Calibration, metadata: str) -> None:
+    import nncf
+    import openvino
+
+    nncf.set_log_level(logging.ERROR)
+    singles = [inputs[i : i + 1].numpy() for inputs, _ in calibration.batches() for i in range(len(inputs))]
+    model = openvino.Core().read_model(path)
+    quantised = nncf.quantize(
+        model,
+        nncf.Dataset(singles, lambda picture: {runtimes.INPUT: picture}),
+        preset=nncf.QuantizationPreset.MIXED,  # activations that SiLU leaves are not symmetric
+        subset_size=len(singles),
+    )
+    quantised.set_rt_info(metadata, runtimes.METADATA)
+    # the weights that stay as they are are mapped from the file: it is replaced, not written over
+    draft = path.with_name(f"int8-{path.name}")
+    openvino.save_model(quantised, draft, compress_to_fp16=False)
+    draft.with_suffix(".bin").replace(path.with_suffix(".bin"))
+    draft.replace(path)
+
+
+_QUANTIZERS: dict[str, Callable[[Path, Calibration, str], None]] = {"onnx": _onnx, "openvino": _openvino}

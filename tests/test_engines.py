@@ -1,0 +1,138 @@
+"""--engine: other runtimes compute what PyTorch computes, from a file that is exported once."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import ROOT
+from plain import logits, marks, network, save_run, stack
+from tiny import cli, make_data
+
+import fixefficientnet
+from fixefficientnet import export
+from fixefficientnet.errors import ExportError
+
+CLASSES = ("apple", "brick", "cloud")
+ENGINES = ["onnx", "openvino", pytest.param("compile", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where exported files are kept."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    return tmp_path / "assets"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"), train=1, val=7)
+
+
+def pictures(data: Path) -> tuple[list[Path], list[int]]:
+    paths = sorted((data / "val").glob("*/*.jpg"))
+    return paths, [CLASSES.index(path.parent.name) for path in paths]
+
+
+@pytest.fixture(scope="module")
+def run(data: Path) -> Path:
+    return save_run(data / "run", network(3, *pictures(data)), CLASSES)
+
+
+def evaluate(model: object, data: Path, out: Path, *more: object) -> dict:
+    said, _ = cli("evaluate", model, "--data", data, "-j", 0, "-b", 4, "-o", out, "--json", *more)
+    return json.loads(said)["results"][0]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_evaluation_is_the_same(run: Path, data: Path, tmp_path: Path, engine: str):
+    eager, other = (evaluate(run, data, tmp_path, "--engine", name) for name in ("eager", engine))
+    assert (other["top1"], other["top5"], other["pictures"]) == (eager["top1"], eager["top5"], 21)
+    assert other["loss"] == pytest.approx(eager["loss"], rel=1e-3)
+    assert other["loss"] != eager["loss"]  # batches of the one are not taken for the other's
+
+
+@pytest.mark.parametrize("engine", ["onnx", "openvino"])
+def test_predictions_are_the_same(engine: str):
+    pictures = [str(path) for path in sorted((ROOT / "examples").glob("*.jpg"))][:2]
+    found = []
+    for name in ("eager", engine):
+        out, _ = cli("predict", *pictures, "--model", "lite0", "--json", "--engine", name)
+        found.append(json.loads(out)["predictions"])
+    for eager, other in zip(*found, strict=True):
+        assert [label["index"] for label in eager["labels"]] == [label["index"] for label in other["labels"]]
+        for one, two in zip(eager["labels"], other["labels"], strict=True):
+            assert two["probability"] == pytest.approx(one["probability"], rel=1e-3)
+
+
+def test_a_model_is_exported_once_per_content_and_size(
+    run: Path, data: Path, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def there() -> set[Path]:
+        return set(kept.rglob("*.onnx"))
+
+    _, err = cli("evaluate", run, "--data", data, "-j", 0, "--engine", "onnx", "-o", tmp_path / "1")
+    assert "exporting for onnx" in err
+    first = there()
+    assert len(first) == 1
+    copy = tmp_path / "elsewhere" / "copied.safetensors"
+    copy.parent.mkdir()
+    copy.write_bytes((run / "model.safetensors").read_bytes())
+    with monkeypatch.context() as patched:
+        patched.setattr(export, "export", None)  # would fail if it were called
+        _, err = cli("evaluate", copy, "--data", data, "-j", 0, "--engine", "onnx", "-o", tmp_path / "2")
+    assert "exporting" not in err and there() == first
+    evaluate(run, data, tmp_path / "3", "--engine", "onnx", "--size", 64)
+    assert len(there()) == 2
+    # the same name, other weights
+    other = timm.create_model("test_efficientnet", num_classes=3)
+    save_run(copy.parent, other, CLASSES)
+    copy.unlink()
+    found = evaluate(copy.parent, data, tmp_path / "4", "--engine", "onnx")
+    assert len(there()) == 3
+    paths, labels = pictures(data)
+    assert found["top1"] == pytest.approx(100 * marks(logits(other.eval(), paths), labels).count("1") / 21)
+
+
+def test_a_damaged_kept_file_is_made_anew(run: Path, data: Path, tmp_path: Path, kept: Path):
+    first = evaluate(run, data, tmp_path / "1", "--engine", "onnx")
+    (path,) = kept.rglob("*.onnx")
+    sound = path.read_bytes()
+    path.write_bytes(sound[:1000])
+    again = evaluate(run, data, tmp_path / "2", "--engine", "onnx")
+    assert again["loss"] == first["loss"]
+    assert len(path.read_bytes()) == len(sound)
+
+
+def test_the_model_itself_stays_as_it_was(data: Path):
+    paths, labels = pictures(data)
+    model = network(3, paths, labels)
+    model.pretrained_cfg.update(input_size=(3, 48, 48), crop_pct=0.875)
+    before = model(stack(paths[:2]))
+    model.train()
+    found = fixefficientnet.evaluate(model, data, engine="onnx", device="cpu", workers=0)
+    assert found.right == marks(logits(model.eval(), paths), labels)
+    assert "forward" not in vars(model)
+    torch.testing.assert_close(model(stack(paths[:2])), before)
+
+
+def test_what_an_engine_cannot_is_one_error(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: Path
+):
+    arguments = ["evaluate", run, "--data", data, "-o", tmp_path / "out"]
+    assert "there are eager, compile, onnx" in cli(*arguments, "--engine", "tensorrt", status=1)[1]
+    assert "in float32" in cli(*arguments, "--engine", "onnx", "--mixed-precision", "bf16", status=1)[1]
+    assert "there are eager, compile, onnx" in cli("predict", ROOT / "examples", "--engine", "tpu", status=1)[1]
+    with pytest.raises(ExportError, match="on the CPU"):
+        fixefficientnet.engines.check("openvino", "cuda")
+    find = importlib.util.find_spec
+    for module, engine, extra in (("onnxruntime", "onnx", "onnx"), ("openvino", "openvino", "openvino")):
+        monkeypatch.setattr(
+            "importlib.util.find_spec", lambda name, *more, m=module: None if name == m else find(name, *more)
+        )
+        _, err = cli(*arguments, "--engine", engine, status=1)
+        assert f"pip install 'fixefficientnet[{extra}]'" in err
+    assert not [*kept.rglob("*.onnx")]
