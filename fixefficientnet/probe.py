@@ -4,6 +4,7 @@ A run leaves them (`probe.safetensors`), publishing holds what it is about to pu
 uint8 [N, S, S, 3], resized and cropped; logits, float32 [N, classes]; labels, int64 [N].
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,7 +99,9 @@ def load(path: Path) -> Probe:
 
 
 def difference(probe: Probe, found: Tensor) -> float:
-    """Largest difference of other logits from a probe's, relative to its largest; infinite where they are no numbers.
+    """Largest difference of other logits from a probe's, relative to its largest; infinite where there is no telling.
+
+    That is: one of them is no number or infinite, or all of the probe's are 0.
 
     Args:
         probe: Whose.
@@ -106,5 +109,5 @@ def difference(probe: Probe, found: Tensor) -> float:
     """
     if found.shape != probe.logits.shape:
         return float("inf")
-    largest = float((found - probe.logits).abs().max().nan_to_num(torch.inf))
-    return largest / float(probe.logits.abs().max())
+    apart, largest = float((found - probe.logits).abs().max()), float(probe.logits.abs().max())
+    return apart / largest if math.isfinite(apart) and largest else math.inf

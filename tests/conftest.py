@@ -24,6 +24,7 @@ for _name in ("FIXEFFICIENTNET_MANIFEST", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_
 import pytest
 import safetensors.torch
 import timm
+import tiny
 import torch
 from torch import nn
 
@@ -105,6 +106,19 @@ def b0_delta(hub_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("b0") / "delta.safetensors"
     delta.save(tuned_delta(model, "b0"), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def finished_runs(hub_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of finished runs of the zoo: `b0` and `b0_ns`; `other`, of b0 with another seed. Not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    pictures = tiny.make_data(folder / "data", ("n01440764", "n02124075", "n07920052"), train=4, val=2)
+    place = ["--data", str(pictures), "--output", str(folder), "--method", "cached", "-j", "0"]
+    # enough epochs for some pictures to be right: an accuracy of 0 is none that a manifest takes
+    sizes = ["--train-size", "32", "--test-size", "48", "--set", "epochs=6", "--set", "batch_size=4"]
+    for which in (["b0*"], ["b0", "--experiment", "other", "--set", "seed=1"]):
+        tiny.run([*which, *place, *sizes], folder / "said.txt", HF_HUB_CACHE=str(hub_cache), OMP_NUM_THREADS="1")
+    return folder
 
 
 @pytest.fixture

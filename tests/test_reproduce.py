@@ -581,7 +581,7 @@ def test_unreadable_pictures_are_named_and_tolerated_up_to_a_limit(ground: Groun
         (["--device", "cuda"], "there is no CUDA device"),
         (["--data", "nowhere"], "There is no folder nowhere"),
         (["--checkpoint", "nowhere.safetensors"], "there is no such file"),
-        (["--checkpoint", __file__], "is no checkpoint: it takes a safetensors file"),
+        (["--checkpoint", __file__], "is no checkpoint, or a damaged one"),
         (["--mixed-precision", "fp16"], "fp16 is for CUDA devices"),
         (["--set", "base_lrr=1"], "Did you mean base_lr?"),
         (["--tune", "bn", "--method", "cached"], "use --method online"),

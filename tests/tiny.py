@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+from huggingface_hub import constants
 from PIL import Image
 
 CLASSES = ("apple", "brick", "cloud")
@@ -73,6 +74,8 @@ def cli(*arguments: object, status: int = 0, columns: int = 80) -> tuple[str, st
 
 def _command(module: str, arguments: list[str], environment: dict[str, str], said: str) -> None:
     os.environ.update(environment)
+    if "HF_HUB_CACHE" in environment:  # huggingface_hub read it when it was imported, before this process began
+        constants.HF_HUB_CACHE = environment["HF_HUB_CACHE"]
     file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

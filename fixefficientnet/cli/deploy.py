@@ -206,6 +206,8 @@ def publish(
     from fixefficientnet.publishing.publish import publish as publishing
 
     check_name(repo)
+    if private and to is not None:
+        raise typer.BadParameter("--private is for the Hub; a folder is as private as it is.")
     checked = checking.check_all(runs)
     for run in checked:
         said = (
@@ -219,7 +221,8 @@ def publish(
     chosen = plan(checked, repo, present, replace=replacing)
     where = repo if to is None else f"{to} ({repo})"
     if dry_run:
-        out.print(escape(f"\n{where}, {chosen.message if chosen.files else f'{chosen.version}: all is there'}"))
+        said = f"\n{where}, {chosen.message if chosen.files else f'{chosen.version}: all is there'}"
+        out.print(escape(said), soft_wrap=True)
         for name, data in chosen.files.items():
             out.print(escape(f"  {name}  {len(data):,} bytes"), soft_wrap=True)
         if card := chosen.files.get(CARD):
@@ -231,7 +234,8 @@ def publish(
         out.print("Nothing was written (--dry-run).")
         return
     done = publishing(checked, chosen, place, present, manifest_file)
-    out.print(escape(f"{where}, {chosen.message if chosen.files else f'{chosen.version}: all was there already'}"))
+    said = f"{where}, {chosen.message if chosen.files else f'{chosen.version}: all was there already'}"
+    out.print(escape(said), soft_wrap=True)
     for key, revision in done.revisions.items():
         out.print(escape(f"  {key} at {revision}"), soft_wrap=True)
     out.print(

@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from fixefficientnet import manifest
 from fixefficientnet.evaluation.paper import IMAGENET_NAME
+from fixefficientnet.reproduce.report import PAIRED
 
 CITATION = r"""
 @article{touvron2020fixefficientnet,
@@ -124,7 +125,7 @@ def _figures(models: Entries) -> str:
             f"{', '.join(elsewhere)} are of others and cannot be compared with them.",
         ]
     for key, entry in models.items():
-        if test := entry["fixres_against_base_at_test_size"]:
+        if test := entry[PAIRED]:
             lines += [
                 "",
                 f"`{key}`: FixRes against untuned at the same size, on the same pictures: {test['difference']:+.2f} "

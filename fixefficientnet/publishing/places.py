@@ -4,7 +4,7 @@ import contextlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +25,8 @@ from fixefficientnet.hub import HubFile
 INDEX = "models.json"
 BRANCH = "main"
 _NO_COMMIT = "0" * 40
+_FIRST_FILE = ".gitattributes"
+"""What the Hub puts into a repository that it makes."""
 _NOBODY = ("-c", "user.name=fixefficientnet", "-c", "user.email=fixefficientnet@localhost")
 
 
@@ -95,24 +97,40 @@ class OnHub:
     def commit(self, files: Mapping[str, bytes], message: str, parent: str | None) -> str:
         """Adds or replaces files in one commit; all or none."""
         api = self._api()
+        operations = [CommitOperationAdd(name, data) for name, data in files.items()]
         with self._saying("Nothing was published"):
-            api.create_repo(self.repository, private=self.private, exist_ok=True)
-            parent = parent or api.model_info(self.repository).sha  # the Hub's own first commit
-            operations = [CommitOperationAdd(name, data) for name, data in files.items()]
+            if parent is None:
+                # not private: as the organisation has it where it is not told
+                api.create_repo(self.repository, private=self.private or None, exist_ok=True)
+                info = api.model_info(self.repository)
+                if {sibling.rfilename for sibling in info.siblings or ()} - {_FIRST_FILE}:
+                    raise PublishError(
+                        f"Nothing was published: somebody else made {self.repository} meanwhile. Give the same "
+                        "command again."
+                    )
+                parent = info.sha  # the Hub's own first commit
+            api.preupload_lfs_files(self.repository, operations, free_memory=False)
+        with self._saying("Nothing was published", "Whether the commit is published is not known, its tag is not"):
             made = api.create_commit(self.repository, operations, commit_message=message, parent_commit=parent)
         return str(made.oid)
 
     def tag(self, name: str, revision: str) -> None:
         """Names a commit."""
-        with self._saying(f"The commit {revision} is published, its tag {name} is not"):
+        done = f"The commit {revision} is published"
+        with self._saying(f"{done}, its tag {name} is not", f"{done}, whether its tag {name} is, is not known"):
             self._api().create_tag(self.repository, tag=name, revision=revision)
 
     def _api(self) -> HfApi:
         return HfApi(library_name="fixefficientnet", library_version=__version__)
 
     @contextlib.contextmanager
-    def _saying(self, state: str) -> Iterator[None]:
-        """Turns huggingface_hub's errors into one message, which says what is published and what is not."""
+    def _saying(self, state: str, unknown: str | None = None) -> Iterator[None]:
+        """Turns huggingface_hub's errors into one message, which says what is published and what is not.
+
+        Args:
+            state: That, where the Hub refuses.
+            unknown: The same where it breaks off or goes away, and may have done what it was asked for; else `state`.
+        """
         try:
             yield
         except HfHubHTTPError as error:
@@ -128,10 +146,13 @@ class OnHub:
                 advice = "Somebody else committed meanwhile: give the same command again."
             else:
                 advice = "Give the same command again."
+                state = unknown or state
             raise PublishError(f"{state}: {what} ({_reason(error)}). {advice}") from error
         except (HTTPError, OSError, ValueError, RuntimeError) as error:
             if isinstance(error, FixEfficientNetError):
                 raise
+            if isinstance(error, HTTPError):
+                state = unknown or state
             raise PublishError(
                 f"{state}: {constants.ENDPOINT} was not reached to the end ({_reason(error)}). The same command, given "
                 "again, completes it."
@@ -164,7 +185,7 @@ class InFolder:
         if head is None:
             return Present()
         names = frozenset(filter(None, self._git("ls-tree", "-r", "-z", "--name-only", head).split("\0")))
-        index = self._git("show", f"{head}:{INDEX}").encode() if INDEX in names else None
+        index = self._git("show", f"{head}:{INDEX}").encode(errors="surrogateescape") if INDEX in names else None
         lines = self._git("for-each-ref", "refs/tags", "--format=%(refname:strip=2) %(objectname) %(*objectname)")
         tags = {name: (peeled or [commit])[0] for name, commit, *peeled in map(str.split, lines.splitlines())}
         return Present(head, names, index, tags)
@@ -185,23 +206,39 @@ class InFolder:
                 blob = self._git("hash-object", "-w", "--stdin", given=data)
                 self._git("update-index", "--add", "--cacheinfo", f"100644,{blob},{name}", more=index)
             tree = self._git("write-tree", more=index)
+        self._spare_uncommitted(files)
         named = () if self._try("config", "user.email") else _NOBODY
         made = self._git(*named, "commit-tree", tree, "-m", message, *(("-p", parent) if parent else ()))
+        self._git("checkout", "--quiet", made, "--", *files)  # before the branch moves: should it fail, none is there
         self._git("update-ref", branch, made, parent or _NO_COMMIT)
-        self._git("checkout", "--quiet", made, "--", *files)
         return made
+
+    def _spare_uncommitted(self, files: Mapping[str, bytes]) -> None:
+        """Refuses to write over what the user has there and no commit has."""
+        states = self._git("status", "--porcelain", "-z", "--no-renames", "--ignored", "-uall", "--", *files)
+        for name in sorted(state[3:] for state in states.split("\0") if state):
+            path = self.folder / name
+            if os.path.lexists(path) and not (path.is_file() and path.read_bytes() == files.get(name)):
+                raise PublishError(
+                    f"{path} is of yours, or changed by you, and in no commit. Nothing was published: commit it, or "
+                    "move it away."
+                )
 
     def tag(self, name: str, revision: str) -> None:
         """Names a commit."""
         self._git("update-ref", f"refs/tags/{name}", revision, _NO_COMMIT)
 
     def _try(self, *arguments: str) -> str | None:
-        try:
-            return self._git(*arguments)
-        except PublishError:
-            return None
+        """What git says; None where it answers with 1: there is none."""
+        done = self._run(arguments)
+        return None if done.returncode == 1 else self._said(done)
 
     def _git(self, *arguments: str, given: bytes | None = None, more: Mapping[str, str] | None = None) -> str:
+        return self._said(self._run(arguments, given, more))
+
+    def _run(
+        self, arguments: Sequence[str], given: bytes | None = None, more: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[bytes]:
         """Runs git here and nowhere else: not where the environment points, nor in a repository further up."""
         environment = {
             key: value
@@ -210,15 +247,17 @@ class InFolder:
         }
         environment |= {"GIT_CEILING_DIRECTORIES": str(self.folder.resolve().parent), **(more or {})}
         try:
-            done = subprocess.run(
+            return subprocess.run(
                 ["git", *arguments], cwd=self.folder, env=environment, input=given or b"", capture_output=True
             )
         except FileNotFoundError as error:
             raise PublishError("--to needs git, which is not installed (or not on the PATH).") from error
+
+    def _said(self, done: subprocess.CompletedProcess[bytes]) -> str:
         if done.returncode:
-            said = done.stderr.decode(errors="replace").strip()
+            said = done.stderr.decode(errors="replace").strip() or f"status {done.returncode}"
             raise PublishError(f"{self.folder}: git failed: {said}. Nothing was published.")
-        return done.stdout.decode().strip()
+        return done.stdout.decode(errors="surrogateescape").rstrip("\n")
 
 
 def check_name(repository: str) -> None:

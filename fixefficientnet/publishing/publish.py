@@ -86,8 +86,10 @@ def plan(runs: Sequence[Run], repository: str, present: Present, *, replace: boo
             f"{repository} has other weights ({version}):\n{said}\nNothing was published. --replace puts these runs' "
             "in their place, under a new tag; the old ones stay at theirs."
         )
-    names = {CARD, *(entries[key]["file"] for key in changed if key not in models)}
-    if not replace and (foreign := sorted(names & present.names if present.index is None else set())):
+    names = {entries[key]["file"] for key in changed if key not in models}
+    if present.index is None:
+        names.add(CARD)
+    if not replace and (foreign := sorted(names & present.names)):
         raise PublishError(
             f"{repository} has {', '.join(foreign)}, which `publish` did not write. Nothing was published: choose "
             "another repository, or replace them with --replace."
@@ -101,7 +103,10 @@ def plan(runs: Sequence[Run], repository: str, present: Present, *, replace: boo
     files = {run.filename: run.data for run in runs if run.variant.key in changed}
     index = {"version": following, "models": together}
     files |= {INDEX: (json.dumps(index, indent=2) + "\n").encode()}
-    files |= {CARD: card.render(repository, following, together).encode()}
+    try:
+        files |= {CARD: card.render(repository, following, together).encode()}
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise PublishError(f"{INDEX} of {repository} is damaged ({error!r}). Nothing was published.") from error
     added = tuple(key for key in changed if key not in models)
     return Plan(repository, following, added, tuple(replaced), together, files)
 

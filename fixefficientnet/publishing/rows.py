@@ -28,6 +28,7 @@ def updated(path: Path, runs: Sequence[Run], repository: str, revisions: Mapping
         ManifestError: The file cannot be read, or is no manifest.
     """
     document = _read(path)
+    usual = manifest.parse_overlay(document, folder=path.resolve().parent, source=str(path))
     for run in runs:
         row = document["variants"].setdefault(run.variant.key, {})
         tuned = run.report["measured"]["tuned"]
@@ -45,7 +46,7 @@ def updated(path: Path, runs: Sequence[Run], repository: str, revisions: Mapping
                 "top5": round(tuned["top5"], 3),
             },
         }
-        if run.test != run.variant.test:
+        if run.variant.key not in usual or run.test != usual[run.variant.key].test:
             row["test"] = json.loads(json.dumps(asdict(run.test)))
     manifest.parse_overlay(document, folder=path.resolve().parent, source=str(path))
     return dumps(document) + "\n"
@@ -56,7 +57,7 @@ def _read(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {"schema_version": manifest.SCHEMA_VERSION, "variants": {}}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(
             f"{path} cannot be read as a manifest: {error}. Choose another file: --manifest."
         ) from error
@@ -73,7 +74,7 @@ def write(path: Path, text: str) -> None:
     """
     try:
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            write_atomically(path, text.encode())
+            write_atomically(path.resolve() if path.is_symlink() else path, text.encode())
     except OSError as error:
         raise PublishError(
             f"All is published, but {path} cannot be written: {error.strerror}. The same command, given again, "

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from fixefficientnet import delta, manifest, probe, zoo
@@ -13,10 +13,10 @@ from fixefficientnet.errors import CheckpointError, PublishError
 from fixefficientnet.evaluation import journal
 from fixefficientnet.evaluation.paper import IMAGENET_NAME
 from fixefficientnet.manifest import TestTime, Variant
+from fixefficientnet.reproduce.report import PAIRED, paired
 
 DELTA, REPORT, RECIPE = "delta.safetensors", "report.json", "recipe.json"
-_PROMISED = ("size", "crop_pct", "pictures", "top1", "top5", "loss")
-"""Figures of a report that the evaluation's own batches must give again."""
+_DAMAGED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,9 @@ class Run:
         """What it was measured on, without places on this machine."""
         if self.comparable:
             return f"{IMAGENET_NAME}, validation"
-        return "/".join(Path(str(self.report["data"]["validation"])).parts[-2:])
+        path = PurePath(str(self.report["data"]["validation"]))
+        whose = 3 if path.parts[1:2] in (("home",), ("Users",)) else 1  # /home/NAME tells who it was
+        return "/".join(path.parts[whose if path.is_absolute() else 0 :][-2:])
 
     @property
     def filename(self) -> str:
@@ -78,7 +80,7 @@ class Run:
             "test": asdict(self.test),
             "dataset": self.dataset,
             "measured": report["measured"],
-            "fixres_against_base_at_test_size": report.get("fixres_against_base_at_test_size"),
+            PAIRED: report.get(PAIRED),
             "paper": asdict(paper) | {"comparable": self.comparable} if paper else None,
             "train_pictures": report["train_pictures"],
             "processes": report["processes"],
@@ -114,9 +116,7 @@ def check(folder: Path, *, cache_dir: str | os.PathLike[str] | None = None) -> R
         )
     variant = known[key]
     missing = [
-        name
-        for name in ("delta_sha256", "data", "measured", "train_pictures", "processes")
-        if name not in report or (name == "measured" and "tuned" not in report[name])
+        name for name in ("delta_sha256", "data", "measured", "train_pictures", "processes") if name not in report
     ]
     missing += [name for name in (DELTA, probe.FILENAME) if not (folder / name).is_file()]
     if missing:
@@ -124,6 +124,10 @@ def check(folder: Path, *, cache_dir: str | os.PathLike[str] | None = None) -> R
             f"{folder} lacks {', '.join(missing)}: the run is of an older release, or something was deleted. The "
             "command that made it, given again, makes what is missing; with --overwrite it starts anew."
         )
+    whole = {"data": "validation", "measured": "tuned"}
+    sound = all(isinstance(report[name], dict) and key in report[name] for name, key in whole.items())
+    if not sound or not all(isinstance(row, dict) for row in report["measured"].values()):
+        raise PublishError(f"{folder / REPORT} is damaged.")
     try:
         data = (folder / DELTA).read_bytes()
     except OSError as error:
@@ -162,13 +166,20 @@ def _json(folder: Path, name: str) -> dict[str, Any]:
 
 def _check_evaluation(folder: Path, report: dict[str, Any]) -> None:
     """The recorded figures follow from the evaluations' own batches."""
+    evaluations = {}
     for name, row in report["measured"].items():
-        found = journal.load(folder / "evaluations" / name).summary()
-        if wrong := [key for key in _PROMISED if found[key] != row.get(key)]:
+        try:
+            evaluations[name] = journal.load(folder / "evaluations" / name)
+            found = evaluations[name].summary()
+        except _DAMAGED as error:
+            raise PublishError(f"{folder / 'evaluations' / name}.*.jsonl is damaged: {error!r}.") from error
+        if wrong := [key for key in {**found, **row} if found.get(key) != row.get(key)]:
             raise PublishError(
-                f"{folder}: the batches in evaluations/ give {wrong[0]} {found[wrong[0]]} for {name!r}, {REPORT} says "
-                f"{row.get(wrong[0])}."
+                f"{folder}: the batches in evaluations/ give {wrong[0]} {found.get(wrong[0])} for {name!r}, {REPORT} "
+                f"says {row.get(wrong[0])}."
             )
+    if paired(evaluations) != report.get(PAIRED):
+        raise PublishError(f"{folder}: the batches in evaluations/ give another {PAIRED} than {REPORT} says.")
 
 
 def _check_logits(

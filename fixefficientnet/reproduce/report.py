@@ -13,6 +13,8 @@ from fixefficientnet.files import write_atomically
 from fixefficientnet.manifest import Variant
 from fixefficientnet.reproduce.recipe import Recipe
 
+PAIRED = "fixres_against_base_at_test_size"
+"""Where in a report the paired test is."""
 TITLES = {
     "base": "base, at its train size",
     "base_at_test": "base, at the test size",
@@ -32,17 +34,8 @@ def build(
     """The report as JSON values: figures, intervals, the paired test, and the paper's figures beside."""
     report: dict[str, Any] = {"variant": recipe.variant, "backbone": recipe.backbone, **more}
     report["measured"] = {name: evaluation.summary() for name, evaluation in evaluations.items()}
-    if "tuned" in evaluations and "base_at_test" in evaluations:
-        pair = compare(evaluations["base_at_test"].right, evaluations["tuned"].right)
-        low, high = pair.interval
-        report["fixres_against_base_at_test_size"] = {
-            "only_base_right": pair.only_first,
-            "only_fixres_right": pair.only_second,
-            "difference": pair.difference,
-            "difference_low": low,
-            "difference_high": high,
-            "p": pair.p,
-        }
+    if pair := paired(evaluations):
+        report[PAIRED] = pair
     if variant and variant.paper and recipe.stage == "fixres":
         paper = variant.paper
         found = next(iter(evaluations.values()))
@@ -60,6 +53,22 @@ def build(
     return report
 
 
+def paired(evaluations: Mapping[str, Evaluation]) -> dict[str, Any] | None:
+    """The tuned network against the untuned one at the same size, as JSON values; None for a base stage."""
+    if "tuned" not in evaluations or "base_at_test" not in evaluations:
+        return None
+    pair = compare(evaluations["base_at_test"].right, evaluations["tuned"].right)
+    low, high = pair.interval
+    return {
+        "only_base_right": pair.only_first,
+        "only_fixres_right": pair.only_second,
+        "difference": pair.difference,
+        "difference_low": low,
+        "difference_high": high,
+        "p": pair.p,
+    }
+
+
 def as_markdown(report: Mapping[str, Any], recipe: Recipe) -> str:
     """The report as a page."""
     title = "FixRes fine-tuning" if recipe.stage == "fixres" else "base stage"
@@ -70,7 +79,7 @@ def as_markdown(report: Mapping[str, Any], recipe: Recipe) -> str:
             f"| {TITLES[name]} | {row['size']} | {row['top1']:.2f} | {row['top1_low']:.2f} to {row['top1_high']:.2f} "
             f"| {row['top5']:.2f} | {row['loss']:.4f} | {row['pictures']:,} |"
         )
-    if test := report.get("fixres_against_base_at_test_size"):
+    if test := report.get(PAIRED):
         lines += [
             "",
             f"Of the same pictures at the test size, {test['only_fixres_right']} are right after FixRes only and "

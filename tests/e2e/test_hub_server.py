@@ -8,10 +8,8 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ import timm
 import torch
 from conftest import ROOT, lively, tuned_delta
 from gate import Gate
+from hub_server import commit, free_port, git, python, start_olah, stop
 
 import fixefficientnet
 from fixefficientnet import delta
@@ -31,19 +30,6 @@ pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="git is needed t
 
 KEYS = ("b0", "b1_ns")
 DELTAS = "org/fixeffnet"
-
-
-def git(*arguments: str, cwd: Path) -> str:
-    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "init.defaultBranch=main"]
-    return subprocess.run(
-        ["git", *identity, *arguments], cwd=cwd, capture_output=True, text=True, check=True
-    ).stdout.strip()
-
-
-def commit(folder: Path) -> str:
-    git("add", "-A", cwd=folder)
-    git("commit", "-qm", "files", cwd=folder)
-    return git("rev-parse", "HEAD", cwd=folder)
 
 
 @dataclass
@@ -60,53 +46,6 @@ class Server:
 
     def repository(self, name: str) -> Path:
         return self.root / "models" / name
-
-
-def start_olah(folder: Path, port: int) -> subprocess.Popen:
-    config = folder / "olah.toml"
-    config.write_text(
-        f"""
-[basic]
-host = "127.0.0.1"
-port = {port}
-repos-path = "{folder / "cache"}"
-mirrors-path = ["{folder / "hub"}"]
-[accessibility]
-offline = true
-"""
-    )
-    with (folder / "olah.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "olah.server", "--config", str(config), "--log-path", str(folder / "logs")],
-            cwd=folder,
-            stdout=log,
-            stderr=log,
-        )
-    for _ in range(150):
-        if process.poll() is not None:
-            break
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return process
-        time.sleep(0.2)
-    process.kill()
-    process.wait()
-    raise RuntimeError((folder / "olah.log").read_text())
-
-
-def stop(process: subprocess.Popen) -> None:
-    process.terminate()
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -147,12 +86,6 @@ def environment(server: Server, home: Path, **more: str) -> dict[str, str]:
         "FIXEFFICIENTNET_MANIFEST": json.dumps(server.overlay),
         **more,
     }
-
-
-def python(code: str, env: dict[str, str], check: bool = True) -> subprocess.CompletedProcess:
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert not check or done.returncode == 0, done.stderr
-    return done
 
 
 def logits_code(build: str, out: Path) -> str:

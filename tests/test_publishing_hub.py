@@ -1,0 +1,386 @@
+"""Publishing to a Hub: one in memory on this machine, which refuses and breaks off as it is told."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import hub_standin
+import pytest
+import tiny
+from conftest import ROOT
+from hub_standin import DROP, DROP_AFTER, TOKEN, Hub, Repository
+from huggingface_hub import close_session, constants
+from huggingface_hub.utils import _http
+
+from fixefficientnet import manifest
+
+NAME = "org/name"
+FILES = {".gitattributes", "README.md", "models.json", "b0.safetensors"}
+CREATE, LFS, COMMIT, TAG = "/api/repos/create", "/lfs/", "/commit/", "/tag/"
+
+
+def own_cache(folder: Path, hub_cache: Path) -> Path:
+    """A Hub cache that has the backbones of another, and gets nothing that others see."""
+    folder.mkdir(parents=True)
+    for repository in hub_cache.glob("models--*"):
+        (folder / repository.name).symlink_to(repository)
+    return folder
+
+
+@dataclass
+class Desk:
+    """A Hub, and who publishes there."""
+
+    hub: Hub
+    folder: Path
+    runs: Path
+
+    @property
+    def manifest(self) -> Path:
+        return self.folder / "rows.json"
+
+    @property
+    def repository(self) -> Repository:
+        return self.hub.repositories[NAME]
+
+    def publish(self, *runs: str, more: tuple[object, ...] = (), status: int = 0, repo: str = NAME) -> str:
+        """What was said, on stderr if it was refused."""
+        folders = [self.runs / run for run in runs]
+        out, err = tiny.cli("publish", *folders, "--repo", repo, "--manifest", self.manifest, *more, status=status)
+        assert "Traceback" not in out + err
+        assert TOKEN not in out + err
+        return err if status else out
+
+    def delta(self, name: str) -> bytes:
+        return (self.runs / name / "delta.safetensors").read_bytes()
+
+    def published(self) -> list[str]:
+        """Messages of the commits but the Hub's own first one."""
+        repository = self.hub.repositories.get(NAME)
+        return list(repository.messages.values())[1:] if repository else []
+
+    def rows(self) -> dict:
+        return json.loads(self.manifest.read_text())["variants"]
+
+
+@pytest.fixture
+def desk(tmp_path: Path, hub_cache: Path, finished_runs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+    with Hub() as hub:
+        # huggingface_hub reads these when it is imported; one test starts a process that does
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + template[template.index("/{") :])
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(own_cache(tmp_path / "hub", hub_cache)))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield Desk(hub, tmp_path, finished_runs)
+        close_session()  # no connection to this server is used again
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface_hub tries some requests again, after ever longer pauses: 23 seconds in all."""
+    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
+
+
+def test_first_publication_makes_repository_commit_and_tag(desk: Desk):
+    said = desk.publish("b0")
+    assert desk.hub.created == [{"name": "name", "organization": "org"}]
+    assert desk.published() == ["v1.0: add b0"]
+    head = desk.repository.head
+    files = desk.repository.commits[head]
+    assert set(files) == FILES
+    assert files["b0.safetensors"] == desk.delta("b0")
+    assert desk.repository.tags == {"v1.0": head}
+    assert head in said
+    weights = desk.rows()["b0"]["weights"]
+    assert weights["revision"] == head
+    assert weights["sha256"] == hashlib.sha256(files["b0.safetensors"]).hexdigest()
+    assert weights["bytes"] == len(files["b0.safetensors"])
+    entry = json.loads(files["models.json"])["models"]["b0"]
+    assert entry["sha256"] == weights["sha256"]
+    assert "| `b0` |" in files["README.md"].decode()
+    assert desk.hub.calls("POST", COMMIT) == 1
+    assert all(known for method, _, known in desk.hub.requests if method == "POST")
+    overlay = manifest.parse_overlay(json.loads(desk.manifest.read_text()), folder=desk.folder, source="rows")
+    assert overlay["b0"].weights.repository == NAME
+
+
+def test_whole_command_in_its_own_process_keeps_no_token(desk: Desk, hub_cache: Path, tmp_path: Path):
+    home, cwd = tmp_path / "home", tmp_path / "cwd"
+    own_cache(home / "hub", hub_cache)
+    cwd.mkdir()
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"} | {
+        "HF_ENDPOINT": desk.hub.endpoint,
+        "HF_HOME": str(home),
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_XET": "1",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "fixefficientnet", "publish", str(desk.runs / "b0"), "--repo", NAME, "--private"]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert desk.published() == ["v1.0: add b0"]
+    assert desk.repository.private
+    row = json.loads((cwd / "weights_manifest.json").read_text())["variants"]["b0"]
+    assert row["weights"]["revision"] == desk.repository.tags["v1.0"]
+    assert TOKEN not in done.stdout + done.stderr
+    written = [path for folder in (home, cwd) for path in folder.rglob("*") if path.is_file()]  # links not followed
+    assert not [path for path in written if TOKEN.encode() in path.read_bytes()]
+    assert not [name for name, data in desk.repository.commits[desk.repository.head].items() if TOKEN.encode() in data]
+
+
+@pytest.mark.parametrize(("more", "visibility"), [((), None), (("--private",), "private")])
+def test_private_is_asked_for_and_nothing_else_is(desk: Desk, more: tuple[str, ...], visibility: str | None):
+    """An organisation may have its repositories private unless told otherwise: so nothing is told."""
+    desk.publish("b0", more=more)
+    (asked,) = desk.hub.created
+    assert asked.get("visibility") == visibility
+    desk.publish("b0", more=more)  # a private one is read again
+    assert desk.published() == ["v1.0: add b0"]
+
+
+def test_same_runs_again_write_nothing(desk: Desk):
+    desk.publish("b0")
+    text, head = desk.manifest.read_text(), desk.repository.head
+    written = len([made for made in desk.hub.requests if made[0] in ("POST", "PUT")])
+    assert "v1.0: all was there already" in desk.publish("b0")
+    assert len([made for made in desk.hub.requests if made[0] in ("POST", "PUT")]) == written
+    assert (desk.manifest.read_text(), desk.repository.head) == (text, head)
+
+
+def test_second_variant_is_added_on_top_under_the_next_tag(desk: Desk):
+    desk.publish("b0")
+    first = desk.repository.head
+    desk.publish("b0_ns")
+    second = desk.repository.head
+    assert desk.repository.parents[second] == first
+    assert desk.repository.tags == {"v1.0": first, "v1.1": second}
+    assert desk.repository.commits[second]["b0.safetensors"] == desk.delta("b0")
+    assert desk.repository.commits[second]["b0_ns.safetensors"] == desk.delta("b0_ns")
+    assert desk.hub.calls("PUT", LFS) == 2  # each delta once
+    desk.publish("b0", "b0_ns")
+    assert {key: row["weights"]["revision"] for key, row in desk.rows().items()} == {"b0": first, "b0_ns": second}
+
+
+def test_other_weights_replace_only_if_asked_and_stay_at_their_tag(desk: Desk):
+    desk.publish("b0")
+    assert "--replace" in desk.publish("other", status=1)
+    assert desk.published() == ["v1.0: add b0"]
+    desk.publish("other", more=("--replace",))
+    tags = desk.repository.tags
+    assert desk.repository.commits[tags["v2.0"]]["b0.safetensors"] == desk.delta("other")
+    assert desk.repository.commits[tags["v1.0"]]["b0.safetensors"] == desk.delta("b0")
+
+
+def test_dry_run_asks_and_writes_nothing(desk: Desk):
+    said = desk.publish("b0", more=("--dry-run",))
+    assert "v1.0: add b0" in said and "Nothing was written" in said
+    desk.publish("b0")
+    assert "v1.1: add b0_ns" in desk.publish("b0_ns", more=("--dry-run",))
+    writing = [made for made in desk.hub.requests if made[0] in ("POST", "PUT")]
+    assert len([path for _, path, _ in writing if CREATE in path]) == 1
+    assert desk.published() == ["v1.0: add b0"]
+    assert list(desk.rows()) == ["b0"]
+
+
+def test_foreign_card_is_refused(desk: Desk):
+    desk.hub.make(NAME).add({"README.md": b"# theirs"}, "mine")
+    assert "README.md, which `publish` did not write" in desk.publish("b0", status=1)
+    assert desk.published() == ["mine"]
+    assert not desk.manifest.exists()
+
+
+def test_repository_that_was_made_empty_gets_the_first_commit(desk: Desk):
+    first = desk.hub.make(NAME).head
+    desk.publish("b0")
+    assert desk.repository.parents[desk.repository.head] == first
+    assert desk.published() == ["v1.0: add b0"]
+
+
+def test_damaged_models_json_is_refused(desk: Desk):
+    desk.hub.make(NAME).add({"models.json": b"\xff{"}, "mine")
+    assert "models.json of org/name cannot be read" in desk.publish("b0", status=1)
+    assert desk.published() == ["mine"]
+
+
+# --- who may not ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("where", [CREATE, COMMIT])
+def test_token_that_may_not_write_is_told_so(desk: Desk, status: int, where: str):
+    desk.hub.trouble("POST", where, status)
+    said = desk.publish("b0", status=1)
+    assert said.count("Nothing was published") == 1
+    assert "may not write to org/name" in said and "member of org" in said and str(status) in said
+    assert desk.published() == []
+    assert not desk.manifest.exists()
+    desk.publish("b0")
+    assert desk.published() == ["v1.0: add b0"]
+
+
+@pytest.mark.parametrize("token", [None, "hf_wrong"])
+def test_without_a_token_nothing_is_published(desk: Desk, monkeypatch: pytest.MonkeyPatch, token: str | None):
+    monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN")
+    said = desk.publish("b0", status=1)
+    assert "Nothing was published" in said and "hf auth login" in said
+    assert token is None or token not in said
+    assert NAME not in desk.hub.repositories
+
+
+def test_token_that_cannot_be_sent_is_not_shown(desk: Desk, monkeypatch: pytest.MonkeyPatch):
+    """HTTP's library names the header that it cannot send, and what is in it."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret\x01secret")
+    said = desk.publish("b0", status=1)
+    assert "secret" not in said
+    assert "Nothing was published" in said
+
+
+def test_organisation_of_others_is_refused(desk: Desk):
+    said = desk.publish("b0", repo="others/name", status=1)
+    assert "member of others" in said and "Nothing was published" in said
+    assert desk.hub.repositories == {}
+
+
+def test_organisation_that_is_not_there_is_refused(desk: Desk):
+    desk.hub.trouble("POST", CREATE, 404)
+    said = desk.publish("b0", status=1)
+    assert "404" in said and "member of org" in said
+    assert desk.hub.repositories == {}
+
+
+# --- what goes wrong in the middle ----------------------------------------------------------------------------
+
+
+def test_commit_that_somebody_made_meanwhile_is_not_written_over(desk: Desk):
+    desk.publish("b0")
+    repository = desk.repository
+    desk.hub.trouble("POST", COMMIT, lambda: repository.add({"LICENSE": b"theirs"}, "meanwhile"))
+    said = desk.publish("b0_ns", status=1)
+    assert "Somebody else committed meanwhile" in said and "Nothing was published" in said
+    assert desk.published() == ["v1.0: add b0", "meanwhile"]
+    assert list(desk.rows()) == ["b0"]
+    desk.publish("b0_ns")
+    assert desk.published() == ["v1.0: add b0", "meanwhile", "v1.1: add b0_ns"]
+    assert desk.repository.commits[desk.repository.head]["LICENSE"] == b"theirs"
+
+
+def test_repository_that_somebody_made_meanwhile_is_not_written_over(desk: Desk):
+    """It was not there when publish looked, and has a card of its own when publish writes."""
+    desk.hub.trouble("POST", CREATE, lambda: desk.hub.make(NAME).add({"README.md": b"# theirs"}, "theirs"))
+    said = desk.publish("b0", status=1)
+    assert "Nothing was published" in said and "meanwhile" in said
+    assert desk.published() == ["theirs"]
+    assert not desk.manifest.exists()
+    assert "did not write" in desk.publish("b0", status=1)
+
+
+@pytest.mark.parametrize("what", [507, DROP, DROP_AFTER])
+def test_upload_that_fails_publishes_nothing_and_the_next_try_completes(desk: Desk, no_waiting: None, what: int | str):
+    desk.hub.trouble("PUT", LFS, what, always=True)
+    said = desk.publish("b0", status=1)
+    assert "Nothing was published" in said
+    assert desk.hub.calls("POST", COMMIT) == 0
+    assert not desk.manifest.exists()
+    desk.hub.clear()
+    desk.publish("b0")
+    assert desk.published() == ["v1.0: add b0"]
+    assert desk.repository.tags == {"v1.0": desk.repository.head}
+    assert desk.rows()["b0"]["weights"]["revision"] == desk.repository.head
+
+
+def test_upload_that_breaks_off_once_is_tried_again(desk: Desk, no_waiting: None):
+    desk.hub.trouble("PUT", LFS, DROP)
+    desk.publish("b0")
+    assert desk.hub.calls("PUT", LFS) == 2
+    assert desk.repository.commits[desk.repository.head]["b0.safetensors"] == desk.delta("b0")
+
+
+@pytest.mark.parametrize("what", [500, DROP])
+def test_commit_that_fails_publishes_nothing_and_the_next_try_completes(desk: Desk, what: int | str):
+    desk.hub.trouble("POST", COMMIT, what)
+    said = desk.publish("b0", status=1)
+    assert "same command" in said and "its tag is not" in said
+    assert desk.published() == []
+    assert not desk.manifest.exists()
+    desk.publish("b0")
+    assert desk.published() == ["v1.0: add b0"]
+    assert desk.repository.tags == {"v1.0": desk.repository.head}
+    assert desk.hub.calls("PUT", LFS) == 1  # the delta was there already
+
+
+def test_commit_whose_answer_is_lost_is_not_denied_and_not_made_twice(desk: Desk):
+    desk.hub.trouble("POST", COMMIT, DROP_AFTER)
+    said = desk.publish("b0", status=1)
+    assert "Nothing was published" not in said
+    assert "is not known" in said and "same command" in said
+    assert desk.published() == ["v1.0: add b0"]
+    assert desk.repository.tags == {}
+    desk.publish("b0")
+    assert desk.published() == ["v1.0: add b0"]
+    assert desk.repository.tags == {"v1.0": desk.repository.head}
+    assert desk.rows()["b0"]["weights"]["revision"] == desk.repository.head
+
+
+@pytest.mark.parametrize("what", [403, 500, DROP])
+def test_tag_that_fails_is_all_that_the_next_try_makes(desk: Desk, what: int | str):
+    desk.hub.trouble("POST", TAG, what)
+    said = desk.publish("b0", status=1)
+    head = desk.repository.head
+    assert f"The commit {head} is published" in said and "tag v1.0 is" in said and "not" in said
+    assert desk.published() == ["v1.0: add b0"]
+    assert desk.repository.tags == {}
+    assert not desk.manifest.exists()
+    desk.publish("b0")
+    assert desk.hub.calls("POST", COMMIT) == 1
+    assert desk.repository.tags == {"v1.0": head}
+    assert desk.rows()["b0"]["weights"]["revision"] == head
+
+
+def test_tag_whose_answer_is_lost_is_found(desk: Desk):
+    desk.hub.trouble("POST", TAG, DROP_AFTER)
+    said = desk.publish("b0", status=1)
+    assert "whether its tag v1.0 is, is not known" in said
+    desk.publish("b0")
+    assert desk.hub.calls("POST", TAG) == 1
+    assert desk.rows()["b0"]["weights"]["revision"] == desk.repository.tags["v1.0"]
+
+
+@pytest.mark.parametrize("what", [501, DROP])
+def test_hub_that_does_not_say_what_it_has_is_not_written_to(desk: Desk, what: int | str):
+    desk.publish("b0")
+    desk.hub.trouble("GET", "/refs", what)
+    assert "Nothing was published" in desk.publish("b0_ns", status=1)
+    assert desk.published() == ["v1.0: add b0"]
+
+
+def test_hub_that_is_not_there(desk: Desk, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    said = desk.publish("b0", status=1)
+    assert "http://127.0.0.1:9 was not reached" in said and "Nothing was published" in said
+
+
+def test_manifest_that_is_malformed_stops_before_anything_is_published(desk: Desk):
+    desk.manifest.write_text("{")
+    assert str(desk.manifest) in desk.publish("b0", status=1)
+    assert desk.hub.repositories == {}
+
+
+def test_standin_refuses_what_a_hub_refuses(desk: Desk):
+    """What the tests above stand on."""
+    repository = desk.hub.make(NAME)
+    body = b'{"key": "header", "value": {"summary": "late", "parentCommit": "' + b"0" * 40 + b'"}}'
+    with pytest.raises(hub_standin.RefusedError) as refused:
+        desk.hub.answer("POST", f"/api/models/{NAME}/commit/main", body, True)
+    assert refused.value.status == 412
+    with pytest.raises(hub_standin.RefusedError) as refused:
+        desk.hub.answer("POST", f"/api/models/{NAME}/commit/main", body, False)
+    assert refused.value.status == 401
+    assert len(repository.commits) == 1
