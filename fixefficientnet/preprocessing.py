@@ -1,6 +1,7 @@
 """From a picture to the network's input: at test time, in FixRes fine-tuning, in training."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -18,7 +19,7 @@ from torchvision.transforms import functional as F
 
 from fixefficientnet import manifest
 from fixefficientnet.errors import PictureError
-from fixefficientnet.manifest import TestTime
+from fixefficientnet.manifest import TestTime, Triple
 
 PIXEL_LIMIT = 2**27
 """Above so many pixels after resizing (a very narrow picture), only the part that the crop keeps is resized."""
@@ -74,8 +75,10 @@ class Preprocess(TestTime):
 
     def normalise(self, image: Image.Image) -> Tensor:
         """The last step: an RGB picture of any size to float32 [3, H, W]."""
-        tensor: Tensor = F.normalize(F.to_tensor(image), list(self.mean), list(self.std))
-        return tensor
+        planes = np.empty((3, image.height, image.width), np.float32)
+        for values, band, plane in zip(_normalised(self.mean, self.std), image.split(), planes, strict=True):
+            np.take(values, np.asarray(band), out=plane, mode="clip")  # to clip there is nothing, to check would cost
+        return torch.from_numpy(planes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +154,17 @@ class TrainingTransform:
         with _draws_of(self.seed, epoch, index):
             image = transforms.RandomResizedCrop(self.train.size, interpolation=mode)(picture)
             return self.train.normalise(transforms.RandomHorizontalFlip(self.hflip)(image))
+
+
+@functools.lru_cache(maxsize=16)
+def _normalised(mean: Triple, std: Triple) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    """What torchvision makes of each of the 256 values of each channel: float32 [3, 256].
+
+    Looking them up gives the same bits as computing them for each pixel, in a quarter of the time.
+    """
+    every = Image.fromarray(np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2))
+    values: Tensor = F.normalize(F.to_tensor(every), list(mean), list(std))
+    return values[:, 0].numpy()
 
 
 @contextlib.contextmanager
