@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from fixefficientnet import manifest
 from fixefficientnet.cli.app import app, out
-from fixefficientnet.errors import FixEfficientNetError
+from fixefficientnet.errors import FixEfficientNetError, PublishError
 
 
 @app.command()
@@ -201,7 +201,7 @@ def publish(
     """
     from fixefficientnet.publishing import rows
     from fixefficientnet.publishing import runs as checking
-    from fixefficientnet.publishing.places import InFolder, OnHub, check_name
+    from fixefficientnet.publishing.places import InFolder, OnHub, Present, check_name
     from fixefficientnet.publishing.publish import CARD, plan
     from fixefficientnet.publishing.publish import publish as publishing
 
@@ -217,7 +217,13 @@ def publish(
         )
         out.print(escape(said), soft_wrap=True)
     place = OnHub(repo, private) if to is None else InFolder(to)
-    present = place.present()
+    try:
+        present = place.present()
+    except PublishError as error:
+        if not dry_run:
+            raise
+        present = Present()
+        out.print(escape(f"{error}\nShown as if {repo} had nothing yet."), soft_wrap=True)
     chosen = plan(checked, repo, present, replace=replacing)
     where = repo if to is None else f"{to} ({repo})"
     if dry_run:

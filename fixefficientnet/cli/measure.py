@@ -338,7 +338,8 @@ def _described(one: "Measured") -> str:
     found, test = one.evaluation, one.opened.test
     left_out = f" ({len(found.unreadable):,} more could not be read)" if found.unreadable else ""
     crop = f"crop_pct {test.crop_pct:g}" + (f", {one.opened.crop_mode}" if one.opened.crop_mode != "center" else "")
-    return f"{found.pictures:,} pictures of {one.pictures.what}{left_out}; {crop}, {test.interpolation}"
+    how = "".join(f", {word}" for word, usual in ((one.engine, "eager"), (one.precision, "no")) if word != usual)
+    return f"{found.pictures:,} pictures of {one.pictures.what}{left_out}; {crop}, {test.interpolation}{how}"
 
 
 def _unreadable(one: "Measured") -> list[str]:

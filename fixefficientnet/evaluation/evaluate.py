@@ -90,6 +90,8 @@ class Measured:
         subset: Classes that its logits were restricted to.
         real_labels: Whether ReaL labels decided what is right.
         evaluation: What came out.
+        engine: What computed the forward pass.
+        precision: Accelerate's: "no", "bf16" or "fp16".
         activations: Figures of the pooled activations, if these were watched.
     """
 
@@ -98,6 +100,8 @@ class Measured:
     subset: Subset | None
     real_labels: bool
     evaluation: Evaluation
+    engine: str = "eager"
+    precision: str = "no"
     activations: dict[str, float] | None = None
 
 
@@ -222,7 +226,16 @@ def measure(
             journal.note({_ACTIVATIONS: activations})
     if labels is not None:
         found = found.relabelled(labels)
-    return Measured(replace(opened, test=test), pictures, subset, settings.real_labels, found, activations)
+    return Measured(
+        replace(opened, test=test),
+        pictures,
+        subset,
+        settings.real_labels,
+        found,
+        engine=settings.engine,
+        precision=accelerator.mixed_precision,
+        activations=activations,
+    )
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ class Evaluation:
 
     size: int
     crop_pct: float
-    judgements: tuple[Judgement | None, ...]
+    judgements: tuple[Judgement | None, ...] = field(repr=False)
     unreadable: Mapping[int, str] = field(default_factory=dict)
     seconds: float = field(default=0.0, compare=False)
 

@@ -27,6 +27,8 @@ def row(measured: Measured) -> dict[str, Any]:
         "calibration_error": found.calibration_error,
         "restricted_to_classes": len(measured.subset.classes) if measured.subset else None,
         "real_labels": measured.real_labels,
+        "engine": measured.engine,
+        "precision": measured.precision,
         "seconds": found.seconds,
         "pictures_per_second": found.rate,
     }
