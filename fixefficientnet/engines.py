@@ -24,8 +24,10 @@ from fixefficientnet.manifest import TestTime
 if TYPE_CHECKING:
     from fixefficientnet.evaluation.models import Opened
 
-EXPORTED = {"onnx": ("torch", "onnx", "onnxruntime"), "openvino": ("torch", "onnx", "openvino")}
-"""Engines that run an exported file, with the packages whose versions decide it."""
+EXPORTED = ("onnx", "openvino")
+"""Engines that run an exported file."""
+EXPORTER = 1
+"""Raised when what `export` writes changes: files that are kept from before are not used then."""
 ENGINES = ("eager", "compile", *EXPORTED)
 
 
@@ -54,11 +56,13 @@ def exported(opened: "Opened", test: TestTime, engine: str, say: Callable[[str],
         ExportError: It cannot be exported, or the runtime disagrees with PyTorch.
         ModuleNotFoundError: The runtime is not installed.
     """
-    identity = {"engine": engine, "size": test.size, **opened.identity}
-    identity |= {package: metadata.version(package) for package in EXPORTED[engine] if _installed(package)}
+    runtimes.need(*runtimes.PACKAGES[engine])
+    deciding = ("torch", "timm", *runtimes.PACKAGES[engine])
+    identity = {"engine": engine, "size": test.size, "exporter": EXPORTER, **opened.identity}
+    identity |= {package: metadata.version(package) for package in deciding}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     folder = cached_assets_path("fixefficientnet", namespace="exports", subfolder=digest)
-    path = folder / f"{opened.architecture}-{test.size}{runtimes.SUFFIXES[engine]}"
+    path = folder / f"model-{test.size}{runtimes.SUFFIXES[engine]}"
     if not path.is_file():
         from fixefficientnet import export
 
@@ -68,12 +72,6 @@ def exported(opened: "Opened", test: TestTime, engine: str, say: Callable[[str],
                     say(f"{opened.name}: exporting for {engine} at {test.size} pixels; kept for the next time")
                 export.export(opened, path, test=test)
     return path
-
-
-def _installed(package: str) -> bool:
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return bool(metadata.version(package))
-    return False
 
 
 @contextlib.contextmanager
@@ -86,18 +84,23 @@ def running(opened: "Opened", test: TestTime, engine: str) -> Iterator[None]:
         engine: One of `ENGINES`.
 
     Raises:
-        ExportError: As `exported`.
+        ExportError: As `exported`; or the model is not float32, which exported files are.
     """
     if engine == "eager":
         yield
         return
     model: Any = opened.model
+    if engine in EXPORTED and (dtype := next(model.parameters()).dtype) != torch.float32:
+        raise ExportError(f"The engine {engine} computes in float32, and the model is in {dtype}.")
+    own = vars(model).get("forward")
     forward = _compiled(model.forward) if engine == "compile" else _loaded(opened, test, engine)
     model.forward = forward
     try:
         yield
     finally:
         del model.forward  # the class's own again
+        if own is not None:
+            model.forward = own
 
 
 def _loaded(opened: "Opened", test: TestTime, engine: str) -> Callable[[Tensor], Tensor]:
@@ -112,8 +115,12 @@ def _loaded(opened: "Opened", test: TestTime, engine: str) -> Callable[[Tensor],
 
 
 def _compiled(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Compiles once: smaller batches than the largest so far (a data set's last) are filled up."""
-    compiled = torch.compile(forward, dynamic=False, options={"freezing": True})
+    """Compiles once: smaller batches than the largest so far (a data set's last) are filled up.
+
+    Weights are frozen into the code, so what was compiled for another model before must be forgotten.
+    """
+    torch._dynamo.reset()
+    compiled = torch.compile(forward, dynamic=False)
     largest = 0
 
     def run(pictures: Tensor) -> Tensor:
@@ -122,8 +129,8 @@ def _compiled(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
         largest = max(largest, count)
         if count < largest:
             pictures = torch.cat([pictures, pictures[:1].expand(largest - count, -1, -1, -1)])
-            pictures = pictures.contiguous(memory_format=torch.channels_last)
-        logits: Tensor = compiled(pictures)
+        with torch._inductor.config.patch(freezing=True), torch.no_grad():
+            logits: Tensor = compiled(pictures.contiguous(memory_format=torch.channels_last))
         return logits[:count]
 
     return run

@@ -7,7 +7,7 @@ Every file takes `pixel_values`, float32 [N, 3, S, S] (normalised as its metadat
 import copy
 import io
 import json
-import os
+import math
 import subprocess
 import sys
 import tempfile
@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from fixefficientnet import int8, prediction, runtimes
-from fixefficientnet.errors import ExportError
+from fixefficientnet.errors import ExportError, FixEfficientNetError
 from fixefficientnet.files import beside
 from fixefficientnet.int8 import Calibration
 from fixefficientnet.manifest import TestTime
+from fixefficientnet.modes import in_eval_mode
 from fixefficientnet.runtimes import INPUT, METADATA, OUTPUT
 
 if TYPE_CHECKING:
@@ -47,15 +48,15 @@ class Checked:
         relative: The same, relative to eager's largest logit.
         agreement: Share of pictures with the same best guess.
         pictures: How many generated ones these are of.
-        accuracy: In 8 bits: top-1 in per cent of eager, and of the file.
-        measured: In 8 bits: on how many pictures.
+        right: In 8 bits: how many of the calibration's pictures are right in eager, and in the file.
+        measured: In 8 bits: how many of these there are.
     """
 
     difference: float
     relative: float
     agreement: float
     pictures: int
-    accuracy: tuple[float, float] | None = None
+    right: tuple[int, int] | None = None
     measured: int = 0
 
 
@@ -98,30 +99,48 @@ def export(
     if calibration:
         if kind not in int8.PACKAGES or half or dynamic_size:
             raise ExportError("8-bit integers are for onnx and openvino, of one size, and not with half precision.")
+        if not math.isfinite(max_drop):
+            raise ExportError(f"A drop of accuracy is a number of points, not {max_drop}.")
         runtimes.need(*int8.PACKAGES[kind])
-    model = opened.model.eval()
+    with in_eval_mode(opened.model):
+        return _export(opened, path, kind, test, dynamic_size, half, calibration, max_drop)
+
+
+def _export(
+    opened: "Opened",
+    path: Path,
+    kind: str,
+    test: TestTime,
+    dynamic_size: bool,
+    half: bool,
+    calibration: Calibration | None,
+    max_drop: float,
+) -> Checked:
+    model = opened.model
     metadata = json.dumps({"model": opened.timm_name, **asdict(test), "crop_mode": opened.crop_mode})
     with beside(path) as folder:
         draft = folder / path.name
         example = _pictures(2, test.size, test.size)
+        before, measured = calibration.right(model) if calibration else (0, 0)
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # deprecations inside torch and the exporters
                 _WRITERS[kind](model, example, draft, metadata, dynamic_size, half)
                 if calibration:
                     int8.quantise(kind, draft, calibration, metadata)
+        except FixEfficientNetError:
+            raise
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
             raise ExportError(f"{opened.name} cannot be exported as {kind}: {reason}") from error
         checked = _check(model, draft, _sizes(test.size, dynamic_size), TOLERANCES[half])
         if calibration:
-            before, measured = calibration.accuracy(model)
-            after, _ = calibration.accuracy(runtimes.load(draft))
-            checked = replace(checked, accuracy=(before, after), measured=measured)
-            if before - after > max_drop:
+            after, _ = calibration.right(runtimes.load(draft))
+            checked = replace(checked, right=(before, after), measured=measured)
+            if 100 * (before - after) > max_drop * measured:
                 raise ExportError(
-                    f"In 8-bit integers {after:.2f}% instead of {before:.2f}% of {measured} pictures are right, more "
-                    f"than {max_drop:g} points less. {path} was not written."
+                    f"In 8-bit integers {after} instead of {before} of {measured} pictures are right, more than "
+                    f"{max_drop:g} points less. {path} was not written."
                 )
         elif checked.relative > TOLERANCES[half] or checked.agreement < 1:
             raise ExportError(
@@ -130,6 +149,7 @@ def export(
                 f"the same best guess. {path} was not written."
             )
         files(draft)[-1].write_text("\n".join(_labels(opened)) + "\n", encoding="utf-8")
+        path.unlink(missing_ok=True)  # an older one must not meet the new weights
         for file in reversed(files(draft)):  # the file itself last: where it is, what belongs to it is there
             file.chmod(0o644)
             file.replace(path.parent / file.name)
@@ -177,11 +197,11 @@ def _run_afresh(path: Path, batches: Sequence[Tensor]) -> list[Tensor]:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         given, found = Path(folder) / "given", Path(folder) / "found"
         given.write_bytes(safetensors.torch.save({str(i): batch for i, batch in enumerate(batches)}))
-        # what lies in the working directory is not imported, and this very package is
+        # this very package is imported, also where it is not installed, and nothing of the working directory's (-P)
         here = str(Path(__file__).resolve().parent.parent)
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))}
-        command = [sys.executable, "-P", "-m", "fixefficientnet.runtimes", str(path.resolve()), str(given), str(found)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        code = f"import sys; sys.path.append({here!r}); from fixefficientnet.runtimes import main; main()"
+        command = [sys.executable, "-P", "-c", code, str(path.resolve()), str(given), str(found)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
             raise ExportError(f"The exported file does not run: {last}")

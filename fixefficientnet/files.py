@@ -1,12 +1,16 @@
 """Write a file so that nobody ever sees half of it."""
 
 import contextlib
+import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 _SUFFIX = ".partial"
+_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""Errors of writing that come without a name."""
 
 
 @contextlib.contextmanager
@@ -15,7 +19,8 @@ def _naming(path: Path, temporary: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None or str(error.filename).startswith(temporary):
+        unnamed = error.filename is None and error.errno in _WRITING
+        if unnamed or str(error.filename).startswith(temporary):
             error.filename, error.filename2 = str(path), None
         raise
 
@@ -57,4 +62,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 def remove_partial(folder: Path) -> None:
     """Removes what killed processes were writing in a folder and below; for one that nobody else writes in."""
     for path in folder.rglob(f".*{_SUFFIX}"):
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -49,8 +49,8 @@ class Calibration:
                 yield batch.inputs, batch.targets
 
     @torch.inference_mode()
-    def accuracy(self, run: Callable[[Tensor], Tensor]) -> tuple[float, int]:
-        """Top-1 accuracy in per cent, and of how many pictures.
+    def right(self, run: Callable[[Tensor], Tensor]) -> tuple[int, int]:
+        """How many pictures are right, and of how many.
 
         Args:
             run: float32 [N, 3, S, S] → float32 [N, classes].
@@ -64,7 +64,7 @@ class Calibration:
             total += len(targets)
         if not total:
             raise DataError(f"None of the pictures of {self.pictures.what} could be read.")
-        return 100 * right / total, total
+        return right, total
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,18 @@ def _openvino(path: Path, calibration: Calibration, metadata: str) -> None:
     import nncf
     import openvino
 
+    class Singles:
+        def __iter__(self) -> Iterator[Any]:
+            for inputs, _ in calibration.batches():
+                yield from (inputs[index : index + 1] for index in range(len(inputs)))
+
     nncf.set_log_level(logging.ERROR)
-    singles = [inputs[i : i + 1].numpy() for inputs, _ in calibration.batches() for i in range(len(inputs))]
     model = openvino.Core().read_model(path)
     quantised = nncf.quantize(
         model,
-        nncf.Dataset(singles, lambda picture: {runtimes.INPUT: picture}),
+        nncf.Dataset(Singles(), lambda picture: {runtimes.INPUT: picture.numpy()}),
         preset=nncf.QuantizationPreset.MIXED,  # activations that SiLU leaves are not symmetric
-        subset_size=len(singles),
+        subset_size=min(calibration.count, len(calibration.pictures)),
     )
     quantised.set_rt_info(metadata, runtimes.METADATA)
     # the weights that stay as they are are mapped from the file: it is replaced, not written over

@@ -1,7 +1,4 @@
-"""Exported files in their own runtimes; as a command, one batch after the other:
-
-python -m fixefficientnet.runtimes FILE GIVEN.safetensors FOUND.safetensors
-"""
+"""Exported files in their own runtimes."""
 
 import importlib.util
 import sys
@@ -110,14 +107,10 @@ _LOADERS: dict[str, Callable[[Path, int | None], Callable[[Tensor], Tensor]]] = 
 
 
 def main() -> None:
-    """Runs a file over the batches of another."""
+    """Runs a file over the batches of another: FILE GIVEN.safetensors FOUND.safetensors, as `export` asks."""
     file, given, found = map(Path, sys.argv[1:])
     run = load(file)
     with torch.inference_mode():
         batches = safetensors.torch.load_file(given)
         logits = {name: run(batch).float().contiguous() for name, batch in batches.items()}
     safetensors.torch.save_file(logits, found)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,6 @@
 """--engine: other runtimes compute what PyTorch computes, from a file that is exported once."""
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -12,8 +13,9 @@ from plain import logits, marks, network, save_run, stack
 from tiny import cli, make_data
 
 import fixefficientnet
-from fixefficientnet import export
+from fixefficientnet import engines, export
 from fixefficientnet.errors import ExportError
+from fixefficientnet.evaluation.models import open_model
 
 CLASSES = ("apple", "brick", "cloud")
 ENGINES = ["onnx", "openvino", pytest.param("compile", marks=pytest.mark.slow)]
@@ -97,6 +99,56 @@ def test_a_model_is_exported_once_per_content_and_size(
     assert found["top1"] == pytest.approx(100 * marks(logits(other.eval(), paths), labels).count("1") / 21)
 
 
+def test_prediction_and_evaluation_use_one_file(tmp_path: Path, kept: Path):
+    picture = ROOT / "examples" / "cat.jpg"
+    folder = tmp_path / "data" / "n02124075"
+    folder.mkdir(parents=True)
+    (folder / "cat.jpg").write_bytes(picture.read_bytes())
+    found = evaluate("lite0", folder.parent, tmp_path / "out", "--engine", "onnx")
+    assert (found["top1"], found["engine"]) == (100, "onnx")
+    assert "exporting" not in cli("predict", picture, "--engine", "onnx")[1]
+    assert len([*kept.rglob("*.onnx")]) == 1
+
+
+def test_what_another_exporter_left_is_not_used(
+    run: Path, data: Path, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for number in (1, 2):
+        monkeypatch.setattr("fixefficientnet.engines.EXPORTER", number)
+        evaluate(run, data, tmp_path / str(number), "--engine", "onnx")
+        assert len([*kept.rglob("*.onnx")]) == number
+
+
+def test_compiling_sees_one_shape_and_gives_each_picture_its_own(monkeypatch: pytest.MonkeyPatch):
+    shown = []
+
+    def fake(forward, **options):
+        def compiled(pictures):
+            shown.append((pictures.shape, pictures.is_contiguous(memory_format=torch.channels_last)))
+            return forward(pictures)
+
+        return compiled
+
+    monkeypatch.setattr("torch.compile", fake)
+    opened = open_model("lite0:backbone")
+    pictures = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = opened.model(pictures)
+        with engines.running(opened, opened.at(64), "compile"):
+            found = torch.cat([opened.model(part) for part in (pictures[:2], pictures[2:4], pictures[4:])])
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert shown == [((2, 3, 64, 64), True)] * 3
+
+
+@pytest.mark.slow
+def test_what_was_compiled_for_one_model_is_not_used_for_another(run: Path, data: Path, tmp_path: Path):
+    paths, labels = pictures(data)
+    other = save_run(tmp_path / "other", network(3, paths, labels[::-1]), CLASSES)
+    for number, model in enumerate((run, other, run)):
+        found = [evaluate(model, data, tmp_path / f"{number}{name}", "--engine", name) for name in ("eager", "compile")]
+        assert found[1]["loss"] == pytest.approx(found[0]["loss"], rel=1e-3)
+
+
 def test_a_damaged_kept_file_is_made_anew(run: Path, data: Path, tmp_path: Path, kept: Path):
     first = evaluate(run, data, tmp_path / "1", "--engine", "onnx")
     (path,) = kept.rglob("*.onnx")
@@ -112,10 +164,15 @@ def test_the_model_itself_stays_as_it_was(data: Path):
     model = network(3, paths, labels)
     model.pretrained_cfg.update(input_size=(3, 48, 48), crop_pct=0.875)
     before = model(stack(paths[:2]))
-    model.train()
     found = fixefficientnet.evaluate(model, data, engine="onnx", device="cpu", workers=0)
     assert found.right == marks(logits(model.eval(), paths), labels)
-    assert "forward" not in vars(model)
+    assert "forward" not in vars(model) and model.training is False
+    model.train()
+    fixefficientnet.evaluate(model, data, engine="onnx", device="cpu", workers=0, size=32)  # which is not kept yet
+    assert model.training and model.bn2.training
+    with pytest.raises(ExportError, match="in float32"):
+        fixefficientnet.evaluate(copy.deepcopy(model).bfloat16(), data, engine="onnx", device="cpu", workers=0)
+    model.eval()
     torch.testing.assert_close(model(stack(paths[:2])), before)
 
 

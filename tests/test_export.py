@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from tiny import cli, make_data
 
 from fixefficientnet import export
+from fixefficientnet.data import open_pictures
 from fixefficientnet.evaluation.models import open_model
+from fixefficientnet.int8 import Calibration
 from fixefficientnet.runtimes import SUFFIXES
 
 PAD_SAME = "tf_efficientnet_lite0"  # whose padding depends on the size, as in all variants of the zoo
@@ -185,9 +187,32 @@ def test_in_8_bits_with_accuracy_before_and_after(seeing: tuple[str, Path], tmp_
 
         kinds = {tensor.data_type for tensor in onnx.load(str(weights)).graph.initializer}
         assert onnx.TensorProto.INT8 in kinds
+    else:
+        assert 'element_type="i8"' in (tmp_path / name).read_text()
     _, err = cli(*arguments, "-o", tmp_path / f"b{Path(name).suffix}", "--max-drop", -100, status=1)
     assert "points less" in err and "was not written" in err
     assert not [*tmp_path.glob("*b.*")]
+
+
+def test_pictures_to_calibrate_with_are_spread_evenly_and_readable(seeing: tuple[str, Path], tmp_path: Path):
+    run_, data = seeing
+    opened = open_model(run_)
+    pictures = open_pictures(str(data), None)
+    chosen = Calibration(pictures, opened.transform(opened.test), 3)
+    found = torch.cat([inputs for inputs, _ in chosen.batches()])
+    expected = torch.stack([opened.transform(opened.test)(pictures[index][0]) for index in (0, 17, 35)])
+    assert torch.equal(found, expected)
+    for name in ("apple", "brick", "cloud"):
+        (tmp_path / "bad" / name).mkdir(parents=True)
+        (tmp_path / "bad" / name / "a.jpg").write_text("no picture")
+    for name in ("a.onnx", "a.xml"):
+        _, err = cli("export", run_, "--int8", "--data", tmp_path / "bad", "-o", tmp_path / name, status=1)
+        assert err.startswith("Error: None of the pictures")
+    assert (
+        "number of points"
+        in cli("export", run_, "--int8", "--data", data, "-o", tmp_path / "a.onnx", "--max-drop", "nan", status=1)[1]
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ["bad"]
 
 
 def test_8_bits_want_pictures_and_a_format_that_has_them(seeing: tuple[str, Path], tmp_path: Path):

@@ -190,12 +190,13 @@ def test_card_has_measured_figures_beside_the_papers(desk: Desk):
         (line,) = [line for line in text.splitlines() if line.startswith(f"| `{key}` |")]
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         measured, paper = report(desk.runs / key)["measured"], manifest.find(key).paper
-        assert cells[2] == f"{measured['base']['top1']:.2f} / {measured['base']['top5']:.2f} (32)"
-        assert cells[3].endswith("(48)")
-        assert cells[4].startswith(f"**{measured['tuned']['top1']:.2f}** / {measured['tuned']['top5']:.2f} (48; ")
-        assert cells[5] == f"{paper.base.top1} / {paper.base.top5} ({paper.base.test_size})"
-        assert cells[6] == f"{paper.fix.top1} / {paper.fix.top5} ({paper.fix.test_size})"
-        assert cells[7] == "data/val (6 pictures)"
+        assert cells[2] == "data/val, 6 pictures"
+        assert cells[3].startswith(f"{measured['base']['top1']:.2f} / {measured['base']['top5']:.2f} at 32, ")
+        assert " at 48, " in cells[4]
+        assert cells[5] == f"**{measured['tuned']['top1']:.2f} / {measured['tuned']['top5']:.2f} at 48, 1**"
+        assert cells[6] == f"{measured['tuned']['top1_low']:.2f} to {measured['tuned']['top1_high']:.2f}"
+        assert cells[7] == f"{paper.base.top1} / {paper.base.top5} at {paper.base.test_size}"
+        assert cells[8] == f"{paper.fix.top1} / {paper.fix.top5} at {paper.fix.test_size}"
     assert "cannot be compared" in text
     recipes = [json.loads(found) for found in re.findall(r"```json\n(.*?)\n```", text, re.S)]
     assert recipes == [report(desk.runs / key)["recipe"] for key in ("b0", "b0_ns")]
@@ -426,6 +427,10 @@ def test_somebody_elses_tag_is_not_moved(desk: Desk):
 # --- runs that are refused ------------------------------------------------------------------------------------
 
 
+def trained_on_what_it_measured(run: Path) -> None:
+    rewrite(run / "recipe.json", lambda values: values["pictures"].update(train=values["pictures"]["validation"]))
+
+
 def no_report(run: Path) -> None:
     (run / "report.json").unlink()
 
@@ -559,6 +564,7 @@ def torn_probe(run: Path) -> None:
     [
         (no_report, "has no report.json"),
         (no_recipe, "has no recipe.json"),
+        (trained_on_what_it_measured, "the very pictures that it was trained on"),
         (no_delta, "lacks delta.safetensors"),
         (no_probe, "lacks probe.safetensors"),
         (no_journal, "is no evaluation, or an unfinished one"),
@@ -799,6 +805,8 @@ def test_commit_on_another_one_than_was_seen_is_refused(desk: Desk):
     with pytest.raises(PublishError, match="Nothing was published"):
         InFolder(desk.repository).commit({"models.json": b"{}"}, "late", seen.head)
     assert git(desk.repository, "log", "--format=%s").splitlines() == ["meanwhile", "mine"]
+    assert git(desk.repository, "status", "--porcelain") == ""
+    desk.publish("b0")  # and is no obstacle for the next try
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["new", "repository"])

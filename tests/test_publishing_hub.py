@@ -264,7 +264,7 @@ def test_commit_that_somebody_made_meanwhile_is_not_written_over(desk: Desk):
     repository = desk.repository
     desk.hub.trouble("POST", COMMIT, lambda: repository.add({"LICENSE": b"theirs"}, "meanwhile"))
     said = desk.publish("b0_ns", status=1)
-    assert "Somebody else committed meanwhile" in said and "Nothing was published" in said
+    assert "Somebody else wrote there meanwhile" in said and "Nothing was published" in said
     assert desk.published() == ["v1.0: add b0", "meanwhile"]
     assert list(desk.rows()) == ["b0"]
     desk.publish("b0_ns")

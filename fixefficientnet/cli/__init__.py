@@ -22,9 +22,14 @@ _EXTRAS |= dict.fromkeys(("onnx", "onnxruntime", "onnxscript", "sympy"), "onnx")
 _EXTRAS |= dict.fromkeys(("nncf", "openvino"), "openvino")
 
 
+def _end(number: int, frame: object) -> None:
+    """Ends as an exception does, so that what is half done is cleaned up."""
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Runs the command line; an error of this package becomes one message and status 1."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half done is cleaned up
+    before = signal.signal(signal.SIGTERM, _end)
     try:
         app()
     except FixEfficientNetError as error:

@@ -106,7 +106,8 @@ def merge(
     how = f"timm.create_model('{name}', checkpoint_path='{output}')\nIts preprocessing is not in the file: {said}."
     if folder:
         how = f"timm.create_model('local-dir:{output}', pretrained=True)\nIts preprocessing is in config.json: {said}."
-    out.print(escape(f"{output}: {row.title}\n{how}"), soft_wrap=True)
+    whose = "the backbone's own weights" if weights == "backbone" else f"FixRes weights ({delta or 'published'})"
+    out.print(escape(f"{output}: {row.title}, {whose}\n{how}"), soft_wrap=True)
 
 
 @app.command()
@@ -171,9 +172,9 @@ def export(
         f"against eager: logits differ by up to {checked.difference:.2g} ({checked.relative:.1g} of the largest), "
         f"same best guess for {checked.agreement:.0%} of {checked.pictures} generated pictures",
     ]
-    if checked.accuracy:
-        before, after = checked.accuracy
-        said.append(
+    if checked.right:
+        before, after = (100 * count / checked.measured for count in checked.right)
+        said[1] = (
             f"top-1 on the {checked.measured} pictures of {data} that it was calibrated on: {before:.2f} before, "
             f"{after:.2f} after"
         )
@@ -220,7 +221,7 @@ def publish(
     try:
         present = place.present()
     except PublishError as error:
-        if not dry_run:
+        if not dry_run or to is not None:
             raise
         present = Present()
         out.print(escape(f"{error}\nShown as if {repo} had nothing yet."), soft_wrap=True)
@@ -244,10 +245,11 @@ def publish(
     out.print(escape(said), soft_wrap=True)
     for key, revision in done.revisions.items():
         out.print(escape(f"  {key} at {revision}"), soft_wrap=True)
+    served = "" if to is None else f", once {to} is served as {repo}"
     out.print(
         escape(
             f"{manifest_file} has the rows: with FIXEFFICIENTNET_MANIFEST={manifest_file}, "
-            f"create({next(iter(done.revisions))!r}, pretrained=True) loads them."
+            f"create({next(iter(done.revisions))!r}, pretrained=True) loads them{served}."
         ),
         soft_wrap=True,
     )

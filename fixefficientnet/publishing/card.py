@@ -1,6 +1,5 @@
 """The model card: README.md of a published repository, from what `models.json` tells of each model."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +7,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from fixefficientnet import manifest
 from fixefficientnet.evaluation.paper import IMAGENET_NAME
+from fixefficientnet.publishing import rows
 from fixefficientnet.reproduce.report import PAIRED
 
 CITATION = r"""
@@ -96,26 +96,21 @@ def _dataset_id(entry: Mapping[str, Any]) -> str:
 
 def _figures(models: Entries) -> str:
     lines = [
-        "Top-1 accuracy, per cent, single crop; in brackets the test size in pixels, for FixRes the 95% interval, and "
-        "behind the stroke top-5.",
+        "Accuracy in per cent, single crop: top-1 / top-5 at a test size in pixels, with the crop_pct.",
         "",
-        "| model | params | untuned | untuned, test size | FixRes | paper, untuned | paper, FixRes | measured on |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | params | measured on | untuned | untuned, larger | FixRes | 95% | paper, untuned | paper, Fix |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for key, entry in models.items():
         measured, paper = entry["measured"], entry["paper"]
         tuned = measured["tuned"]
-        cells = [f"`{key}`", f"{entry['parameters'] / 1e6:.1f}M"]
-        cells += [_top1(measured.get(name)) for name in ("base", "base_at_test")]
-        cells.append(
-            f"**{tuned['top1']:.2f}** / {tuned['top5']:.2f} ({tuned['size']}; {tuned['top1_low']:.2f} to "
-            f"{tuned['top1_high']:.2f})"
-        )
+        cells = [f"`{key}`", f"{entry['parameters'] / 1e6:.1f}M", f"{entry['dataset']}, {tuned['pictures']:,} pictures"]
+        cells += [_accuracy(measured.get(name)) for name in ("base", "base_at_test")]
+        cells += [f"**{_accuracy(tuned)}**", f"{tuned['top1_low']:.2f} to {tuned['top1_high']:.2f}"]
         cells += [
-            f"{paper[name]['top1']} / {paper[name]['top5']} ({paper[name]['test_size']})" if paper else "-"
+            f"{paper[name]['top1']} / {paper[name]['top5']} at {paper[name]['test_size']}" if paper else "-"
             for name in ("base", "fix")
         ]
-        cells.append(f"{entry['dataset']} ({tuned['pictures']:,} pictures)")
         lines.append(f"| {' | '.join(cells)} |")
     elsewhere = [key for key, entry in models.items() if entry["paper"] and not entry["paper"]["comparable"]]
     if elsewhere:
@@ -135,35 +130,33 @@ def _figures(models: Entries) -> str:
     return "\n".join(lines)
 
 
-def _top1(row: Mapping[str, Any] | None) -> str:
-    return f"{row['top1']:.2f} / {row['top5']:.2f} ({row['size']})" if row else "-"
+def _accuracy(row: Mapping[str, Any] | None) -> str:
+    return f"{row['top1']:.2f} / {row['top5']:.2f} at {row['size']}, {row['crop_pct']:g}" if row else "-"
 
 
 def _use(repository: str, version: str, key: str, entry: Mapping[str, Any]) -> str:
     uri = f"hf://{repository}/{entry['file']}@{version}"
     known = manifest.load().get(key)
     timm_name = known.timm_name if known else f"fixefficientnet_{key}"
-    return f"""With the Python package `fixefficientnet`:
+    return f"""With the Python package `fixefficientnet` installed, by any of three doors (`REPO` is the package's
+repository on GitHub):
 
 ```python
 import fixefficientnet
+import timm, torch
 
 weights = "{uri}"
 model = fixefficientnet.create("{key}", pretrained=weights)
+model = timm.create_model("{timm_name}", pretrained=weights)
+model = torch.hub.load("REPO", "fixefficientnet_{key}", pretrained=weights)
+
+model.eval()
 logits = model(model.preprocess("picture.jpg")[None])
 ```
 
-The same through torch.hub and through timm (`REPO` is the package's repository on GitHub):
-
-```python
-import timm, torch
-
-model = torch.hub.load("REPO", "fixefficientnet_{key}", pretrained=weights)
-model = timm.create_model("{timm_name}", pretrained=weights)  # after import fixefficientnet
-```
-
 Where the package's manifest (or the one that `FIXEFFICIENTNET_MANIFEST` names) has these weights, `pretrained=True`
-is enough, and commit and sha256 are checked at each load. The preprocessing at test time is attached to the model:
+is enough; they are pinned by their commit then, and the sha256 is checked at each load. The preprocessing at test time
+is attached to the model:
 shorter side to `size / crop_pct`, centre crop of `size`."""
 
 
@@ -177,7 +170,7 @@ def _recipe(key: str, entry: Mapping[str, Any]) -> str:
         f"Backbone `{entry['backbone']}`; file `{entry['file']}`, {entry['bytes']:,} bytes, sha256 "
         f"`{entry['sha256']}`; test time: crop_pct {test['crop_pct']:g}, {test['interpolation']}, mean "
         f"{tuple(test['mean'])}, std {tuple(test['std'])}; cross-entropy {tuned['loss']:.4f}. Made with {said}.\n\n"
-        f"```json\n{json.dumps(entry['recipe'], indent=2)}\n```\n\n</details>"
+        f"```json\n{rows.dumps(entry['recipe'])}\n```\n\n</details>"
     )
 
 

@@ -143,7 +143,7 @@ class OnHub:
                     f"HF_TOKEN), as a member of {organisation}."
                 )
             elif status in (409, 412):
-                advice = "Somebody else committed meanwhile: give the same command again."
+                advice = "Somebody else wrote there meanwhile: give the same command again."
             else:
                 advice = "Give the same command again."
                 state = unknown or state
@@ -209,8 +209,15 @@ class InFolder:
         self._spare_uncommitted(files)
         named = () if self._try("config", "user.email") else _NOBODY
         made = self._git(*named, "commit-tree", tree, "-m", message, *(("-p", parent) if parent else ()))
-        self._git("checkout", "--quiet", made, "--", *files)  # before the branch moves: should it fail, none is there
-        self._git("update-ref", branch, made, parent or _NO_COMMIT)
+        try:
+            self._git("update-ref", branch, made, parent or _NO_COMMIT)
+        except PublishError as error:
+            raise PublishError(f"{error} If somebody else committed meanwhile, give the same command again.") from error
+        try:
+            self._git("checkout", "--quiet", made, "--", *files)
+        except PublishError:
+            self._git("update-ref", *((branch, parent) if parent else ("-d", branch)), made)
+            raise
         return made
 
     def _spare_uncommitted(self, files: Mapping[str, bytes]) -> None:

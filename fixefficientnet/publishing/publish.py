@@ -100,6 +100,11 @@ def plan(runs: Sequence[Run], repository: str, present: Present, *, replace: boo
     together = dict(sorted(together.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
     if not changed:
         return Plan(repository, version or FIRST, (), (), together, {})
+    if following in present.tags:
+        raise PublishError(
+            f"{repository} has a tag {following} already, which `publish` did not make. Nothing was published: remove "
+            "it first."
+        )
     files = {run.filename: run.data for run in runs if run.variant.key in changed}
     index = {"version": following, "models": together}
     files |= {INDEX: (json.dumps(index, indent=2) + "\n").encode()}
@@ -149,17 +154,18 @@ def publish(runs: Sequence[Run], chosen: Plan, place: Place, present: Present, m
     rows.updated(manifest_file, runs, chosen.repository, dict.fromkeys(keys, "0" * 40))
     tagged = present.tags.get(chosen.version)
     if chosen.files:
-        if tagged:
-            raise PublishError(
-                f"{chosen.repository} has a tag {chosen.version} already, which `publish` did not make. Nothing was "
-                "published: remove it first."
-            )
         revision = place.commit(chosen.files, chosen.message, present.head)
     else:
         assert present.head is not None
         revision = tagged or present.head
-    if not tagged:
-        place.tag(chosen.version, revision)
+    if not tagged or chosen.files:
+        try:
+            place.tag(chosen.version, revision)
+        except (KeyboardInterrupt, SystemExit) as error:
+            raise PublishError(
+                f"Stopped: the commit {revision} is published, its tag {chosen.version} may not be. The same command "
+                "completes it."
+            ) from error
     tags = {**present.tags, chosen.version: revision}
     revisions = {key: tags.get(str(chosen.models[key].get("version")), revision) for key in keys}
     text = rows.updated(manifest_file, runs, chosen.repository, revisions)

@@ -48,6 +48,8 @@ def updated(path: Path, runs: Sequence[Run], repository: str, revisions: Mapping
         }
         if run.variant.key not in usual or run.test != usual[run.variant.key].test:
             row["test"] = json.loads(json.dumps(asdict(run.test)))
+        if run.variant.paper is None:
+            row["note"] = None  # which says that there are no FixRes weights
     manifest.parse_overlay(document, folder=path.resolve().parent, source=str(path))
     return dumps(document) + "\n"
 

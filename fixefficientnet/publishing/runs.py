@@ -54,7 +54,7 @@ class Run:
             return f"{IMAGENET_NAME}, validation"
         path = PurePath(str(self.report["data"]["validation"]))
         whose = 3 if path.parts[1:2] in (("home",), ("Users",)) else 1  # /home/NAME tells who it was
-        return "/".join(path.parts[whose if path.is_absolute() else 0 :][-2:])
+        return "/".join(path.parts[whose if path.is_absolute() else 0 :][-2:]) or "pictures of one's own"
 
     @property
     def filename(self) -> str:
@@ -142,6 +142,9 @@ def check(folder: Path, *, cache_dir: str | os.PathLike[str] | None = None) -> R
     delta.check_variant(tuned, key, folder / DELTA)
     if dict(tuned.recipe) != recipe or saved.get("recipe") != recipe:
         raise PublishError(f"{folder}: {DELTA}, {REPORT} and {RECIPE} tell of different recipes.")
+    seen = saved.get("pictures")
+    if isinstance(seen, dict) and seen.get("train") == seen.get("validation"):
+        raise PublishError(f"{folder} was measured on the very pictures that it was trained on: that is no accuracy.")
     _check_evaluation(folder, report)
     test = delta.test_time(tuned, variant.test)
     difference, right, probed = _check_logits(folder, variant, test, cache_dir)
