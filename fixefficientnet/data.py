@@ -41,6 +41,17 @@ Task = tuple[int, int]
 """(epoch, index) of one picture to load."""
 
 
+@dataclass(frozen=True, slots=True)
+class InEveryEpoch:
+    """A transform that is the same in every epoch and for every picture."""
+
+    transform: Callable[[Image.Image], Tensor]
+
+    def __call__(self, picture: Image.Image, epoch: int, index: int) -> Tensor:
+        """Transforms one RGB picture."""
+        return self.transform(picture)
+
+
 @dataclass(frozen=True)
 class Pictures:
     """A data set's split with random access.

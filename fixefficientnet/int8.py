@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fixefficientnet import runtimes
-from fixefficientnet.data import Pictures, load_batches
+from fixefficientnet.data import InEveryEpoch, Pictures, load_batches
 from fixefficientnet.errors import DataError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Calibration:
         count = min(self.count, len(self.pictures))
         indices = np.linspace(0, len(self.pictures) - 1, count).astype(int).tolist()
         tasks = [[(0, index) for index in indices[at : at + _BATCH]] for at in range(0, count, _BATCH)]
-        for batch in load_batches(self.pictures, _AtTestTime(self.transform), tasks):
+        for batch in load_batches(self.pictures, InEveryEpoch(self.transform), tasks):
             if len(batch.targets):
                 yield batch.inputs, batch.targets
 
@@ -65,14 +65,6 @@ class Calibration:
         if not total:
             raise DataError(f"None of the pictures of {self.pictures.what} could be read.")
         return right, total
-
-
-@dataclass(frozen=True)
-class _AtTestTime:
-    transform: "TestTransform"
-
-    def __call__(self, picture: Any, epoch: int, index: int) -> Tensor:
-        return self.transform(picture)
 
 
 def quantise(kind: str, path: Path, calibration: Calibration, metadata: str) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fixefficientnet.data import Batch, Pictures, load_batches, shard_tasks
+from fixefficientnet.data import Batch, InEveryEpoch, Pictures, load_batches, shard_tasks
 from fixefficientnet.errors import DataError, EvaluationError, FixEfficientNetError
 from fixefficientnet.evaluation.journal import Finished, Journal
 from fixefficientnet.evaluation.outcome import Evaluation, Judgement
@@ -81,7 +80,7 @@ def judge(
         start = time.perf_counter()
         for batch in load_batches(
             pictures,
-            _TestTimeTransform(transform or Preprocess.of(test)),
+            InEveryEpoch(transform or Preprocess.of(test)),
             tasks,
             workers=min(workers, len(tasks)),
             pin_memory=device.type == "cuda",
@@ -165,16 +164,6 @@ def _judgements(logits: Tensor, batch: Batch, pictures: Pictures, subset: "Subse
         index: Judgement((label,), tuple(classes[guess] for guess in five), confidence, loss)
         for index, label, five, confidence, loss in zip(indices, labels, guesses, confidences, losses, strict=True)
     }
-
-
-@dataclass(frozen=True, slots=True)
-class _TestTimeTransform:
-    """The same in every epoch."""
-
-    transform: TestTransform
-
-    def __call__(self, picture: Image.Image, epoch: int, index: int) -> Tensor:
-        return self.transform(picture)
 
 
 @torch.inference_mode()
