@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 # Before huggingface_hub is imported: it reads these once. Port 9 (discard) is closed, so that nothing
 # leaves the machine, and whatever is not in the cache fails at once.
@@ -26,12 +27,15 @@ import safetensors.torch
 import timm
 import tiny
 import torch
+from huggingface_hub.utils import _http
 from torch import nn
 
 import fixefficientnet
 from fixefficientnet import delta, manifest
 
 torch.set_num_threads(1)  # the networks are tiny and tests run side by side: more threads would wait for each other
+
+_http.time = SimpleNamespace(sleep=lambda seconds: None)  # it waits 23 seconds in all for a Hub that is not there
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

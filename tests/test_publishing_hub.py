@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import hub_standin
 import pytest
@@ -16,7 +15,6 @@ import tiny
 from conftest import ROOT
 from hub_standin import DROP, DROP_AFTER, TOKEN, Hub, Repository
 from huggingface_hub import close_session, constants
-from huggingface_hub.utils import _http
 
 from fixefficientnet import manifest
 
@@ -80,12 +78,6 @@ def desk(tmp_path: Path, hub_cache: Path, finished_runs: Path, monkeypatch: pyte
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield Desk(hub, tmp_path, finished_runs)
         close_session()  # no connection to this server is used again
-
-
-@pytest.fixture
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """huggingface_hub tries some requests again, after ever longer pauses: 23 seconds in all."""
-    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
 
 
 def test_first_publication_makes_repository_commit_and_tag(desk: Desk):
@@ -283,7 +275,7 @@ def test_repository_that_somebody_made_meanwhile_is_not_written_over(desk: Desk)
 
 
 @pytest.mark.parametrize("what", [507, DROP, DROP_AFTER])
-def test_upload_that_fails_publishes_nothing_and_the_next_try_completes(desk: Desk, no_waiting: None, what: int | str):
+def test_upload_that_fails_publishes_nothing_and_the_next_try_completes(desk: Desk, what: int | str):
     desk.hub.trouble("PUT", LFS, what, always=True)
     said = desk.publish("b0", status=1)
     assert "Nothing was published" in said
@@ -296,7 +288,7 @@ def test_upload_that_fails_publishes_nothing_and_the_next_try_completes(desk: De
     assert desk.rows()["b0"]["weights"]["revision"] == desk.repository.head
 
 
-def test_upload_that_breaks_off_once_is_tried_again(desk: Desk, no_waiting: None):
+def test_upload_that_breaks_off_once_is_tried_again(desk: Desk):
     desk.hub.trouble("PUT", LFS, DROP)
     desk.publish("b0")
     assert desk.hub.calls("PUT", LFS) == 2
