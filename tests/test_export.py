@@ -23,19 +23,29 @@ from fixefficientnet.runtimes import SUFFIXES
 PAD_SAME = "tf_efficientnet_lite0"  # whose padding depends on the size, as in all variants of the zoo
 
 
-@pytest.fixture(scope="module", params=["test_efficientnet", pytest.param(PAD_SAME, marks=pytest.mark.slow)])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+def opinionated(architecture: str, folder: Path) -> str:
     """A network with random weights of more than one opinion, by the name to open it with."""
     torch.manual_seed(0)
-    network = timm.create_model(request.param, num_classes=7).eval()
+    network = timm.create_model(architecture, num_classes=7).eval()
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_var.uniform_(0.5, 1.5)
             module.weight.data.uniform_(0.5, 1.5)
     network.classifier.weight.data.normal_()
-    file = tmp_path_factory.mktemp("export") / "model.safetensors"
+    file = folder / "weights"
     save_file(network.state_dict(), file)
-    return f"timm/{request.param}:{file}"
+    return f"timm/{architecture}:{file}"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return opinionated("test_efficientnet", tmp_path_factory.mktemp("export"))
+
+
+@pytest.fixture(scope="module", params=["test_efficientnet", pytest.param(PAD_SAME, marks=pytest.mark.slow)])
+def either(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Without and with padding that depends on the size."""
+    return opinionated(request.param, tmp_path_factory.mktemp("export"))
 
 
 def run(path: Path, pictures: np.ndarray) -> np.ndarray:
@@ -79,11 +89,11 @@ FORMS.remove(("torch-export", ("--dynamic-size",)))
 
 
 @pytest.mark.parametrize(("kind", "more"), FORMS, ids=lambda value: value if isinstance(value, str) else "".join(value))
-def test_a_file_gives_eagers_logits(model: str, tmp_path: Path, kind: str, more: tuple[str, ...]):
+def test_a_file_gives_eagers_logits(either: str, tmp_path: Path, kind: str, more: tuple[str, ...]):
     path = tmp_path / f"model{SUFFIXES[kind]}"
-    out, _ = cli("export", model, "-o", path, "--size", 64, *more)
+    out, _ = cli("export", either, "-o", path, "--size", 64, *more)
     assert "same best guess for 100% of" in out
-    eager = open_model(model)
+    eager = open_model(either)
     tolerance = 3e-2 if more == ("--half",) else 1e-4
     generator = torch.Generator().manual_seed(1)
     for batch, size in [(1, (64, 64)), (3, (64, 64)), *([(2, (97, 81))] if more == ("--dynamic-size",) else [])]:
