@@ -91,6 +91,11 @@ class Pictures:
         """Whether the classes are named by WordNet ids, as ImageNet's are."""
         return classes.are_wordnet_ids(self.classes)
 
+    @property
+    def files(self) -> bool:
+        """Whether each picture is read from a file that is opened for it, as several threads may do at once."""
+        return hasattr(self.source, "samples")
+
     def present(self) -> set[int]:
         """The classes that it may hold pictures of, in the model's numbering; all, where it does not tell."""
         if hasattr(self.source, "samples"):
@@ -229,6 +234,12 @@ def load_batches(
         worker_init_fn=_leave_signals_to_the_parent,
     )
     return iter(loader)
+
+
+def load_batch(pictures: Pictures, transform: Transform, tasks: list[Task]) -> Batch:
+    """Loads one batch in this thread; unreadable pictures are left out."""
+    loading = _Loading(pictures, transform, substitute=False)
+    return _collate([loading[task] for task in tasks])
 
 
 def shard_tasks(length: int, shard: int, batch: int, shards: Sequence[int]) -> list[list[Task]]:

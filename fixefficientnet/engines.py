@@ -35,12 +35,18 @@ def check(engine: str, device: torch.device | str, precision: str = "no") -> Non
     """Refuses an engine that does not run there.
 
     Raises:
-        ExportError: There is none of this name, or it runs on CPUs in float32 alone.
+        ExportError: There is none of this name, or it does not run there, or not in this precision.
     """
     if engine not in ENGINES:
         raise ExportError(f"--engine {engine}: there are {', '.join(ENGINES)}.")
-    if engine in EXPORTED and (torch.device(device).type != "cpu" or precision != "no"):
-        raise ExportError(f"--engine {engine} runs on the CPU, in float32: --device cpu, and no --mixed-precision.")
+    if engine in EXPORTED and torch.device(device).type != "cpu":
+        raise ExportError(f"--engine {engine} runs on the CPU: --device cpu.")
+    if engine == "onnx" and precision != "no":
+        raise ExportError("--engine onnx computes in float32: leave --mixed-precision out.")
+    if engine == "openvino" and precision != "no":
+        runtimes.need("openvino")
+        if not runtimes.openvino_has(precision):
+            raise ExportError(f"--engine openvino: this processor cannot compute in {precision}.")
 
 
 def exported(opened: "Opened", test: TestTime, engine: str, say: Callable[[str], None] | None = None) -> Path:
@@ -75,13 +81,17 @@ def exported(opened: "Opened", test: TestTime, engine: str, say: Callable[[str],
 
 
 @contextlib.contextmanager
-def running(opened: "Opened", test: TestTime, engine: str) -> Iterator[None]:
+def running(
+    opened: "Opened", test: TestTime, engine: str, *, streams: int = 1, precision: str = "no"
+) -> Iterator[None]:
     """Within, the model's forward pass is the engine's: float32 [N, 3, S, S] → float32 [N, classes].
 
     Args:
         opened: The model; its weights, mode and attributes stay as they are.
         test: The size that it is shown pictures at.
         engine: One of `ENGINES`.
+        streams: How many threads call it at once; they share the cores out. "compile" takes one.
+        precision: "no" or "bf16": what OpenVINO computes in.
 
     Raises:
         ExportError: As `exported`; or the model is not float32, which exported files are.
@@ -93,7 +103,10 @@ def running(opened: "Opened", test: TestTime, engine: str) -> Iterator[None]:
     if engine in EXPORTED and (dtype := next(model.parameters()).dtype) != torch.float32:
         raise ExportError(f"The engine {engine} computes in float32, and the model is in {dtype}.")
     own = vars(model).get("forward")
-    forward = _compiled(model.forward) if engine == "compile" else _loaded(opened, test, engine)
+    if engine == "compile":
+        forward = _compiled(model.forward)
+    else:
+        forward = _loaded(opened, test, engine, runtimes.How(torch.get_num_threads(), streams, precision))
     model.forward = forward
     try:
         yield
@@ -103,15 +116,15 @@ def running(opened: "Opened", test: TestTime, engine: str) -> Iterator[None]:
             model.forward = own
 
 
-def _loaded(opened: "Opened", test: TestTime, engine: str) -> Callable[[Tensor], Tensor]:
+def _loaded(opened: "Opened", test: TestTime, engine: str, how: runtimes.How) -> Callable[[Tensor], Tensor]:
     path = exported(opened, test, engine)
     try:
-        return runtimes.load(path, threads=torch.get_num_threads())
+        return runtimes.load(path, how)
     except ModuleNotFoundError:
         raise
     except Exception:  # the kept file is damaged, and each runtime has its own words for that
         path.unlink(missing_ok=True)
-        return runtimes.load(exported(opened, test, engine), threads=torch.get_num_threads())
+        return runtimes.load(exported(opened, test, engine), how)
 
 
 def _compiled(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -1,6 +1,8 @@
 """Pictures in, ranked labels out."""
 
+import contextlib
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 
-from fixefficientnet import manifest
+from fixefficientnet import manifest, streams
 from fixefficientnet.errors import PictureError, UnsupportedModelError
 from fixefficientnet.modes import in_eval_mode
 from fixefficientnet.preprocessing import PictureSource, open_picture
@@ -51,7 +53,7 @@ def predict(
     *,
     pretrained: Pretrained | None = None,
     topk: int = 5,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     device: torch.device | str | None = None,
     on_error: Callable[[PictureSource, PictureError], None] | None = None,
 ) -> list[Prediction]:
@@ -63,7 +65,7 @@ def predict(
         pretrained: As in `create`, for a variant's name. None: True, or "backbone" for the lite family,
             which has no FixRes weights.
         topk: How many labels each.
-        batch_size: Pictures per forward pass.
+        batch_size: Pictures per forward pass; None: 16, on the CPU 2. The CPU computes several batches at once.
         device: Where to run: the model is moved there. None: where it is.
         on_error: Called with a picture that cannot be used and the reason, instead of raising.
 
@@ -89,45 +91,69 @@ def stream(
     model: "ZooModel",
     *,
     topk: int = 5,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     device: torch.device | str | None = None,
     on_error: Callable[[PictureSource, PictureError], None] | None = None,
+    at_once: int | None = None,
 ) -> Iterator[Prediction]:
-    """The same as `predict`, batch by batch, for a model from `create`."""
-    if topk < 1 or batch_size < 1:
+    """The same as `predict`, batch by batch, for a model from `create`: in eval mode until all are drawn.
+
+    `at_once`: batches that threads compute at once; None: as many as the CPU has cores for.
+    """
+    if topk < 1 or (batch_size is not None and batch_size < 1):
         raise ValueError(f"topk and batch_size must be 1 or more, are {topk} and {batch_size}.")
     if device is not None:
         model = model.to(device)
-    batch: list[tuple[PictureSource, torch.Tensor]] = []
-    for picture in pictures:
-        try:
-            batch.append((picture, model.preprocess(open_picture(picture, upright=True))))
-        except PictureError as error:
-            if on_error is None:
-                raise
-            on_error(picture, error)
-        if len(batch) == batch_size:
-            yield from _classify(batch, model, topk)
-            batch = []
-    if batch:
-        yield from _classify(batch, model, topk)
+    place = next(model.parameters()).device
+    batch_size = batch_size or streams.batch_size(place, on_accelerator=16)
+    batches = _batches(pictures, batch_size)
+    done = streams.in_order(lambda batch: _classify(batch, model, topk), batches, at_once or streams.number(place))
+    with in_eval_mode(model), contextlib.closing(done):
+        for predictions, failed in done:
+            for picture, error in failed:
+                if on_error is None:
+                    raise error
+                on_error(picture, error)
+            yield from predictions
+
+
+def _batches(pictures: Iterable[PictureSource], size: int) -> Iterator[list[PictureSource]]:
+    drawn = iter(pictures)
+    while batch := list(itertools.islice(drawn, size)):
+        for picture in batch:
+            if isinstance(picture, Image.Image):  # one that is there twice must not be decoded by two threads at once
+                with contextlib.suppress(Exception):  # what is wrong is said when it is its turn
+                    picture.load()
+        yield batch
 
 
 @torch.inference_mode()
-def _classify(batch: list[tuple[PictureSource, torch.Tensor]], model: "ZooModel", topk: int) -> list[Prediction]:
+def _classify(
+    batch: list[PictureSource], model: "ZooModel", topk: int
+) -> tuple[list[Prediction], list[tuple[PictureSource, PictureError]]]:
+    """What the usable ones are, and why the others are not."""
+    usable: list[tuple[PictureSource, torch.Tensor]] = []
+    failed: list[tuple[PictureSource, PictureError]] = []
+    for picture in batch:
+        try:
+            usable.append((picture, model.preprocess(open_picture(picture, upright=True))))
+        except PictureError as error:
+            failed.append((picture, error))
+    if not usable:
+        return [], failed
     parameter = next(model.parameters())
-    inputs = torch.stack([tensor for _, tensor in batch]).to(parameter.device, parameter.dtype)
-    with in_eval_mode(model):
-        logits = model(inputs)
+    inputs = torch.stack([tensor for _, tensor in usable]).to(parameter.device, parameter.dtype)
+    logits = model(inputs.contiguous(memory_format=torch.channels_last))
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or not model.num_classes:
         raise UnsupportedModelError("This model gives features, not logits: build it with a classifier to predict.")
     probabilities = logits.float().softmax(dim=1)
     best = probabilities.topk(min(topk, probabilities.shape[1]), dim=1)
     names = names_of(probabilities.shape[1])
-    return [
+    predictions = [
         Prediction(picture, tuple(Label(i, names[i][0], names[i][1], p) for i, p in zip(indices, values, strict=True)))
-        for (picture, _), indices, values in zip(batch, best.indices.tolist(), best.values.tolist(), strict=True)
+        for (picture, _), indices, values in zip(usable, best.indices.tolist(), best.values.tolist(), strict=True)
     ]
+    return predictions, failed
 
 
 @functools.lru_cache(maxsize=4)

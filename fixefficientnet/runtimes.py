@@ -2,7 +2,9 @@
 
 import importlib.util
 import sys
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +54,35 @@ def need(*packages: str) -> None:
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
 
-def load(path: Path, *, threads: int | None = None) -> Callable[[Tensor], Tensor]:
+@dataclass(frozen=True, slots=True)
+class How:
+    """How ONNX Runtime and OpenVINO compute; PyTorch's formats go by its own settings.
+
+    Attributes:
+        threads: In all; None: as they choose.
+        streams: How many threads call the model at once: these share the others out.
+        precision: "no" is float32; "bf16": OpenVINO alone.
+    """
+
+    threads: int | None = None
+    streams: int = 1
+    precision: str = "no"
+
+
+def openvino_has(precision: str) -> bool:
+    """Whether OpenVINO can compute in it on this processor."""
+    import openvino
+
+    capabilities: list[str] = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return precision.upper() in capabilities
+
+
+def load(path: Path, how: How | None = None) -> Callable[[Tensor], Tensor]:
     """Opens an exported file.
 
     Args:
         path: Its ending tells the format.
-        threads: How many ONNX Runtime and OpenVINO compute with; None: as they choose.
+        how: It computes; None: in float32, called by one thread, with the runtime's own number of threads.
 
     Returns:
         float32 [N, 3, S, S] → float32 [N, classes], on the CPU.
@@ -65,40 +90,48 @@ def load(path: Path, *, threads: int | None = None) -> Callable[[Tensor], Tensor
     Raises:
         ModuleNotFoundError: The format's runtime is not installed.
     """
-    return _LOADERS[format_of(path)](path, threads)
+    return _LOADERS[format_of(path)](path, how or How())
 
 
-def _onnx(path: Path, threads: int | None) -> Callable[[Tensor], Tensor]:
+def _onnx(path: Path, how: How) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = max(1, how.threads // how.streams) if how.threads else 0
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda pictures: torch.from_numpy(session.run([OUTPUT], {INPUT: pictures.numpy()})[0])
 
 
-def _openvino(path: Path, threads: int | None) -> Callable[[Tensor], Tensor]:
+def _openvino(path: Path, how: How) -> Callable[[Tensor], Tensor]:
     import openvino
 
     # else it computes in bfloat16 where the processor can
-    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
-    if threads:
-        options["INFERENCE_NUM_THREADS"] = threads
+    hint = "f32" if how.precision == "no" else how.precision
+    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "NUM_STREAMS": how.streams}
+    if how.threads:
+        options["INFERENCE_NUM_THREADS"] = how.threads
     compiled = openvino.Core().compile_model(path, "CPU", options)
-    return lambda pictures: torch.from_numpy(compiled(pictures.contiguous().numpy())[0].copy())
+    mine = threading.local()
+
+    def run(pictures: Tensor) -> Tensor:
+        if not hasattr(mine, "request"):
+            mine.request = compiled.create_infer_request()
+        return torch.from_numpy(mine.request.infer([pictures.contiguous().numpy()])[0].copy())
+
+    return run
 
 
-def _torch_export(path: Path, threads: int | None) -> Callable[[Tensor], Tensor]:
+def _torch_export(path: Path, how: How) -> Callable[[Tensor], Tensor]:
     module: Callable[[Tensor], Tensor] = torch.export.load(path).module()
     return module
 
 
-def _torchscript(path: Path, threads: int | None) -> Callable[[Tensor], Tensor]:
+def _torchscript(path: Path, how: How) -> Callable[[Tensor], Tensor]:
     module: Any = torch.jit.load(str(path), "cpu")  # type: ignore[no-untyped-call]
     return module  # type: ignore[no-any-return]
 
 
-_LOADERS: dict[str, Callable[[Path, int | None], Callable[[Tensor], Tensor]]] = {
+_LOADERS: dict[str, Callable[[Path, How], Callable[[Tensor], Tensor]]] = {
     "onnx": _onnx,
     "openvino": _openvino,
     "torch-export": _torch_export,

@@ -13,7 +13,7 @@ from plain import logits, marks, network, save_run, stack
 from tiny import cli, make_data
 
 import fixefficientnet
-from fixefficientnet import engines, export
+from fixefficientnet import engines, export, runtimes
 from fixefficientnet.errors import ExportError
 from fixefficientnet.evaluation.models import open_model
 
@@ -55,6 +55,25 @@ def test_an_evaluation_is_the_same(run: Path, data: Path, tmp_path: Path, engine
     assert (other["top1"], other["top5"], other["pictures"]) == (eager["top1"], eager["top5"], 21)
     assert other["loss"] == pytest.approx(eager["loss"], rel=1e-3)
     assert other["loss"] != eager["loss"]  # batches of the one are not taken for the other's
+
+
+@pytest.mark.skipif(not runtimes.openvino_has("bf16"), reason="this processor has no bfloat16")
+def test_openvino_in_half_precision_is_nearly_the_same(run: Path, data: Path, tmp_path: Path):
+    whole, half = (
+        evaluate(run, data, tmp_path, "--engine", "openvino", "--mixed-precision", precision)
+        for precision in ("no", "bf16")
+    )
+    assert half["loss"] == pytest.approx(whole["loss"], rel=0.1)
+    assert half["loss"] != whole["loss"]
+    assert (half["precision"], half["engine"]) == ("bf16", "openvino")
+
+
+def test_a_processor_without_half_precision_is_told_of(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(runtimes, "openvino_has", lambda precision: False)
+    with pytest.raises(ExportError, match="cannot compute in bf16"):
+        fixefficientnet.evaluate(str(run), data, device="cpu", engine="openvino", mixed_precision="bf16")
 
 
 @pytest.mark.parametrize("engine", ["onnx", "openvino"])

@@ -92,6 +92,21 @@ def test_loading_processes_change_nothing(ground):
     assert judge(model, pictures, TEST, batch_size=5, workers=2) == judge(model, pictures, TEST, batch_size=5)
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_several_batches_at_once_are_judged_alike(ground, tmp_path: Path, batch_size: int):
+    model, whole, *_ = ground
+    model.train()
+    pictures = broken_copy(whole, tmp_path, {2})
+    one, several = (
+        judge(model, pictures, TEST, batch_size=batch_size, shard=batch_size, streams=streams) for streams in (1, 3)
+    )
+    assert (several.right, several.right5, several.unreadable) == (one.right, one.right5, one.unreadable)
+    assert several.loss == pytest.approx(one.loss, rel=1e-5)
+    assert list(several.unreadable) == [2]
+    assert all(module.training for module in model.modules())
+    model.eval()
+
+
 def test_the_network_is_left_as_it_was(ground):
     model, pictures, _, _ = ground
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

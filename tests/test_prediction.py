@@ -1,3 +1,4 @@
+import io
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,15 @@ def test_one_picture_by_path_bytes_or_image(lite0: torch.nn.Module):
     expected = fixefficientnet.predict(str(path), lite0)[0].labels
     assert fixefficientnet.predict(path.read_bytes(), lite0)[0].labels == expected
     assert fixefficientnet.predict(Image.open(path), lite0)[0].labels == expected
+
+
+def test_one_image_several_times(lite0: torch.nn.Module):
+    image = Image.open(EXAMPLES / "cat.jpg")
+    found = fixefficientnet.predict([image] * 12, lite0, batch_size=1)
+    assert {prediction.labels[0].name for prediction in found} == {"Egyptian cat"}
+    truncated = Image.open(io.BytesIO((EXAMPLES / "cat.jpg").read_bytes()[:5000]))
+    with pytest.raises(PictureError, match="truncated"):
+        fixefficientnet.predict([image, truncated], lite0)
 
 
 def test_turned_picture_is_set_upright(lite0: torch.nn.Module, tmp_path: Path):

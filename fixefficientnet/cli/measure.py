@@ -26,8 +26,15 @@ Data = Annotated[
 DataRoot = Annotated[str | None, typer.Option(help="Where a named data set lies or is cached.")]
 Split = Annotated[str | None, typer.Option(help="Default: validation, or the whole folder.")]
 CropPct = Annotated[float | None, typer.Option(help="Share of the resized picture to keep. Default: the model's.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Pictures per forward pass.")]
-Workers = Annotated[int, typer.Option("--workers", "-j", min=0, help="Loading processes per device.")]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", "-b", min=1, help="Pictures per forward pass. Default: 32, on the CPU 2.")
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers", "-j", min=0, help="Loading processes per device. Default: 4; none where the CPU computes."
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.")]
 MixedPrecision = Annotated[str, typer.Option(help="no, bf16 or fp16.")]
 Restrict = Annotated[
@@ -59,8 +66,8 @@ def evaluate(
     results_file: Annotated[Path | None, typer.Option(help="Write a CSV file with the columns of timm's.")] = None,
     as_json: AsJson = False,
     as_csv: AsCsv = False,
-    batch_size: BatchSize = 32,
-    workers: Workers = 4,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
     device: Device = None,
     mixed_precision: MixedPrecision = "no",
     engine: Engine = "eager",
@@ -150,8 +157,8 @@ def sweep(
     real_labels: RealLabels = False,
     as_json: AsJson = False,
     as_csv: AsCsv = False,
-    batch_size: BatchSize = 32,
-    workers: Workers = 4,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
     device: Device = None,
     mixed_precision: MixedPrecision = "no",
     output: Annotated[

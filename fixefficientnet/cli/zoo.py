@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -117,12 +118,14 @@ def predict(
     topk: Annotated[int, typer.Option(min=1, help="Labels per picture.")] = 5,
     as_json: AsJson = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, …  Default: cuda if there is one.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 16,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Pictures per forward pass. Default: 16, on the CPU 2.")
+    ] = None,
     engine: Engine = "eager",
 ) -> None:
     """Classify pictures into ImageNet's 1000 classes."""
     variant = manifest.find(model)
-    from fixefficientnet import engines, prediction, zoo
+    from fixefficientnet import engines, prediction, streams, zoo
 
     if engine in engines.EXPORTED and device is None:
         device = "cpu"
@@ -139,6 +142,9 @@ def predict(
         failed.append({"file": _shown(picture), "error": str(error)})
         err.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
 
+    pictures = list(_pictures(images, report))
+    batches = math.ceil(len(pictures) / (batch_size or streams.BATCH_SIZE))
+    at_once = 1 if engine == "compile" else streams.number(_device(device), batches)
     with contextlib.ExitStack() as stack:
         if engine != "eager":
             from fixefficientnet.evaluation.models import of_module
@@ -146,9 +152,9 @@ def predict(
             opened = of_module(network)
             if engine in engines.EXPORTED:
                 engines.exported(opened, opened.test, engine, lambda text: err.print(escape(text), soft_wrap=True))
-            stack.enter_context(engines.running(opened, opened.test, engine))
+            stack.enter_context(engines.running(opened, opened.test, engine, streams=at_once))
         predictions = prediction.stream(
-            _pictures(images, report), network, topk=topk, batch_size=batch_size, on_error=report
+            pictures, network, topk=topk, batch_size=batch_size, on_error=report, at_once=at_once
         )
         if as_json:
             found = [{"file": _shown(p.picture), "labels": [asdict(label) for label in p.labels]} for p in predictions]

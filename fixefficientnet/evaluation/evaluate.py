@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fixefficientnet import engines, processes
+from fixefficientnet import engines, processes, streams
 from fixefficientnet.classes import IMAGENET, SUBSET, Subset, are_wordnet_ids, imagenet_order, real_labels
 from fixefficientnet.data import Pictures, class_names, follow, open_pictures
 from fixefficientnet.errors import EvaluationError
@@ -41,8 +42,8 @@ class Settings:
         split: "validation" and the like; None: that, or the whole folder.
         size: Test size in pixels; None: the model's own.
         crop_pct: See `TestTime`; None: the model's own.
-        batch_size: Pictures per forward pass.
-        workers: Loading processes.
+        batch_size: Pictures per forward pass; None: 32, on the CPU 2.
+        workers: Loading processes; 0: this process loads. None: 4, but 0 where the CPU computes from files.
         restrict_classes: Whether logits are restricted to the classes that the data set has; None: where these are
             200 of ImageNet's, as ImageNet-A's and ImageNet-R's.
         real_labels: Whether ReaL labels decide what is right.
@@ -57,8 +58,8 @@ class Settings:
     split: str | None = None
     size: int | None = None
     crop_pct: float | None = None
-    batch_size: int = 32
-    workers: int = 4
+    batch_size: int | None = None
+    workers: int | None = None
     restrict_classes: bool | None = None
     real_labels: bool = False
     folder: str | os.PathLike[str] | None = None
@@ -176,6 +177,13 @@ def measure(
             )
         labels = real_labels([pictures.name(index) for index in range(len(pictures))])
     model = opened.model.to(accelerator.device)
+    batch_size = settings.batch_size or streams.batch_size(accelerator.device, on_accelerator=32)
+    # sums over pictures, which the activations' figures are, depend on their order; what is compiled is of one thread
+    alone = settings.workers or settings.activations or settings.engine == "compile" or not pictures.files
+    batches = math.ceil(len(pictures) / batch_size / accelerator.num_processes)
+    at_once = 1 if alone else streams.number(accelerator.device, batches)
+    loaded_here = not alone and accelerator.device.type == "cpu"
+    workers = (0 if loaded_here else 4) if settings.workers is None else settings.workers
     journal: Journal | None = None
     activations: dict[str, float] | None = None
     if settings.folder:
@@ -186,7 +194,7 @@ def measure(
             "pictures": pictures.fingerprint(),
             "test": asdict(test),
             "crop_mode": opened.crop_mode,
-            "batch_size": settings.batch_size,
+            "batch_size": batch_size,
             "precision": accelerator.mixed_precision,
             "engine": settings.engine,
             "subset": subset and subset.classes,
@@ -205,16 +213,18 @@ def measure(
         watched = None
         if settings.activations and activations is None:
             watched = stack.enter_context(PooledActivations(model))
-        stack.enter_context(_telling_what_ran_out(settings))
-        stack.enter_context(engines.running(opened, test, settings.engine))
+        stack.enter_context(_telling_what_ran_out(batch_size, at_once, resumable=bool(settings.folder)))
+        precision = accelerator.mixed_precision
+        stack.enter_context(engines.running(opened, test, settings.engine, streams=at_once, precision=precision))
         found = judge(
             model,
             pictures,
             test,
             transform=opened.transform(test),
-            batch_size=settings.batch_size,
-            shard=settings.batch_size,
-            workers=settings.workers,
+            batch_size=batch_size,
+            shard=batch_size,
+            workers=workers,
+            streams=at_once,
             subset=subset,
             journal=journal,
             accelerator=accelerator,
@@ -239,18 +249,18 @@ def measure(
 
 
 @contextlib.contextmanager
-def _telling_what_ran_out(settings: Settings) -> Iterator[None]:
+def _telling_what_ran_out(batch_size: int, at_once: int, *, resumable: bool) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        goes_on = " With --resume the finished batches are taken over." if settings.folder else ""
+        goes_on = " With --resume the finished batches are taken over." if resumable else ""
         if str(error).startswith("DataLoader worker"):
             raise EvaluationError(
                 f"A loading process ended by itself ({error}), as a rule for lack of memory: try fewer (-j).{goes_on}"
             ) from error
         if isinstance(error, MemoryError) or "memory" in str(error).lower():
             raise EvaluationError(
-                f"Out of memory with {settings.batch_size} pictures at once: try fewer (-b).{goes_on}"
+                f"Out of memory with {batch_size * at_once} pictures at once: try fewer (-b).{goes_on}"
             ) from error
         raise
 

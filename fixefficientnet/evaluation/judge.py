@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fixefficientnet.data import Batch, InEveryEpoch, Pictures, load_batches, shard_tasks
+from fixefficientnet.data import Batch, InEveryEpoch, Pictures, load_batch, load_batches, shard_tasks
 from fixefficientnet.errors import DataError, EvaluationError, FixEfficientNetError
 from fixefficientnet.evaluation.journal import Finished, Journal
 from fixefficientnet.evaluation.outcome import Evaluation, Judgement
@@ -19,6 +19,7 @@ from fixefficientnet.manifest import TestTime
 from fixefficientnet.modes import in_eval_mode
 from fixefficientnet.preprocessing import Preprocess
 from fixefficientnet.progress import Bar
+from fixefficientnet.streams import in_order
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,6 +39,7 @@ def judge(
     batch_size: int = 32,
     shard: int = 256,
     workers: int = 0,
+    streams: int = 1,
     subset: "Subset | None" = None,
     journal: Journal | None = None,
     accelerator: "Accelerator | None" = None,
@@ -56,6 +58,8 @@ def judge(
         batch_size: Pictures per forward pass.
         shard: Pictures per shard.
         workers: Loading processes.
+        streams: How many batches are loaded and computed at once, by threads of this process; more than 1: without
+            loading processes.
         subset: The classes that logits are restricted to.
         journal: Keeps finished batches; those that it has are not evaluated again.
         accelerator: Shares the work among its processes, and computes in its precision.
@@ -75,28 +79,34 @@ def judge(
         progress.skip(len(done.judgements))
     failure: FixEfficientNetError | None = None
     now = Finished()
+    device = next(model.parameters()).device
+    every = InEveryEpoch(transform or Preprocess.of(test))
+
+    def judged(batch: Batch) -> Finished:
+        found = Finished(unreadable=dict(batch.unreadable))
+        if len(batch.targets):
+            logits = _logits(model, batch.inputs.to(device, non_blocking=True), test.size, accelerator)
+            found.judgements = _judgements(logits, batch, pictures, subset)
+        return found
+
+    results: Iterator[Finished]
+    if streams > 1:
+        results = in_order(lambda task: judged(load_batch(pictures, every, task)), tasks, streams)
+    else:
+        pin = device.type == "cuda"
+        results = map(judged, load_batches(pictures, every, tasks, workers=min(workers, len(tasks)), pin_memory=pin))
     try:
-        device = next(model.parameters()).device
-        start = time.perf_counter()
-        for batch in load_batches(
-            pictures,
-            InEveryEpoch(transform or Preprocess.of(test)),
-            tasks,
-            workers=min(workers, len(tasks)),
-            pin_memory=device.type == "cuda",
-        ):
-            found = Finished(unreadable=dict(batch.unreadable))
-            if len(batch.targets):
-                logits = _logits(model, batch.inputs.to(device, non_blocking=True), test.size, accelerator)
-                found.judgements = _judgements(logits, batch, pictures, subset)
-            found.seconds, start = time.perf_counter() - start, time.perf_counter()
-            if journal:
-                journal.write(found)
-            now.judgements |= found.judgements
-            now.unreadable |= found.unreadable
-            now.seconds += found.seconds
-            if progress:
-                progress.advance((len(batch.targets) + len(batch.unreadable)) * world)
+        with in_eval_mode(model):
+            start = time.perf_counter()
+            for found in results:
+                found.seconds, start = time.perf_counter() - start, time.perf_counter()
+                if journal:
+                    journal.write(found)
+                now.judgements |= found.judgements
+                now.unreadable |= found.unreadable
+                now.seconds += found.seconds
+                if progress:
+                    progress.advance((len(found.judgements) + len(found.unreadable)) * world)
     except FixEfficientNetError as error:
         failure = error
     now = _of_all_processes(now, failure, world)
@@ -170,7 +180,7 @@ def _judgements(logits: Tensor, batch: Batch, pictures: Pictures, subset: "Subse
 def _logits(model: nn.Module, inputs: Tensor, size: int, accelerator: "Accelerator | None") -> Tensor:
     dtype = next(model.parameters()).dtype
     inputs = inputs.to(dtype).contiguous(memory_format=torch.channels_last)
-    with in_eval_mode(model), accelerator.autocast() if accelerator else contextlib.nullcontext():
+    with accelerator.autocast() if accelerator else contextlib.nullcontext():
         try:
             logits: Tensor = model(inputs)
         except (AssertionError, RuntimeError) as error:  # timm's and torch's words for a size that does not fit

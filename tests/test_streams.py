@@ -1,0 +1,82 @@
+"""Several batches at once on a CPU: the same results, in order, and nothing of it left behind."""
+
+import itertools
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fixefficientnet import streams
+
+
+def counting(drawn: list[int], count: int) -> Iterator[int]:
+    for number in range(count):
+        drawn.append(number)
+        yield number
+
+
+@pytest.mark.parametrize(("count", "at_once"), list(itertools.product((0, 1, 2, 5, 40), (1, 2, 3))))
+def test_results_come_in_order_from_at_most_so_many_threads(count: int, at_once: int):
+    turns = [threading.Event() for _ in range(count)]
+    names: set[str] = set()
+
+    def work(number: int) -> int:
+        names.add(threading.current_thread().name)
+        if at_once > 1 and number % 2 == 0 and number + 1 < count:
+            turns[number + 1].wait(0.02)  # every other one is done after the one behind it, where that can be
+        turns[number].set()
+        return -number
+
+    assert list(streams.in_order(work, counting([], count), at_once)) == [-number for number in range(count)]
+    assert len(names) <= at_once
+
+
+def test_only_a_few_are_drawn_ahead():
+    drawn: list[int] = []
+    results = streams.in_order(abs, counting(drawn, 100), 2)
+    assert [next(results) for _ in range(10)] == list(range(10))
+    assert 10 <= len(drawn) <= 17
+    results.close()
+
+
+def test_cores_are_shared_out_and_given_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        found = list(streams.in_order(lambda _: torch.get_num_threads(), range(6), 2))
+        assert found == [2] * 6
+        assert list(streams.in_order(lambda _: torch.get_num_threads(), range(1), 2)) == [4]  # alone it has them all
+        later: list[int] = []
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert (torch.get_num_threads(), later) == (4, [4])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_error_comes_at_its_turn_and_ends_the_threads():
+    def work(number: int) -> int:
+        if number == 3:
+            raise ValueError("three")
+        return number
+
+    results = streams.in_order(work, range(50), 2)
+    assert list(itertools.islice(results, 3)) == [0, 1, 2]
+    with pytest.raises(ValueError, match="three"):
+        next(results)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("stream")]
+
+
+def test_a_cpu_has_one_per_core_and_an_accelerator_one():
+    before = torch.get_num_threads()
+    try:
+        for threads, most in ((1, 1), (3, 3), (8, 8), (64, 8)):
+            torch.set_num_threads(threads)
+            assert streams.number("cpu") == most
+            assert streams.number(torch.device("cpu"), batches=2) == min(most, 2)
+            assert streams.number("cpu", batches=0) == 1
+            assert streams.number("cuda:0") == 1
+    finally:
+        torch.set_num_threads(before)
