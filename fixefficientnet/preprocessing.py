@@ -55,23 +55,38 @@ class Preprocess(TestTime):
 
     def crop(self, image: Image.Image) -> Image.Image:
         """The first two steps: an RGB picture to the square of `size` pixels that the network is shown."""
-        square: Image.Image = F.center_crop(self.resize(image), [self.size, self.size])
+        short, long = self._resized(image)
+        if image.width > image.height and short * long <= PIXEL_LIMIT:
+            # Pillow resizes along the rows first, then along the columns, with whole values in between: one by one is
+            # the same, and of columns that the crop drops the second need not be done
+            mode = Image.Resampling[InterpolationMode(self.interpolation).name]
+            left = round((long - self.size) / 2)
+            columns = image.resize((long, image.height), mode).crop((left, 0, left + self.size, image.height))
+            resized = columns.resize((self.size, short), mode)
+        else:
+            resized = self.resize(image)
+        square: Image.Image = F.center_crop(resized, [self.size, self.size])
         return square
 
     def resize(self, image: Image.Image) -> Image.Image:
         """The first step: the shorter side to `int(size / crop_pct)`; RGB to RGB."""
-        short, long = sorted(image.size)
-        resized = int(self.size / self.crop_pct)
+        short, long = self._resized(image)
         mode = InterpolationMode(self.interpolation)
-        if resized * int(resized * long / short) > PIXEL_LIMIT:
+        if short * long > PIXEL_LIMIT:
             # a line of pixels would become a picture of gigabytes: resize only what the crop keeps
             # (equal but for rounding)
-            side = short * self.size / resized
+            side = min(image.size) * self.size / short
             left, top = (image.width - side) / 2, (image.height - side) / 2
             box = (left, top, left + side, top + side)
             return image.resize((self.size, self.size), Image.Resampling[mode.name], box)
-        result: Image.Image = F.resize(image, [resized], mode)
+        result: Image.Image = F.resize(image, [short], mode)
         return result
+
+    def _resized(self, image: Image.Image) -> tuple[int, int]:
+        """Shorter and longer side after the first step, as torchvision rounds them."""
+        short, long = sorted(image.size)
+        resized = int(self.size / self.crop_pct)
+        return resized, int(resized * long / short)
 
     def normalise(self, image: Image.Image) -> Tensor:
         """The last step: an RGB picture of any size to float32 [3, H, W]."""
@@ -248,6 +263,9 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode == "I" and (values := np.asarray(image)).max() > 255:  # 32 bits wide, files fill 16 of them
         image = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
+    if image.mode == "RGB":
+        image.load()
+        return image  # to convert would copy all pixels
     return image.convert("RGB")
 
 

@@ -14,7 +14,7 @@ from torchvision import transforms
 import fixefficientnet
 from fixefficientnet import manifest
 from fixefficientnet.errors import PictureError
-from fixefficientnet.preprocessing import open_picture
+from fixefficientnet.preprocessing import Preprocess, open_picture
 from fixefficientnet.timm_cfg import pretrained_cfg
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -55,6 +55,19 @@ def test_pixels_equal_an_independent_torchvision_composition(key: str):
         rgb = picture.convert("RGB")
         assert torch.equal(found, reference(rgb)), (mode, picture.size)
         assert torch.equal(found, timms(rgb)), (mode, picture.size)
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+def test_any_shape_size_and_crop_equal_torchvisions(mode: str):
+    rng = random.Random(mode)
+    for _ in range(150):
+        sides = rng.choice([(1, 700, 1, 700), (200, 900, 1, 60), (1, 60, 200, 900), (200, 900, 200, 900)])
+        picture = random_picture(rng, "RGB", rng.randint(*sides[:2]), rng.randint(*sides[2:]))
+        size, crop_pct = rng.choice([1, 7, 32, 97]), rng.choice([0.5, 0.875, 0.95, 1.0])
+        ours = Preprocess(size, crop_pct, mode, *HALF)
+        resize = transforms.Resize(int(size / crop_pct), transforms.InterpolationMode(mode))
+        reference = transforms.CenterCrop(size)(resize(picture))
+        assert np.array_equal(np.asarray(ours.crop(picture)), np.asarray(reference)), (picture.size, size, crop_pct)
 
 
 def test_model_data_config_gives_the_same_pixels():
