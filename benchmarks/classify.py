@@ -1,25 +1,20 @@
 """Pictures per second from a folder of JPEGs to labels: this package's engines against its peers.
 
-    python -m benchmarks.classify FOLDER --json classify.json
+    python -m benchmarks classify --pictures FOLDER
 
-FOLDER has one folder per WordNet id (or val/ with these in it). Each way runs as its users run it, in a fresh process,
-in turns with the others; the median of the rounds counts. All read the same files at the same size and batch size,
-with the same number of loading processes and threads; the clock runs from the first file to the last label, loading
-processes included, models are built and warmed up before it.
+FOLDER has one folder per WordNet id (or val/ with these in it). Each way runs as its users run it, in fresh processes
+that take turns with the others'; the median of the rounds counts. All read the same files at the same size and batch
+size, on the same cores, at first with a warm-up; the clock runs from the first file to the last label.
 
-fixefficientnet: `evaluate` with each engine. timm: its model, loader and transform, as in its validate.py; "channels
-last" is its option of that name. torchvision and transformers: their own EfficientNet of the same kind, transform and
-torch's DataLoader. Lite0 has its real weights, the others random ones: the same for us and timm, whose best guesses
-must be the same.
+fixefficientnet: `evaluate` with each engine, and `predict` with ONNX Runtime; without loading processes, as is the
+default. timm: its model, loader and transform, as in its validate.py; "channels last" is its option of that name.
+torchvision and transformers: their own EfficientNet of the same kind, transform and torch's DataLoader. The peers load
+in one process beside. Lite0 has its real weights, the others random ones: the same for us and timm, whose best guesses
+must be the same in float32.
 """
 
 import argparse
 import importlib
-import json
-import os
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -27,9 +22,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks import machine
+
+NAME = "classify"
+
 SIZES = {"lite0": 256, "b0": 320, "b4": 472}
-ENGINES = ("eager", "compile", "onnx", "openvino")
-OURS = tuple(f"fixefficientnet, {engine}" for engine in ENGINES)
+PICTURES = {"lite0": 256, "b0": 128, "b4": 48}
+"""How many are enough for some seconds each."""
+OURS = {
+    "fixefficientnet": ("eager", "no"),
+    "fixefficientnet, compile": ("compile", "no"),
+    "fixefficientnet, onnx": ("onnx", "no"),
+    "fixefficientnet, openvino": ("openvino", "no"),
+    "fixefficientnet, openvino in bf16": ("openvino", "bf16"),
+    "fixefficientnet, openvino in bf16, fast preprocessing": ("openvino", "bf16"),
+}
+"""Engine and precision of `evaluate`."""
+ON_CUDA = {way: OURS[way] for way in ("fixefficientnet", "fixefficientnet, compile")}
+ON_CUDA["fixefficientnet in bf16"] = ("eager", "bf16")
+PREDICT = "fixefficientnet predict, onnx"
 TIMM = "timm"
 PEERS = (TIMM, "timm, channels last", "torchvision", "transformers")
 TRANSFORMERS = {"b0": (1.0, 1.0, 1280), "b4": (1.4, 1.8, 1792)}
@@ -39,12 +50,16 @@ TRANSFORMERS = {"b0": (1.0, 1.0, 1280), "b4": (1.4, 1.8, 1792)}
 class Task:
     """What a child process does: a variant on a list of pictures."""
 
-    def __init__(self, options: argparse.Namespace):
-        self.variant: str = options.variant
+    def __init__(self, given: dict[str, Any]):
+        import torch
+
+        self.variant: str = given["variant"]
         self.size = SIZES[self.variant]
-        self.folder = Path(options.folder)
-        self.batch_size: int = options.batch_size
-        self.workers: int = options.workers
+        self.folder = Path(given["folder"])
+        self.batch_size: int = given["batch_size"]
+        self.device: str = given["device"]
+        self.workers = 1 if self.device == "cpu" else torch.get_num_threads()
+        self.paths = [str(path) for path in sorted(self.folder.glob("*/*"))]
 
     @property
     def name(self) -> str:
@@ -68,35 +83,46 @@ class Task:
 
 
 def ours(task: Task, way: str) -> dict[str, Any]:
+    import math
+
     import torch
 
-    from fixefficientnet import engines, processes
-    from fixefficientnet.evaluation.evaluate import Settings, measure, pictures_for
+    from fixefficientnet import engines, prediction, streams
+    from fixefficientnet.evaluation.evaluate import Settings, pictures_for
+    from fixefficientnet.evaluation.judge import judge
     from fixefficientnet.evaluation.models import open_model
+    from fixefficientnet.processes import accelerator
 
-    engine = way.partition(", ")[2]
+    engine, precision = {**OURS, **ON_CUDA, PREDICT: ("onnx", "no")}[way]
     opened = open_model(task.name)
-    settings = Settings(
-        str(task.folder),
-        size=task.size,
-        crop_pct=1.0,
-        batch_size=task.batch_size,
-        workers=task.workers,
-        engine=engine,
-    )
-    accelerator = processes.accelerator("cpu", "no")
+    test = opened.at(task.size, 1.0)
+    settings = Settings(str(task.folder))
     pictures = pictures_for(opened, settings)
-    if engine == "compile":  # what is compiled is kept on disk; to read it again is part of what is timed
-        with engines.running(opened, opened.at(task.size), engine), torch.inference_mode():
-            opened.model(torch.rand(task.batch_size, 3, task.size, task.size))
-    elif engine in engines.EXPORTED:
-        engines.exported(opened, opened.at(task.size), engine)
-    with torch.inference_mode():
-        opened.model(torch.rand(task.batch_size, 3, task.size, task.size))
-    start = time.perf_counter()
-    found = measure(opened, settings, accelerator, pictures=pictures)
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds, "guesses": [judgement.guesses[0] for judgement in found.evaluation.judged]}
+    opened.model.to(task.device)
+    at_once = 1 if engine == "compile" else streams.number(task.device, math.ceil(len(pictures) / task.batch_size))
+    with engines.running(opened, test, engine, streams=at_once, precision=precision):
+        with torch.inference_mode():
+            opened.model(torch.rand(task.batch_size, 3, task.size, task.size, device=task.device))
+        start = machine.settled(task.device)
+        if way == PREDICT:
+            model: Any = opened.model
+            model.preprocess = opened.transform(test)
+            found = prediction.stream(task.paths, model, batch_size=task.batch_size, at_once=at_once)
+            guesses = [one.labels[0].index for one in found]
+        else:
+            judged = judge(
+                opened.model,
+                pictures,
+                test,
+                transform=opened.transform(test, fast="fast" in way),
+                batch_size=task.batch_size,
+                shard=task.batch_size,
+                workers=task.workers,
+                streams=at_once,
+                accelerator=accelerator(task.device, precision),
+            ).judged
+            guesses = [judgement.guesses[0] for judgement in judged]
+        return {"seconds": time.perf_counter() - start, "guesses": guesses}
 
 
 def timms(task: Task, way: str) -> dict[str, Any]:
@@ -104,7 +130,7 @@ def timms(task: Task, way: str) -> dict[str, Any]:
     from timm.data import create_dataset, create_loader, resolve_data_config
 
     layout = torch.channels_last if way.endswith("channels last") else torch.contiguous_format
-    model = task.timm_model().to(memory_format=layout)
+    model = task.timm_model().to(memory_format=layout).to(task.device)
     config = resolve_data_config({"img_size": task.size, "crop_pct": 1.0}, model=model)  # type: ignore[no-untyped-call]
 
     def batches() -> Iterable[Any]:
@@ -119,7 +145,7 @@ def timms(task: Task, way: str) -> dict[str, Any]:
             num_workers=task.workers,
             crop_pct=config["crop_pct"],
             crop_mode=config["crop_mode"],
-            device=torch.device("cpu"),
+            device=torch.device(task.device),
         )
         return loader
 
@@ -132,7 +158,7 @@ def torchvisions(task: Task, way: str) -> dict[str, Any]:
     from torchvision.datasets import ImageFolder
     from torchvision.transforms._presets import ImageClassification
 
-    model = models.get_model(f"efficientnet_{task.variant}", weights=None).eval()
+    model = models.get_model(f"efficientnet_{task.variant}", weights=None).eval().to(task.device)
     transform = ImageClassification(crop_size=task.size, resize_size=task.size)
     dataset = ImageFolder(task.folder, transform)
     return _timed(task, model, lambda: DataLoader(dataset, task.batch_size, num_workers=task.workers))
@@ -147,7 +173,7 @@ def transformers(task: Task, way: str) -> dict[str, Any]:
     config = peer.EfficientNetConfig(
         width_coefficient=width, depth_coefficient=depth, hidden_dim=hidden, image_size=task.size, num_labels=1000
     )
-    model = peer.EfficientNetForImageClassification(config).eval()
+    model = peer.EfficientNetForImageClassification(config).eval().to(task.device)
     size = {"height": task.size, "width": task.size}
     processor = peer.EfficientNetImageProcessor(size=size)
 
@@ -167,100 +193,92 @@ def _timed(task: Task, model: Callable[[Any], Any], batches: Callable[[], Iterab
 
     guesses: list[int] = []
     with torch.inference_mode():
-        model(torch.rand(task.batch_size, 3, task.size, task.size))
-        start = time.perf_counter()
+        model(torch.rand(task.batch_size, 3, task.size, task.size, device=task.device))
+        start = machine.settled(task.device)
         for inputs, _ in batches():
-            guesses += model(inputs).argmax(1).tolist()
+            guesses += model(inputs.to(task.device)).argmax(1).tolist()
         return {"seconds": time.perf_counter() - start, "guesses": guesses}
 
 
-def ways_of(variant: str) -> tuple[str, ...]:
+def ways_of(variant: str, device: str) -> tuple[str, ...]:
     """Lite0 is in neither torchvision nor transformers."""
-    return (*OURS, *(PEERS[:2] if variant == "lite0" else PEERS))
+    ours = (*OURS, PREDICT) if device == "cpu" else tuple(ON_CUDA)
+    return (*ours, *(PEERS[:2] if variant == "lite0" else PEERS))
 
 
-def child(options: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
-    torch.set_num_threads(options.threads)
+def child(given: dict[str, Any]) -> dict[str, Any]:
+    way: str = given["way"]
     run = {"fixefficientnet": ours, "timm": timms, "torchvision": torchvisions, "transformers": transformers}
-    return run[options.way.partition(",")[0]](Task(options), options.way)
+    return run[way.replace(",", " ").split()[0]](Task(given), way)
 
 
 @contextmanager
-def prepared(folder: Path, pictures: int, variants: Iterable[str]) -> Iterator[Path]:
-    """Links to so many pictures, evenly spread; the random weights beside."""
+def prepared(folder: Path, variant: str) -> Iterator[tuple[Path, list[int]]]:
+    """Links to so many pictures, evenly spread, and their classes; the random weights beside."""
     import numpy as np
     import timm
     import torch
     from safetensors.torch import save_file
 
+    from fixefficientnet.classes import imagenet_order
+
     folder = folder / "val" if (folder / "val").is_dir() else folder
     every = sorted(folder.glob("*/*"))
+    classes = imagenet_order()
     with tempfile.TemporaryDirectory(prefix="fixefficientnet-classify-") as temporary:
-        for index in np.unique(np.linspace(0, len(every) - 1, min(pictures, len(every))).astype(int)):
+        labels = []
+        for index in np.unique(np.linspace(0, len(every) - 1, min(PICTURES[variant], len(every))).astype(int)):
             link = Path(temporary) / "pictures" / every[index].parent.name / every[index].name
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(every[index].resolve())
-        for variant in variants:
-            if variant != "lite0":
-                torch.manual_seed(0)
-                model = timm.create_model(f"tf_efficientnet_{variant}")
-                save_file(model.state_dict(), Path(temporary) / f"{variant}.safetensors")
-        yield Path(temporary) / "pictures"
+            labels.append(classes.index(every[index].parent.name))
+        if variant != "lite0":
+            torch.manual_seed(0)
+            model = timm.create_model(f"tf_efficientnet_{variant}")
+            save_file(model.state_dict(), Path(temporary) / f"{variant}.safetensors")
+        yield Path(temporary) / "pictures", labels
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--variants", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--pictures", type=int, default=128)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    for hidden, kind in (("--way", str), ("--variant", str), ("--batch-size", int)):
-        parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.way:
-        print(json.dumps(child(options)))
-        return
-    rows = []
-    with prepared(options.folder, options.pictures, options.variants) as folder:
-        for variant in options.variants:
-            for batch_size in options.batch_sizes:
-                rows += _rows(options, folder, variant, batch_size)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+def rows(options: argparse.Namespace) -> list[machine.Row]:
+    """One per variant, batch size and way."""
+    every = []
+    for variant in SIZES:
+        if variant not in (options.variants or SIZES):
+            continue
+        with prepared(options.pictures, variant) as (folder, labels):
+            for batch_size in (1, 16):
+                every += _rows(options, folder, labels, variant, batch_size)
+    return every
 
 
-def _rows(options: argparse.Namespace, folder: Path, variant: str, batch_size: int) -> list[dict[str, Any]]:
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways_of(variant)}
-    for _ in range(options.rounds):
-        for way, results in found.items():
-            given = {"variant": variant, "batch-size": batch_size, "way": way}
-            given |= {"threads": options.threads, "workers": options.workers}
-            arguments = [text for key, value in given.items() for text in (f"--{key}", str(value))]
-            command = [sys.executable, "-m", "benchmarks.classify", str(folder), *arguments]
-            environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-            results.append(json.loads(done.stdout.splitlines()[-1]))
-    guesses = {way: results[0]["guesses"] for way, results in found.items()}
-    rates = {
-        way: statistics.median(len(r["guesses"]) / r["seconds"] for r in results) for way, results in found.items()
-    }
-    print(f"\n{variant} at {SIZES[variant]} pixels, batches of {batch_size}, {len(guesses[TIMM])} pictures\n")
-    print("| | pictures/s | times timm | guesses as timm's |\n|---|---|---|---|")
-    rows = []
-    for way, rate in rates.items():
-        same = sum(one == two for one, two in zip(guesses[way], guesses[TIMM], strict=True))
-        alike = f"{same} of {len(guesses[TIMM])}" if way.startswith(("fix", "timm")) else "-"
-        print(f"| {way} | {rate:.1f} | {rate / rates[TIMM]:.2f} | {alike} |", flush=True)
-        row = {"variant": variant, "size": SIZES[variant], "batch_size": batch_size, "way": way}
-        rows.append(row | {"pictures_per_second": rate, "times_timm": rate / rates[TIMM], "same_guesses": alike})
-    return rows
-
-
-if __name__ == "__main__":
-    main()
+def _rows(
+    options: argparse.Namespace, folder: Path, labels: list[int], variant: str, batch_size: int
+) -> list[machine.Row]:
+    given = {"folder": str(folder), "variant": variant, "batch_size": batch_size, "device": options.device}
+    found = machine.in_turns(
+        ways_of(variant, options.device),
+        options.rounds,
+        lambda way: machine.fresh(NAME, {**given, "way": way}),
+        f"{variant} in batches of {batch_size}:",
+    )
+    rates = {way: len(labels) / machine.median(findings, "seconds") for way, findings in found.items()}
+    theirs = found[TIMM][0]["guesses"]
+    made = []
+    for way, findings in found.items():
+        guesses = findings[0]["guesses"]
+        comparable = way.startswith(("fix", "timm"))
+        made.append(
+            {
+                "benchmark": NAME,
+                "variant": variant,
+                "size": SIZES[variant],
+                "batch_size": batch_size,
+                "way": way,
+                "pictures": len(labels),
+                "pictures_per_second": rates[way],
+                "times_timm": rates[way] / rates[TIMM],
+                "same_guesses": sum(map(int.__eq__, guesses, theirs)) if comparable else None,
+                "right": sum(map(int.__eq__, guesses, labels)) if variant == "lite0" else None,
+            }
+        )
+    return made

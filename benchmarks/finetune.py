@@ -1,38 +1,45 @@
-"""FixRes fine-tuning: its step against a plain PyTorch loop, and its two methods against each other.
+"""FixRes fine-tuning: its step against a plain PyTorch loop, its two methods against each other, and how both grow.
 
-    python -m benchmarks.finetune step --data FOLDER             # pictures/s and peak memory, side by side
-    python -m benchmarks.finetune methods --data FOLDER --checkpoint model.safetensors --train-size 128
+    python -m benchmarks finetune --train FOLDER --checkpoint model.safetensors
 
-FOLDER has train/ and val/ in it, with a folder per class. `step` runs each side in fresh processes that take turns, on
-the same pictures, batches, loading processes and threads, with random weights. `methods` runs the command itself and
-sets backbone forwards and wall time beside the accuracy reached.
+FOLDER has train/ and val/ in it, with a folder per class; the checkpoint is a network trained on it, as
+`python -m fixefficientnet.reproduce lite0 --stage base` leaves it (docs/finetuning.md). Steps run in fresh processes
+that take turns, on the same pictures, batches, loading process and threads. The others time the command itself, from
+its start to its report: cached and online beside the accuracy that they reach; one and two processes; both methods over
+more pictures (those of the folder, linked as often as it takes), the step over larger pictures and batches.
 """
 
 import argparse
+import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import machine
 
-def reset_peak() -> float:
-    """Forgets the process's peak memory so far; what it has now, in MB."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return megabytes("VmRSS")
+NAME = "finetune"
+
+MODEL = "tf_efficientnet_lite0"
+TRAIN_SIZE, SIZE, BATCH = 128, 160, 64
+ONLINE = ("--method", "online", "--set", f"batch_size={BATCH}", "--set", "base_lr=1e-2")
+KINDS = {
+    "cached, statistics alone": ("--method", "cached", "--tune", "bn-stats"),
+    "cached, 1 view": ("--method", "cached", "--set", "views=1"),
+    "cached, 2 views": ("--method", "cached"),
+    "online, 1 epoch": (*ONLINE, "--set", "epochs=1"),
+    "online, 3 epochs": (*ONLINE, "--set", "epochs=3"),
+    "online, 8 epochs": (*ONLINE, "--set", "epochs=8"),
+}
 
 
-def megabytes(name: str) -> float:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(name)) / 1024
-
-
-def plain(options: argparse.Namespace) -> tuple[float, float]:
-    """The method as it is described, in the simplest way. Pictures per second, and growth of peak memory in MB."""
+def plain(given: dict[str, Any]) -> dict[str, Any]:
+    """The method as it is described, in the simplest way."""
     import random
 
     import timm
@@ -42,12 +49,12 @@ def plain(options: argparse.Namespace) -> tuple[float, float]:
     from torchvision.transforms import functional
 
     def crop_at_a_random_column(image: Any) -> Any:
-        left = random.randint(0, image.width - options.size)
-        return functional.crop(image, round((image.height - options.size) / 2), left, options.size, options.size)
+        left = random.randint(0, image.width - given["size"])
+        return functional.crop(image, round((image.height - given["size"]) / 2), left, given["size"], given["size"])
 
     transform = transforms.Compose(
         [
-            transforms.Resize(options.size, transforms.InterpolationMode.BICUBIC),
+            transforms.Resize(given["size"], transforms.InterpolationMode.BICUBIC),
             transforms.RandomHorizontalFlip(),
             transforms.ColorJitter(0.05, 0.05, 0.05),
             crop_at_a_random_column,
@@ -55,31 +62,28 @@ def plain(options: argparse.Namespace) -> tuple[float, float]:
             transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
         ]
     )
-    pictures = datasets.ImageFolder(f"{options.data}/train", transform)
-    model: Any = timm.create_model(options.model, num_classes=len(pictures.classes)).eval()
-    model.requires_grad_(False)
+    pictures = datasets.ImageFolder(Path(given["data"], "train"), transform)
+    model: Any = timm.create_model(given["model"], num_classes=len(pictures.classes)).eval()
+    model.requires_grad_(False).to(given["device"])
     trained = [*model.bn2.parameters(), *model.classifier.parameters()]
     for parameter in trained:
         parameter.requires_grad_()
     model.bn2.train()
     optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9, weight_decay=1e-4)
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
-    before = reset_peak()
+    before = machine.forget_peak()
     start = time.perf_counter()
-    loader = torch.utils.data.DataLoader(
-        pictures, options.batch, shuffle=True, drop_last=True, num_workers=options.workers
-    )
+    loader = torch.utils.data.DataLoader(pictures, given["batch"], shuffle=True, drop_last=True, num_workers=1)
     seen = 0
-    for _ in range(options.epochs):
-        for inputs, targets in loader:
-            optimizer.zero_grad()
-            criterion(model(inputs), targets).backward()
-            optimizer.step()
-            seen += len(targets)
-    return seen / (time.perf_counter() - start), megabytes("VmHWM") - before
+    for inputs, targets in loader:
+        optimizer.zero_grad()
+        criterion(model(inputs.to(given["device"])), targets.to(given["device"])).backward()
+        optimizer.step()
+        seen += len(targets)
+    return found(given, seen, start, before)
 
 
-def ours(options: argparse.Namespace) -> tuple[float, float]:
+def ours(given: dict[str, Any]) -> dict[str, Any]:
     """What the command does between its evaluations, logging and checkpoints included."""
     import timm
     from accelerate import Accelerator
@@ -92,103 +96,133 @@ def ours(options: argparse.Namespace) -> tuple[float, float]:
     from fixefficientnet.reproduce.log import Log
     from fixefficientnet.reproduce.session import Session
 
-    pictures = open_pictures(options.data, "train")
-    subject = recipes.subject_of_backbone(options.model)
-    settings = [f"test_size={options.size}", f"epochs={options.epochs}", f"batch_size={options.batch}"]
+    pictures = open_pictures(given["data"], "train")
+    subject = recipes.subject_of_backbone(given["model"])
+    settings = [f"test_size={given['size']}", "epochs=1", f"batch_size={given['batch']}"]
     recipe = recipes.resolve(subject, {}, settings)
-    net = network.prepare(timm.create_model(options.model, num_classes=len(pictures.classes)), recipe)
+    net = network.prepare(timm.create_model(given["model"], num_classes=len(pictures.classes)), recipe)
     with tempfile.TemporaryDirectory() as place:
         log = Log(Path(place), enabled=True, console=Console(quiet=True))
-        session = Session(Accelerator(cpu=True), Path(place), log, options.workers)
+        session = Session(Accelerator(cpu=given["device"] == "cpu"), Path(place), log, 1)
         checkpoints = Checkpoints(Path(place) / "state.safetensors", {}, 1000, 600)
-        before = reset_peak()
+        before = machine.forget_peak()
         start = time.perf_counter()
         done = online.tune(session, net, pictures, recipe, checkpoints)
-        return done["forwards"] / (time.perf_counter() - start), megabytes("VmHWM") - before
+        return found(given, done["forwards"], start, before)
 
 
-def step(options: argparse.Namespace) -> None:
-    """Both sides in turns."""
-    results: dict[str, list[list[float]]] = {"plain": [], "ours": []}
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--side")]
-    for _ in range(options.repeat):
-        for side, found in results.items():
-            command = [sys.executable, "-m", "benchmarks.finetune", *arguments, f"--side={side}"]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found.append(json.loads(done.stdout.splitlines()[-1]))
-    medians = [[statistics.median(values) for values in zip(*found, strict=True)] for found in results.values()]
-    rate, memory = zip(*medians, strict=True)
-    print(
-        f"{options.model} at {options.size}, batch {options.batch}, {options.workers} loading processes, "
-        f"median of {options.repeat} fresh processes"
-    )
-    print(f"{'':18}{'pictures/s':>12}{'peak MB':>10}")
-    for name, speed, peak in zip(("plain loop", "fixefficientnet"), rate, memory, strict=True):
-        print(f"{name:18}{speed:12.1f}{peak:10.0f}")
-    print(f"{'ratio':18}{rate[1] / rate[0]:11.2f}x{memory[1] / memory[0]:9.2f}x")
-
-
-def kinds(epochs: list[int]) -> dict[str, list[str]]:
-    """Name and arguments of each run."""
-    found = {
-        "cached, statistics alone": ["--method", "cached", "--tune", "bn-stats"],
-        "cached, 1 view": ["--method", "cached", "--set", "views=1"],
-        "cached, 2 views": ["--method", "cached"],
+def found(given: dict[str, Any], pictures: int, start: float, before: float) -> dict[str, Any]:
+    return {
+        "pictures_per_second": pictures / (machine.settled(given["device"]) - start),
+        "megabytes": machine.grown_since(before),
     }
-    for count in epochs:
-        name = f"online, {count} epoch{'s' if count > 1 else ''}"
-        found[name] = ["--method", "online", "--set", f"epochs={count}"]
-    return found
 
 
-def methods(options: argparse.Namespace) -> None:
-    """Each method's run: forwards per picture, seconds from start to report, accuracy."""
-    print(f"{'at ' + str(options.size):26}{'forwards/picture':>17}{'seconds':>9}{'top-1':>8}{'95% interval':>18}")
-    for number, (name, arguments) in enumerate(kinds(options.online_epochs).items()):
-        with tempfile.TemporaryDirectory() as place:
-            command = [sys.executable, "-m", "fixefficientnet.reproduce", "--backbone", options.model]
-            command += ["--checkpoint", str(options.checkpoint), "--data", options.data, "--output", place]
-            command += ["--train-size", str(options.train_size), "--test-size", str(options.size)]
-            command += ["-j", str(options.workers), "--experiment", "run", *arguments]
-            if "online" in name:
-                command += ["--set", f"batch_size={options.batch}", "--set", f"base_lr={options.base_lr}"]
-            start = time.perf_counter()
-            subprocess.run(command, check=True, capture_output=True)
-            seconds = time.perf_counter() - start
-            report = json.loads(Path(place, "run", "report.json").read_text())
-        row, base = report["measured"]["tuned"], report["measured"]["base_at_test"]
-        if number == 0:
-            interval = f"{base['top1_low']:.2f} to {base['top1_high']:.2f}"
-            print(f"{'untuned':26}{0:17.2f}{0:9.0f}{base['top1']:8.2f}{interval:>18}")
-        interval = f"{row['top1_low']:.2f} to {row['top1_high']:.2f}"
-        share = report["forwards"] / report["train_pictures"]
-        print(f"{name:26}{share:17.2f}{seconds:9.0f}{row['top1']:8.2f}{interval:>18}", flush=True)
+def child(given: dict[str, Any]) -> dict[str, Any]:
+    return plain(given) if given["side"] == "plain loop" else ours(given)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "methods"])
-    parser.add_argument("--data", required=True, help="folder with train/ and val/")
-    parser.add_argument("--model", default="tf_efficientnet_lite0", help="timm name")
-    parser.add_argument("--size", type=int, default=160, help="test size, in pixels")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--epochs", type=int, default=1, help="of step")
-    parser.add_argument("--repeat", type=int, default=3, help="of step: fresh processes per side")
-    parser.add_argument("--side", choices=["plain", "ours"], help="of step: measure one side in this process")
-    parser.add_argument("--checkpoint", type=Path, help="of methods: weights to start from")
-    parser.add_argument("--train-size", type=int, default=224, help="of methods")
-    parser.add_argument("--online-epochs", type=int, nargs="+", default=[1, 3, 8, 31], help="of methods")
-    parser.add_argument("--base-lr", type=float, default=1e-2, help="of methods: of online")
-    options = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "2")
-    if options.side:
-        print(json.dumps({"plain": plain, "ours": ours}[options.side](options)))
-    elif options.what == "methods" and options.checkpoint is None:
-        parser.error("methods needs --checkpoint")
-    else:
-        {"step": step, "methods": methods}[options.what](options)
+def links(folder: Path, pictures: int, to: Path) -> Path:
+    """A data set of so many training pictures, as often there as it takes, and one per class to measure on."""
+    every = sorted((folder / "train").glob("*/*"))
+    for number, path in zip(range(pictures), itertools.cycle(every), strict=False):
+        link = to / "train" / path.parent.name / f"{number}{path.suffix}"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path.resolve())
+    for kind in (folder / "val").iterdir():
+        link = to / "val" / kind.name / "0.jpg"
+        link.parent.mkdir(parents=True)
+        link.symlink_to(min(kind.iterdir()).resolve())
+    return to
 
 
-if __name__ == "__main__":
-    main()
+def command(options: argparse.Namespace, data: Path, arguments: Sequence[str], processes: int = 1) -> dict[str, Any]:
+    """Runs `reproduce`: seconds from start to end, memory of its largest process, what it reports."""
+    launcher = [sys.executable, "-m"]
+    env = dict(os.environ)
+    if processes > 1:
+        launcher += ["torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
+        env["OMP_NUM_THREADS"] = str(max(1, options.threads // processes))
+    with tempfile.TemporaryDirectory() as place:
+        said = [*launcher, "fixefficientnet.reproduce", "--backbone", MODEL, "--checkpoint", str(options.checkpoint)]
+        said += ["--data", str(data), "--output", place, "--experiment", "run", "-j", "1"]
+        said += ["--device", options.device]
+        said += ["--train-size", str(TRAIN_SIZE), "--test-size", str(SIZE), *arguments]
+        start = time.perf_counter()
+        with subprocess.Popen(said, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env) as process:
+            errors = process.stderr.read() if process.stderr else ""
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - start
+        if process.returncode:
+            raise SystemExit(errors)
+        report = json.loads(Path(place, "run", "report.json").read_text())
+    return {"seconds": seconds, "megabytes": usage.ru_maxrss / 1024, "report": report}
+
+
+def steps(options: argparse.Namespace, data: Path) -> list[machine.Row]:
+    """Ours beside a plain loop; then ours at other sizes and batches."""
+    made = []
+    cases: list[tuple[int, int, tuple[str, ...]]] = [(SIZE, BATCH, ("plain loop", "fixefficientnet"))]
+    cases += [(size, BATCH, ("fixefficientnet",)) for size in (128, 224)]
+    cases += [(SIZE, batch, ("fixefficientnet",)) for batch in (16, 32, 128)]
+    for size, batch, sides in cases:
+        given = {"data": str(data), "model": MODEL, "size": size, "batch": batch, "device": options.device}
+        findings = machine.in_turns(
+            sides,
+            options.rounds if len(sides) > 1 else 1,
+            lambda side: machine.fresh(NAME, {**given, "side": side}),  # noqa: B023
+            f"step at {size} in batches of {batch}:",
+        )
+        for side, taken in findings.items():
+            medians = {name: machine.median(taken, name) for name in ("pictures_per_second", "megabytes")}
+            row = {"benchmark": NAME, "part": "step", "way": side, "size": size, "batch_size": batch}
+            made.append({**row, **medians})
+    return made
+
+
+def methods(options: argparse.Namespace) -> list[machine.Row]:
+    """Each method's run: forward passes per picture, seconds from start to report, accuracy."""
+    made: list[machine.Row] = []
+    for name, arguments in KINDS.items():
+        print(f"method: {name}", file=sys.stderr, flush=True)
+        done = command(options, options.train, arguments)
+        report = done["report"]
+        row = {"benchmark": NAME, "part": "methods", "way": name, "seconds": done["seconds"]}
+        row["forwards_per_picture"] = report["forwards"] / report["train_pictures"]
+        for which in ("base_at_test", "tuned"):
+            row |= {f"{which}_{key}": report["measured"][which][key] for key in ("top1", "top1_low", "top1_high")}
+        made.append(row)
+    return made
+
+
+def growth(options: argparse.Namespace) -> list[machine.Row]:
+    """Both methods over more pictures; one process and two."""
+    made: list[machine.Row] = []
+    kinds = {name: KINDS[name] for name in ("cached, 2 views", "online, 1 epoch")}
+    for pictures in (1000, 2000, 4000):
+        with tempfile.TemporaryDirectory(prefix="fixefficientnet-finetune-") as temporary:
+            data = links(options.train, pictures, Path(temporary))
+            for processes in (1, 2) if pictures == 2000 else (1,):
+                for name, arguments in kinds.items():
+                    print(f"growth: {pictures}, {name}, {processes}", file=sys.stderr, flush=True)
+                    done = command(options, data, arguments, processes)
+                    made.append(
+                        {
+                            "benchmark": NAME,
+                            "part": "growth",
+                            "way": name,
+                            "pictures": pictures,
+                            "processes": processes,
+                            "seconds": done["seconds"],
+                            "megabytes": done["megabytes"],
+                        }
+                    )
+    return made
+
+
+def rows(options: argparse.Namespace) -> list[machine.Row]:
+    """Steps, methods, growth."""
+    with tempfile.TemporaryDirectory(prefix="fixefficientnet-finetune-") as temporary:
+        made = steps(options, links(options.train, 1000, Path(temporary)))
+    return made + growth(options) + methods(options)

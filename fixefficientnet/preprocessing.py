@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
+from torchvision.transforms.v2 import functional as v2
 
 from fixefficientnet import manifest
 from fixefficientnet.errors import PictureError
@@ -94,6 +95,26 @@ class Preprocess(TestTime):
         for values, band, plane in zip(_normalised(self.mean, self.std), image.split(), planes, strict=True):
             np.take(values, np.asarray(band), out=plane, mode="clip")  # to clip there is nothing, to check would cost
         return torch.from_numpy(planes)
+
+
+class FastPreprocess(Preprocess):
+    """Nearly the same in half the time: torchvision resizes tensors of whole values, where Pillow resizes pictures.
+
+    Of a photo, a few values in a thousand differ, by 2 of 255 at most (docs/speed.md).
+    """
+
+    def __call__(self, picture: PictureSource) -> Tensor:
+        """Transforms one picture; as `Preprocess` does."""
+        image = open_picture(picture)
+        short, long = self._resized(image)
+        if short * long > PIXEL_LIMIT:
+            return self.normalise(self.crop(image))
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        resized = v2.resize(pixels, [short], InterpolationMode(self.interpolation))
+        square = v2.center_crop(resized, [self.size, self.size])
+        scaled = v2.to_dtype(square, torch.float32, scale=True)
+        normalised: Tensor = v2.normalize(scaled, list(self.mean), list(self.std))
+        return normalised
 
 
 @dataclass(frozen=True, slots=True)

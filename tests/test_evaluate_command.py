@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fixefficientnet
+from fixefficientnet.errors import EvaluationError
 from fixefficientnet.evaluation.statistics import wilson
 
 CLASSES = ("apple", "brick", "cloud", "dune", "elm", "fox", "goat")
@@ -265,6 +266,28 @@ def test_half_precision_is_nearly_the_same(ground: Ground, tmp_path: Path):
     assert float(rows[0]["loss"]) == pytest.approx(float(rows[1]["loss"]), rel=0.1)
     assert rows[0]["loss"] != rows[1]["loss"]
     assert len([*(tmp_path / "out").iterdir()]) == 2  # one is no continuation of the other
+
+
+def test_fast_preprocessing_is_said_and_nearly_the_same(ground: Ground, tmp_path: Path):
+    command = ["evaluate", str(ground.one), "--data", str(ground.data), "-o", str(tmp_path / "out")]
+    found = []
+    for more in ([], ["--fast-preprocessing"]):
+        out, _ = tiny.cli(*command, "--json", *more)
+        found.append(json.loads(out)["results"][0])
+    exact, fast = found
+    assert (exact["preprocessing"], fast["preprocessing"]) == ("exact", "fast")
+    assert fast["loss"] == pytest.approx(exact["loss"], rel=0.05)
+    assert fast["loss"] != exact["loss"]
+    assert len([*(tmp_path / "out").iterdir()]) == 2
+    assert "fast preprocessing" in " ".join(tiny.cli(*command, "--fast-preprocessing")[0].split())
+
+
+def test_fast_preprocessing_refuses_what_it_cannot_do(ground: Ground):
+    model = timm.create_model(
+        "test_efficientnet", num_classes=len(CLASSES), pretrained_cfg_overlay={"crop_mode": "border"}
+    )
+    with pytest.raises(EvaluationError, match="crop mode border"):
+        fixefficientnet.evaluate(model, ground.data, device="cpu", fast_preprocessing=True)
 
 
 def test_another_precision_in_the_same_process(ground: Ground):

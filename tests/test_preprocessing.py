@@ -14,7 +14,7 @@ from torchvision import transforms
 import fixefficientnet
 from fixefficientnet import manifest
 from fixefficientnet.errors import PictureError
-from fixefficientnet.preprocessing import Preprocess, open_picture
+from fixefficientnet.preprocessing import FastPreprocess, Preprocess, open_picture
 from fixefficientnet.timm_cfg import pretrained_cfg
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -68,6 +68,20 @@ def test_any_shape_size_and_crop_equal_torchvisions(mode: str):
         resize = transforms.Resize(int(size / crop_pct), transforms.InterpolationMode(mode))
         reference = transforms.CenterCrop(size)(resize(picture))
         assert np.array_equal(np.asarray(ours.crop(picture)), np.asarray(reference)), (picture.size, size, crop_pct)
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+def test_fast_preprocessing_is_nearly_the_same(mode: str):
+    rng = random.Random(mode)
+    for _ in range(40):
+        picture = random_picture(rng, rng.choice(MODES), rng.randint(20, 900), rng.randint(20, 900))
+        test = manifest.TestTime(rng.choice([32, 224]), rng.choice([0.875, 1.0]), mode, *HALF)
+        difference = (FastPreprocess.of(test)(picture) - Preprocess.of(test)(picture)).abs() / 2 * 255
+        assert difference.max() < 2.5  # at std 0.5: steps of 8 bits
+        assert difference.mean() < 0.5
+    exact, fast = (kind.of(fixefficientnet.info("b0").test) for kind in (Preprocess, FastPreprocess))
+    line = Image.new("L", (20_000, 1))
+    assert torch.equal(fast(line), exact(line))
 
 
 def test_model_data_config_gives_the_same_pixels():

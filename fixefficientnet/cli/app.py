@@ -24,6 +24,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 Engine = Annotated[str, typer.Option(help="What computes: eager (PyTorch), compile, onnx or openvino.")]
 
+Fast = Annotated[
+    bool,
+    typer.Option("--fast-preprocessing", help="Resize in a fifth of the time, with slightly other pixels."),
+]
+
 
 def print_json(value: object) -> None:
     """Prints JSON on stdout."""

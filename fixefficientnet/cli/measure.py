@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from fixefficientnet.cli.app import AsJson, Engine, app, err, out, print_json, table
+from fixefficientnet.cli.app import AsJson, Engine, Fast, app, err, out, print_json, table
 from fixefficientnet.errors import FixEfficientNetError
 from fixefficientnet.files import write_atomically
 
@@ -71,6 +71,7 @@ def evaluate(
     device: Device = None,
     mixed_precision: MixedPrecision = "no",
     engine: Engine = "eager",
+    fast_preprocessing: Fast = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for finished batches.")] = Path("evaluations"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed evaluation was.")] = False,
 ) -> None:
@@ -104,6 +105,7 @@ def evaluate(
         folder=output,
         resume=resume,
         engine=engine,
+        fast_preprocessing=fast_preprocessing,
     )
     from fixefficientnet import engines
 
@@ -345,7 +347,12 @@ def _described(one: "Measured") -> str:
     found, test = one.evaluation, one.opened.test
     left_out = f" ({len(found.unreadable):,} more could not be read)" if found.unreadable else ""
     crop = f"crop_pct {test.crop_pct:g}" + (f", {one.opened.crop_mode}" if one.opened.crop_mode != "center" else "")
-    how = "".join(f", {word}" for word, usual in ((one.engine, "eager"), (one.precision, "no")) if word != usual)
+    words = (
+        (one.engine, "eager"),
+        (one.precision, "no"),
+        (f"{one.preprocessing} preprocessing", "exact preprocessing"),
+    )
+    how = "".join(f", {word}" for word, usual in words if word != usual)
     return f"{found.pictures:,} pictures of {one.pictures.what}{left_out}; {crop}, {test.interpolation}{how}"
 
 

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fixefficientnet import manifest
-from fixefficientnet.cli.app import AsJson, Engine, app, err, out, print_json
+from fixefficientnet.cli.app import AsJson, Engine, Fast, app, err, out, print_json
 from fixefficientnet.errors import FixEfficientNetError, PictureError
 from fixefficientnet.manifest import Variant
 
@@ -122,6 +122,7 @@ def predict(
         int | None, typer.Option(min=1, help="Pictures per forward pass. Default: 16, on the CPU 2.")
     ] = None,
     engine: Engine = "eager",
+    fast_preprocessing: Fast = False,
 ) -> None:
     """Classify pictures into ImageNet's 1000 classes."""
     variant = manifest.find(model)
@@ -132,6 +133,10 @@ def predict(
     engines.check(engine, _device(device))
     weights = variant.usual_weights if pretrained is None else pretrained
     network = zoo.create(variant.key, weights, device=_device(device))
+    if fast_preprocessing:
+        from fixefficientnet.preprocessing import FastPreprocess
+
+        network.preprocess = FastPreprocess.of(network.preprocess)
     tuned = weights != "backbone"
     said = f"{variant.title}, {'FixRes' if tuned else 'backbone'} weights, test size {network.preprocess.size}"
     if not tuned:

@@ -51,6 +51,7 @@ class Settings:
         resume: Whether batches that are there are taken over.
         activations: Whether the pooled activations are watched too.
         engine: What computes the forward pass: "eager" (PyTorch), "compile", "onnx" or "openvino".
+        fast_preprocessing: Whether pixels may differ a little, see `preprocessing.FastPreprocess`.
     """
 
     data: str
@@ -66,6 +67,7 @@ class Settings:
     resume: bool = False
     activations: bool = False
     engine: str = "eager"
+    fast_preprocessing: bool = False
 
     def __post_init__(self) -> None:
         """Refuses what cannot be.
@@ -93,6 +95,7 @@ class Measured:
         evaluation: What came out.
         engine: What computed the forward pass.
         precision: Accelerate's: "no", "bf16" or "fp16".
+        preprocessing: "exact" or "fast".
         activations: Figures of the pooled activations, if these were watched.
     """
 
@@ -103,6 +106,7 @@ class Measured:
     evaluation: Evaluation
     engine: str = "eager"
     precision: str = "no"
+    preprocessing: str = "exact"
     activations: dict[str, float] | None = None
 
 
@@ -125,7 +129,7 @@ def evaluate(
         device: "cpu" or "cuda". Default: cuda if there is one.
         mixed_precision: "no", "bf16" or "fp16".
         **settings: Other fields of `Settings`: split, size, crop_pct, batch_size, workers, restrict_classes,
-            real_labels, data_root, folder, resume, engine.
+            real_labels, data_root, folder, resume, engine, fast_preprocessing.
 
     Raises:
         UnknownVariantError: No variant has this name.
@@ -168,6 +172,7 @@ def measure(
     test = opened.at(settings.size, settings.crop_pct)
     if test.size < 1 or not 0 < test.crop_pct <= 1:
         raise EvaluationError(f"A test size is at least 1 and a crop_pct in (0, 1], not {test.size}, {test.crop_pct}.")
+    transform = opened.transform(test, fast=settings.fast_preprocessing)
     subset = _subset(pictures, opened, settings.restrict_classes)
     labels = None
     if settings.real_labels:
@@ -197,6 +202,7 @@ def measure(
             "batch_size": batch_size,
             "precision": accelerator.mixed_precision,
             "engine": settings.engine,
+            **({"preprocessing": "fast"} if settings.fast_preprocessing else {}),
             "subset": subset and subset.classes,
         }
         path = Path(settings.folder) / _filename(opened.name, test.size, identity)
@@ -220,7 +226,7 @@ def measure(
             model,
             pictures,
             test,
-            transform=opened.transform(test),
+            transform=transform,
             batch_size=batch_size,
             shard=batch_size,
             workers=workers,
@@ -244,6 +250,7 @@ def measure(
         found,
         engine=settings.engine,
         precision=accelerator.mixed_precision,
+        preprocessing="fast" if settings.fast_preprocessing else "exact",
         activations=activations,
     )
 

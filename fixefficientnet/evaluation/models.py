@@ -24,7 +24,7 @@ from fixefficientnet.delta import Delta
 from fixefficientnet.errors import EvaluationError, MissingFileError, UnknownVariantError, WeightsNotPublishedError
 from fixefficientnet.evaluation.judge import TestTransform
 from fixefficientnet.manifest import INTERPOLATIONS, TestTime, Variant
-from fixefficientnet.preprocessing import Preprocess
+from fixefficientnet.preprocessing import FastPreprocess, Preprocess
 
 TIMM = "timm/"
 WEIGHTS_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin", ".tar"}
@@ -91,10 +91,23 @@ class Opened:
             crop_pct=self.test.crop_pct if crop_pct is None else crop_pct,
         )
 
-    def transform(self, test: TestTime) -> TestTransform:
-        """The transform for this preprocessing: ours, or timm's for what ours does not know."""
+    def transform(self, test: TestTime, *, fast: bool = False) -> TestTransform:
+        """The transform for this preprocessing: ours, or timm's for what ours does not know.
+
+        Args:
+            test: The preprocessing.
+            fast: Whether pixels may differ a little, see `FastPreprocess`.
+
+        Raises:
+            EvaluationError: It is to be fast, and ours does not know it.
+        """
         if self.crop_mode == "center" and test.interpolation in INTERPOLATIONS:
-            return Preprocess.of(test)
+            return (FastPreprocess if fast else Preprocess).of(test)
+        if fast:
+            raise EvaluationError(
+                f"{self.name} takes its pictures by {test.interpolation} interpolation and crop mode {self.crop_mode}, "
+                "which fast preprocessing cannot do: leave --fast-preprocessing out."
+            )
         made: TestTransform = create_transform(
             (3, test.size, test.size),
             interpolation=test.interpolation,

@@ -29,6 +29,7 @@ def row(measured: Measured) -> dict[str, Any]:
         "real_labels": measured.real_labels,
         "engine": measured.engine,
         "precision": measured.precision,
+        "preprocessing": measured.preprocessing,
         "seconds": found.seconds,
         "pictures_per_second": found.rate,
     }

@@ -1,0 +1,80 @@
+"""Runs benchmarks on this machine.
+
+    python -m benchmarks all --pictures FOLDER --train FOLDER --checkpoint FILE --json docs/results/speed.json
+    python -m benchmarks load start --json docs/results/speed.json
+    python -m benchmarks.tables docs/results/speed.json
+
+Figures of the benchmarks named take the place of those that the file has from the same machine; the others stay. What
+lacks its folder is left out, and said.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+from fixefficientnet.files import write_atomically
+
+NEEDS = {
+    "start": (),
+    "preprocess": ("pictures",),
+    "accuracy": ("pictures",),
+    "load": (),
+    "cost": (),
+    "classify": ("pictures",),
+    "finetune": ("train", "checkpoint"),
+}
+"""The benchmarks, and the options that each needs."""
+
+
+def run(names: list[str], options: argparse.Namespace) -> None:
+    """Runs benchmarks, and writes after each."""
+    machine.use_cores(options.threads)
+    facts = machine.facts()
+    found: dict[str, Any] = {"machine": facts, "rows": []}
+    if options.json and options.json.exists():
+        found = json.loads(options.json.read_text())
+        if found["machine"] != facts:
+            raise SystemExit(f"{options.json} is of another machine or of other versions: name another file.")
+    for name in names:
+        if lacking := [option for option in NEEDS[name] if getattr(options, option) is None]:
+            print(f"{name} is left out: it needs --{lacking[0]}.", file=sys.stderr)
+            continue
+        rows = importlib.import_module(f"benchmarks.{name}").rows(options)
+        found["rows"] = [row for row in found["rows"] if row["benchmark"] != name] + rows
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(options.json, (json.dumps(found, indent=1) + "\n").encode())
+    if not options.json:
+        print(json.dumps(found, indent=1))
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Options that all benchmarks have."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--pictures", type=Path, help="folder with one folder per WordNet id, or val/ with these")
+    made.add_argument("--train", type=Path, help="folder with train/ and val/, one folder per class in each")
+    made.add_argument("--checkpoint", type=Path, help="a network trained on these at 128 pixels")
+    made.add_argument("--variants", nargs="+", metavar="VARIANT", help="only these")
+    made.add_argument("--threads", type=int, default=2, help="cores to run on, and threads to compute with")
+    made.add_argument("--rounds", type=int, default=3, help="each way so often, in turns; the median counts")
+    made.add_argument("--json", type=Path, help="write the figures to this file")
+    return made
+
+
+def main() -> None:
+    if sys.argv[1:2] == [machine.CHILD]:
+        print(json.dumps(importlib.import_module(f"benchmarks.{sys.argv[2]}").child(json.loads(sys.argv[3]))))
+        return
+    options = parser(__doc__)
+    options.add_argument("names", nargs="+", choices=["all", *NEEDS], metavar="NAME", help=f"all, {', '.join(NEEDS)}")
+    chosen = options.parse_args()
+    chosen.device = "cpu"
+    run(list(NEEDS) if "all" in chosen.names else chosen.names, chosen)
+
+
+if __name__ == "__main__":
+    main()

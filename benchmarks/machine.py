@@ -1,0 +1,96 @@
+"""Where figures are taken: this machine, its versions, fresh processes on a fixed number of cores."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "torchvision", "timm", "transformers", "onnxruntime", "openvino", "safetensors", "huggingface_hub")
+CHILD = "--child"
+
+Row = dict[str, Any]
+
+
+def facts() -> dict[str, Any]:
+    """What stands beside each figure."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    import torch
+
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def use_cores(count: int) -> None:
+    """This process and those that it starts run on so many cores, and compute with as many threads."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+    os.environ["OMP_NUM_THREADS"] = str(count)
+
+
+def fresh(name: str, given: Mapping[str, Any], env: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What a benchmark's `child` makes of this, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks", CHILD, name, json.dumps(given)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **(env or {})})
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def in_turns(
+    ways: Iterable[str], rounds: int, take: Callable[[str], dict[str, Any]], say: str = ""
+) -> dict[str, list[dict[str, Any]]]:
+    """Each way's findings of so many rounds; a round takes each way once."""
+    found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    for number in range(rounds):
+        for way, findings in found.items():
+            print(f"{say} {way}, {number + 1} of {rounds}", file=sys.stderr, flush=True)
+            findings.append(take(way))
+    return found
+
+
+def median(findings: Iterable[Mapping[str, Any]], name: str) -> float:
+    """Of one figure over the rounds."""
+    return float(statistics.median(finding[name] for finding in findings))
+
+
+def settled(device: str) -> float:
+    """The time, in seconds, when all that was asked of the device is done."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def kilobytes(name: str) -> int:
+    """A line of /proc/self/status: VmRSS, or VmHWM, the most that this was."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(name))
+
+
+def forget_peak() -> float:
+    """Makes VmHWM begin anew; the memory in use, in MB."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return kilobytes("VmRSS") / 1024
+
+
+def grown_since(before: float) -> float:
+    """Growth of peak memory since `forget_peak`, in MB."""
+    return kilobytes("VmHWM") / 1024 - before
