@@ -24,6 +24,7 @@ NEEDS = {
     "accuracy": ("pictures",),
     "load": (),
     "cost": (),
+    "forward": (),
     "classify": ("pictures",),
     "finetune": ("train", "checkpoint"),
 }

@@ -8,9 +8,13 @@ fresh process with random weights. Memory is the growth of the process's peak, w
 
 import argparse
 import sys
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import machine
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NAME = "cost"
 
@@ -65,3 +69,31 @@ def rows(options: argparse.Namespace) -> list[machine.Row]:
             row |= {f"{name}_{key}": value for key, value in take(variant.backbone.architecture, size).items()}
         made.append(row)
     return made
+
+
+FAMILIES = {"advprop": ("AdvProp", "#1f6f8b"), "noisy_student": ("Noisy Student", "#c1440e")}
+
+
+def draw(rows: Sequence[Mapping[str, Any]]) -> "Figure":
+    """The paper's top-1 against what a picture costs: from each base model an arrow to what FixRes makes of it."""
+    from fixefficientnet.evaluation import figures
+
+    figure, axes = figures.panels(2, width=9, height=4.4)
+    for axis, what, title in zip(axes, ("gmacs", "seconds"), ("GMACs per picture", "seconds per picture"), strict=True):
+        for family, (name, colour) in FAMILIES.items():
+            mine = [row for row in rows if row["family"] == family]
+            places = {
+                which: ([row[f"{which}_{what}"] for row in mine], [row[f"{which}_top1"] for row in mine])
+                for which in ("base", "fix")
+            }
+            axis.plot(*places["base"], "o--", color=colour, alpha=0.55, markersize=4, label=f"{name}, at its own size")
+            axis.plot(*places["fix"], "s-", color=colour, markersize=4.5, label=f"{name} with FixRes")
+            for row, *ends in zip(mine, *(zip(*places[which], strict=True) for which in ("base", "fix")), strict=True):
+                axis.annotate("", ends[1], ends[0], arrowprops={"arrowstyle": "->", "color": "#555555", "lw": 0.8})
+                label = row["variant"].removesuffix("_ns").upper()
+                axis.annotate(label, ends[1], (3, -9), textcoords="offset points", fontsize=7, color=colour)
+        axis.set_xscale("log")
+        axis.set_xlabel(title)
+    axes[0].set_ylabel("ImageNet top-1 in the paper, %")
+    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    return figure

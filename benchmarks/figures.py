@@ -5,11 +5,12 @@
 A test fails when a committed figure shows other data than these, or is drawn another way.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import finetune_runs
+from benchmarks import cost, finetune_runs
 from fixefficientnet.evaluation import figures
 from fixefficientnet.evaluation.results import from_csv
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DOCS = Path(__file__).parent.parent / "docs"
+SPEED = DOCS / "results" / "speed.json"
 Rows = Sequence[Mapping[str, Any]]
 RESULTS: dict[str, tuple[str, "Callable[[Rows], Figure]"]] = {
     "finetuning.png": ("finetuning.csv", finetune_runs.draw),
@@ -31,6 +33,8 @@ def every() -> dict[str, tuple[Rows, "Callable[[Rows], Figure]"]]:
     found: dict[str, tuple[Rows, Callable[[Rows], Figure]]] = {
         "accuracy-params.png": (figures.accuracy_params_data(), figures.accuracy_params)
     }
+    if costs := [row for row in json.loads(SPEED.read_text())["rows"] if row["benchmark"] == cost.NAME]:
+        found["cost.png"] = costs, cost.draw
     for name, (file, draw) in RESULTS.items():
         found[name] = from_csv((DOCS / "results" / file).read_text()), draw
     return found

@@ -16,7 +16,6 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
-from torchvision.transforms.v2 import functional as v2
 
 from fixefficientnet import manifest
 from fixefficientnet.errors import PictureError
@@ -105,6 +104,8 @@ class FastPreprocess(Preprocess):
 
     def __call__(self, picture: PictureSource) -> Tensor:
         """Transforms one picture; as `Preprocess` does."""
+        from torchvision.transforms.v2 import functional as v2  # which takes a while, and few need it
+
         image = open_picture(picture)
         short, long = self._resized(image)
         if short * long > PIXEL_LIMIT:

@@ -1,0 +1,132 @@
+"""The forward pass alone, in each form that might pay: what is kept, and what was left out.
+
+    python -m benchmarks forward
+
+B0 at 320 and B4 at 472 pixels, random weights, batches of 2. "all cores in each": one batch after the other; "a core
+for each": as many batches at once as there are cores, each computed by one.
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks import machine
+from benchmarks.classify import SIZES
+
+NAME = "forward"
+BATCH = 2
+LONG_ENOUGH = 3.0
+"""Seconds of forward passes."""
+ENGINES = {
+    "compile": ("compile", "no"),
+    "ONNX Runtime": ("onnx", "no"),
+    "OpenVINO": ("openvino", "no"),
+    "OpenVINO, bf16": ("openvino", "bf16"),
+}
+FOLDED = "channels last, batch norm folded"
+AHEAD = "compiled ahead (AOTInductor)"
+WAYS = ("plain", "channels last", FOLDED, "channels last, bf16", *ENGINES, AHEAD)
+ONE_BATCH = ("compile", AHEAD)
+"""What is compiled computes with the number of threads that it was compiled for."""
+
+
+def folded(model: Any) -> Any:
+    """A copy whose batch norms are part of the convolutions before them."""
+    import torch
+    from torch import nn
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    model = copy.deepcopy(model)
+    modules = dict(model.named_modules())
+    before: tuple[Any, str] | None = None
+    for name, module in modules.items():  # in timm's EfficientNets, a norm is registered right after its convolution
+        parent, _, leaf = name.rpartition(".")
+        if isinstance(module, nn.Conv2d):
+            before = (modules[parent], leaf)
+        elif before and isinstance(module, nn.BatchNorm2d):
+            convolution = getattr(*before)
+            setattr(*before, fuse_conv_bn_eval(convolution, module))
+            setattr(modules[parent], leaf, nn.Sequential(module.drop, module.act))  # type: ignore[arg-type]
+            before = None
+    with torch.inference_mode():
+        picture = torch.rand(1, 3, 64, 64)
+        torch.testing.assert_close(model(picture), modules[""](picture), rtol=1e-3, atol=1e-3)
+    return model
+
+
+def child(given: dict[str, Any]) -> dict[str, Any]:
+    import contextlib
+
+    import timm
+    import torch
+
+    from fixefficientnet import engines, streams
+    from fixefficientnet.evaluation.models import of_module
+
+    way: str = given["way"]
+    size, at_once = SIZES[given["variant"]], given["streams"]
+    torch.manual_seed(0)
+    model: Any = timm.create_model(f"tf_efficientnet_{given['variant']}").eval()
+    pictures = torch.rand(BATCH, 3, size, size)
+    with torch.inference_mode():
+        expected = model(pictures)
+    run: Callable[[Any], Any] = model
+    with contextlib.ExitStack() as stack:
+        if way in ENGINES:
+            engine, precision = ENGINES[way]
+            opened = of_module(model)
+            test = opened.at(size, 1.0)
+            stack.enter_context(engines.running(opened, test, engine, streams=at_once, precision=precision))
+        elif way == AHEAD:
+            run = _ahead(model, pictures)
+        else:
+            run = folded(model) if way == FOLDED else model
+            if "channels last" in way:
+                run = run.to(memory_format=torch.channels_last)  # type: ignore[attr-defined]
+                pictures = pictures.contiguous(memory_format=torch.channels_last)
+
+        @torch.inference_mode()
+        def once(_: int) -> Any:
+            with torch.autocast("cpu", torch.bfloat16, enabled=way.endswith(", bf16") and way not in ENGINES):
+                return run(pictures).float()
+
+        list(streams.in_order(once, range(2 * at_once), at_once))
+        rounds = 0
+        start = time.perf_counter()
+        while (seconds := time.perf_counter() - start) < LONG_ENOUGH:
+            *others, logits = streams.in_order(once, range(4 * at_once), at_once)
+            rounds += 1 + len(others)
+        off = ((logits - expected).abs().max() / expected.abs().max()).item()
+    return {"pictures_per_second": rounds * BATCH / seconds, "largest_difference": off}
+
+
+def _ahead(model: Any, pictures: Any) -> Callable[[Any], Any]:
+    import tempfile
+
+    import torch
+
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True), tempfile.TemporaryDirectory() as folder:
+        exported = torch.export.export(model, (pictures,))
+        path = torch._inductor.aoti_compile_and_package(exported, package_path=f"{folder}/model.pt2")
+        loaded: Callable[[Any], Any] = torch._inductor.aoti_load_package(path)
+        return loaded
+
+
+def rows(options: argparse.Namespace) -> list[machine.Row]:
+    """One per variant, number of streams and way."""
+    made = []
+    for variant in ("b0", "b4"):
+        for at_once in (1, options.threads):
+            found = machine.in_turns(
+                [way for way in WAYS if at_once == 1 or way not in ONE_BATCH],
+                options.rounds,
+                lambda way: machine.fresh(NAME, {"variant": variant, "streams": at_once, "way": way}),  # noqa: B023
+                f"forward of {variant}, {at_once} at once:",
+            )
+            for way, findings in found.items():
+                row = {"benchmark": NAME, "variant": variant, "size": SIZES[variant], "way": way, "streams": at_once}
+                medians = {name: machine.median(findings, name) for name in findings[0]}
+                made.append({**row, **medians})
+    return made

@@ -1,0 +1,259 @@
+"""Writes what `python -m benchmarks` measured into the docs.
+
+    python -m benchmarks.tables docs/results/speed.json docs/speed.md
+
+Each table takes the place of what stands between its mark, `<!-- NAME -->`, and `<!-- end -->`.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Rows = Sequence[Mapping[str, Any]]
+OURS = "fixefficientnet"
+FLOAT32 = (OURS, f"{OURS}, onnx", f"{OURS}, openvino")
+"""Ways of `classify` that give up nothing."""
+END = "<!-- end -->"
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    lines = [list(header), *([str(cell) for cell in row] for row in rows)]
+    lines.insert(1, ["---"] + ["---:"] * (len(lines[0]) - 1))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def one(rows: Rows, **fields: object) -> Mapping[str, Any]:
+    """The row with these values."""
+    (found,) = (row for row in rows if fields.items() <= row.items())
+    return found
+
+
+def in_order(values: Iterable[Any]) -> list[Any]:
+    """Each value once, as they come."""
+    return list(dict.fromkeys(values))
+
+
+def machine(found: Mapping[str, Any]) -> str:
+    facts = found["machine"]
+    versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
+    device = f"{facts['gpu']}; " if facts.get("gpu") else ""
+    return f"Machine: {device}{facts['threads']} cores of an {facts['cpu']}; Python {facts['python']}, {versions}."
+
+
+def classify(rows: Rows) -> str:
+    cases = in_order((row["variant"], row["size"], row["batch_size"]) for row in rows)
+
+    def cell(way: str, variant: str, size: int, batch: int) -> str:
+        found = [row for row in rows if (row["way"], row["variant"], row["batch_size"]) == (way, variant, batch)]
+        return f"{found[0]['pictures_per_second']:.1f} ({found[0]['times_timm']:.2f})" if found else "-"
+
+    header = ["pictures/s (times timm)", *(f"{variant} at {size}, {batch}" for variant, size, batch in cases)]
+    ways = in_order(row["way"] for row in rows)
+    table = markdown(header, ([way, *(cell(way, *case) for case in cases)] for way in ways))
+    said = []
+    for way in ways:
+        mine = [row for row in rows if row["way"] == way and row["same_guesses"] is not None]
+        if mine and way != "timm":
+            same, every = sum(row["same_guesses"] for row in mine), sum(row["pictures"] for row in mine)
+            said.append(f"{way}: {same} of {every}")
+    return f"{table}\n\nBest guesses the same as timm's: {'; '.join(said)}."
+
+
+def preprocess(rows: Rows) -> str:
+    cases = in_order(row["case"] for row in rows)
+    header = ["pictures/s (times timm)", *cases, "largest difference, of 255"]
+    lines = []
+    for way in in_order(row["way"] for row in rows):
+        mine = [one(rows, way=way, case=case) for case in cases]
+        rates = [f"{row['pictures_per_second']:.0f} ({row['times_timm']:.2f})" for row in mine]
+        lines.append([way, *rates, f"{max(row['largest_difference'] for row in mine):.0f}"])
+    return markdown(header, lines)
+
+
+def accuracy(rows: Rows) -> str:
+    variants = in_order(row["variant"] for row in rows)
+
+    def cell(row: Mapping[str, Any]) -> str:
+        return f"{row['right']} (+{row['won']} -{row['lost']})"
+
+    header = [f"right, of {rows[0]['pictures']} pictures (against eager)", *variants]
+    ways = in_order(row["way"] for row in rows)
+    return markdown(header, ([way, *(cell(one(rows, way=way, variant=key)) for key in variants)] for way in ways))
+
+
+def forward(rows: Rows) -> str:
+    cases = in_order((row["variant"], row["size"], row["streams"]) for row in rows)
+    header = ["pictures/s (times plain, all cores)"]
+    header += [f"{key} at {size}, {'all cores in each' if n == 1 else 'a core for each'}" for key, size, n in cases]
+    header += ["largest difference, relative"]
+    lines = []
+    for way in in_order(row["way"] for row in rows):
+        line = [way]
+        for key, _, count in cases:
+            mine = [row for row in rows if (row["way"], row["variant"], row["streams"]) == (way, key, count)]
+            plain = one(rows, way="plain", variant=key, streams=1)["pictures_per_second"]
+            rate = mine[0]["pictures_per_second"] if mine else 0
+            line.append(f"{rate:.1f} ({rate / plain:.2f})" if mine else "-")
+        lines.append([*line, f"{max(row['largest_difference'] for row in rows if row['way'] == way):.0e}"])
+    return markdown(header, lines)
+
+
+def load(rows: Rows) -> str:
+    header = ["", "warm, s: timm", "ours", "times", "cold, s: timm", "ours", "times", "MB: timm", "ours"]
+    header += ["to download, MB", "with the backbone there"]
+    lines = []
+    for key in in_order(row["variant"] for row in rows):
+        timm, ours = (one(rows, variant=key, way=way) for way in ("timm", OURS))
+        line = [key]
+        for name in ("warm_create", "cold"):
+            line += [f"{timm[name]:.2f}", f"{ours[name]:.2f}", f"{timm[name] / ours[name]:.1f}"]
+        line += [f"{timm['cold_megabytes']:.0f}", f"{ours['cold_megabytes']:.0f}"]
+        both = ours["backbone_bytes"] + ours["delta_bytes"]
+        lines.append([*line, f"{both / 1e6:.1f}", f"{ours['delta_bytes'] / 1e6:.1f}"])
+    return markdown(header, lines)
+
+
+def start(rows: Rows) -> str:
+    header = ["", "seconds", "beyond the bare interpreter"]
+    return markdown(header, ([row["way"], f"{row['seconds']:.2f}", f"{row['beyond_bare']:.2f}"] for row in rows))
+
+
+def finetune(rows: Rows) -> str:
+    parts = {part: [row for row in rows if row["part"] == part] for part in ("step", "methods", "growth")}
+    steps = markdown(
+        ["step of Lite0", "size", "batch", "pictures/s", "growth of peak memory, MB"],
+        (
+            [row["way"], row["size"], row["batch_size"], f"{row['pictures_per_second']:.1f}", f"{row['megabytes']:.0f}"]
+            for row in parts["step"]
+        ),
+    )
+    untuned = parts["methods"][0]
+
+    def accuracy(row: Mapping[str, Any], which: str) -> str:
+        return f"{row[f'{which}_top1']:.2f} ({row[f'{which}_top1_low']:.1f} to {row[f'{which}_top1_high']:.1f})"
+
+    methods = markdown(
+        ["method", "forward passes per picture", "seconds, evaluations included", "top-1 (95% interval)"],
+        [
+            ["untuned", "0", "-", accuracy(untuned, "base_at_test")],
+            *(
+                [row["way"], f"{row['forwards_per_picture']:.2f}", f"{row['seconds']:.0f}", accuracy(row, "tuned")]
+                for row in parts["methods"]
+            ),
+        ],
+    )
+    growth = markdown(
+        ["whole command", "pictures", "processes", "seconds", "largest process, MB"],
+        (
+            [row["way"], row["pictures"], row["processes"], f"{row['seconds']:.0f}", f"{row['megabytes']:.0f}"]
+            for row in parts["growth"]
+        ),
+    )
+    return f"{steps}\n\n{methods}\n\n{growth}"
+
+
+def cost(rows: Rows) -> str:
+    header = ["", "size", "GMACs", "MB", "pictures/s", "times the base's time", "paper's top-1"]
+    lines = []
+    for row in rows:
+        rates = [1 / row[f"{which}_seconds"] for which in ("base", "fix")]
+        paper = f"{row['base_top1']} to {row['fix_top1']}" if row["fix_top1"] else "-"
+        lines.append(
+            [
+                row["variant"],
+                f"{row['base_size']} to {row['fix_size']}",
+                f"{row['base_gmacs']:.2f} to {row['fix_gmacs']:.2f}",
+                f"{row['base_megabytes']:.0f} to {row['fix_megabytes']:.0f}",
+                f"{rates[0]:.2f} to {rates[1]:.2f}",
+                f"{rates[0] / rates[1]:.2f}",
+                paper,
+            ]
+        )
+    return markdown(header, lines)
+
+
+def summary(found: Mapping[str, Any]) -> str:
+    """The other tables' headlines."""
+    rows = found["rows"]
+    of = {name: [row for row in rows if row["benchmark"] == name] for name in TABLES}
+    lines: list[list[str]] = []
+
+    def add(what: str, ours: float, theirs: float, unit: str, digits: int, peer: str = "timm") -> None:
+        times = ours / theirs if unit == "pictures/s" else theirs / ours
+        lines.append([what, f"{ours:.{digits}f} {unit}", f"{theirs:.{digits}f} {unit} ({peer})", f"{times:.2f}"])
+
+    for variant, size, batch in in_order((row["variant"], row["size"], row["batch_size"]) for row in of["classify"]):
+        mine = [row for row in of["classify"] if (row["variant"], row["batch_size"]) == (variant, batch)]
+        timm = one(mine, way="timm")["pictures_per_second"]
+        best = max((row for row in mine if row["way"] in FLOAT32), key=lambda row: float(row["times_timm"]))
+        default = one(mine, way=OURS)["pictures_per_second"]
+        what = f"folder to labels, {variant} at {size}, batches of {batch}"
+        add(f"{what}, default", default, timm, "pictures/s", 1)
+        engine = best["way"].rpartition(", ")[2]
+        add(f"{what}, --engine {engine}", best["pictures_per_second"], timm, "pictures/s", 1)
+    for way, name in ((OURS, "the same pixels"), (f"{OURS}, fast", "--fast-preprocessing")):
+        if mine := [row for row in of["preprocess"] if row["case"] == "320"]:
+            ours, theirs = (one(mine, way=each)["pictures_per_second"] for each in (way, "timm"))
+            add(f"JPEG to tensor at 320, {name}, one core", ours, theirs, "pictures/s", 0)
+    for key in ("b0", "b8", "l2"):
+        if mine := [row for row in of["load"] if row["variant"] == key]:
+            timm, ours = (one(mine, way=way) for way in ("timm", OURS))
+            add(f"create {key}", ours["warm_create"], timm["warm_create"], "s", 2)
+            add(f"create {key} and first picture, memory", ours["cold_megabytes"], timm["cold_megabytes"], "MB", 0)
+    if of["start"]:
+        seconds = {row["way"]: row["seconds"] for row in of["start"]}
+        add("import", seconds["import fixefficientnet"], seconds["import timm"], "s", 2)
+        first = seconds["fixefficientnet predict cat.jpg"], seconds["the same with timm"]
+        add("first prediction, from the command line", *first, "s", 2)
+    steps = [row for row in of["finetune"] if row["part"] == "step" and (row["size"], row["batch_size"]) == (160, 64)]
+    if steps:
+        ours, plain = (one(steps, way=way)["pictures_per_second"] for way in (OURS, "plain loop"))
+        add("FixRes step, Lite0 at 160", ours, plain, "pictures/s", 1, "plain PyTorch loop")
+    return markdown(["", "fixefficientnet", "peer", "times as good"], lines)
+
+
+TABLES: dict[str, Callable[[Rows], str]] = {
+    "classify": classify,
+    "preprocess": preprocess,
+    "accuracy": accuracy,
+    "forward": forward,
+    "load": load,
+    "start": start,
+    "finetune": finetune,
+    "cost": cost,
+}
+
+
+def rendered(found: Mapping[str, Any], text: str) -> str:
+    """A page with the tables of these figures."""
+    tables = {"machine": machine(found), "summary": summary(found)}
+    for name, table in TABLES.items():
+        if mine := [row for row in found["rows"] if row["benchmark"] == name]:
+            tables[name] = table(mine)
+    for name, written in tables.items():
+        before, mark, after = text.partition(f"<!-- {name} -->\n")
+        if mark:
+            text = f"{before}{mark}{written}\n{END}{after.partition(END)[2]}"
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("json", type=Path)
+    parser.add_argument("page", type=Path, nargs="?", help="Default: prints all tables.")
+    options = parser.parse_args()
+    found = json.loads(options.json.read_text())
+    if options.page is None:
+        every = "\n".join(f"<!-- {name} -->\n{END}" for name in ("machine", "summary", *TABLES))
+        print(re.sub("<!-- .*? -->", "", rendered(found, every)))
+        return
+    from fixefficientnet.files import write_atomically
+
+    write_atomically(options.page, rendered(found, options.page.read_text()).encode())
+
+
+if __name__ == "__main__":
+    main()
