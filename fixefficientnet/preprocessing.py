@@ -5,6 +5,7 @@ import functools
 import hashlib
 import io
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -23,6 +24,9 @@ from fixefficientnet.manifest import TestTime, Triple
 
 PIXEL_LIMIT = 2**27
 """Above so many pixels after resizing (a very narrow picture), only the part that the crop keeps is resized."""
+
+_WARNINGS = threading.Lock()
+"""What warnings are shown is the process's: threads that changed it at once would leave their changes behind."""
 
 PictureSource = Image.Image | str | os.PathLike[str] | bytes
 
@@ -266,7 +270,7 @@ def open_picture(picture: PictureSource, *, upright: bool = False) -> Image.Imag
 def _open(picture: str | os.PathLike[str] | bytes) -> Image.Image:
     if not isinstance(picture, str | bytes | os.PathLike):
         raise TypeError(f"A picture is a PIL image, a path or an encoded file's bytes, not {type(picture).__name__}.")
-    with warnings.catch_warnings():
+    with _WARNINGS, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked right after
         return Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
 

@@ -2,12 +2,15 @@ import contextlib
 import io
 import random
 import tracemalloc
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from conftest import ROOT
 from PIL import Image
 from torchvision import transforms
 
@@ -185,6 +188,14 @@ def test_very_narrow_picture_takes_no_gigabytes_and_nearly_the_same_pixels(monke
     tracemalloc.start()
     assert ours(line).shape == (3, 320, 320)
     assert tracemalloc.get_traced_memory()[1] < 100e6
+
+
+def test_threads_leave_the_filters_of_warnings_as_they_were():
+    data = (ROOT / "examples" / "cat.jpg").read_bytes()
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:
+        assert len(list(pool.map(open_picture, [data] * 200))) == 200
+    assert list(warnings.filters) == before
 
 
 def test_huge_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
