@@ -124,7 +124,8 @@ def child(given: dict[str, Any]) -> dict[str, Any]:
 
 def links(folder: Path, pictures: int, to: Path) -> Path:
     """A data set of so many training pictures, as often there as it takes, and one per class to measure on."""
-    every = sorted((folder / "train").glob("*/*"))
+    kinds = [sorted(kind.iterdir()) for kind in sorted((folder / "train").iterdir())]
+    every = [path for turn in itertools.zip_longest(*kinds) for path in turn if path]  # all classes come early
     for number, path in zip(range(pictures), itertools.cycle(every), strict=False):
         link = to / "train" / path.parent.name / f"{number}{path.suffix}"
         link.parent.mkdir(parents=True, exist_ok=True)
