@@ -6,11 +6,11 @@ FOLDER has one folder per WordNet id (or val/ with these in it). Each way runs a
 that take turns with the others'; the median of the rounds counts. All read the same files at the same size and batch
 size, on the same cores, at first with a warm-up; the clock runs from the first file to the last label.
 
-fixefficientnet: `evaluate` with each engine, and `predict` with ONNX Runtime; without loading processes, as is the
-default. timm: its model, loader and transform, as in its validate.py; "channels last" is its option of that name.
-torchvision and transformers: their own EfficientNet of the same kind, transform and torch's DataLoader. The peers load
-in one process beside. Lite0 has its real weights, the others random ones: the same for us and timm, whose best guesses
-must be the same in float32.
+fixefficientnet: `evaluate` with each engine but compile (which benchmarks/forward.py has), and `predict` with ONNX
+Runtime; without loading processes, as is the default. timm: its model, loader and transform, as in its validate.py;
+"channels last" is its option of that name. torchvision and transformers: their own EfficientNet of the same kind,
+transform and torch's DataLoader. The peers load in one process beside. Lite0 has its real weights, the others random
+ones: the same for us and timm, whose best guesses must be the same in float32.
 """
 
 import argparse
@@ -31,15 +31,17 @@ PICTURES = {"lite0": 256, "b0": 128, "b4": 48}
 """How many are enough for some seconds each."""
 OURS = {
     "fixefficientnet": ("eager", "no"),
-    "fixefficientnet, compile": ("compile", "no"),
     "fixefficientnet, onnx": ("onnx", "no"),
     "fixefficientnet, openvino": ("openvino", "no"),
     "fixefficientnet, openvino in bf16": ("openvino", "bf16"),
     "fixefficientnet, openvino in bf16, fast preprocessing": ("openvino", "bf16"),
 }
 """Engine and precision of `evaluate`."""
-ON_CUDA = {way: OURS[way] for way in ("fixefficientnet", "fixefficientnet, compile")}
-ON_CUDA["fixefficientnet in bf16"] = ("eager", "bf16")
+ON_CUDA = {
+    "fixefficientnet": ("eager", "no"),
+    "fixefficientnet, compile": ("compile", "no"),
+    "fixefficientnet in bf16": ("eager", "bf16"),
+}
 PREDICT = "fixefficientnet predict, onnx"
 TIMM = "timm"
 PEERS = (TIMM, "timm, channels last", "torchvision", "transformers")
