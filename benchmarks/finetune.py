@@ -27,6 +27,8 @@ NAME = "finetune"
 
 MODEL = "tf_efficientnet_lite0"
 TRAIN_SIZE, SIZE, BATCH = 128, 160, 64
+METHODS_SIZE = 224
+"""Far enough from the train size for FixRes to have something to win back."""
 ONLINE = ("--method", "online", "--set", f"batch_size={BATCH}", "--set", "base_lr=1e-2")
 KINDS = {
     "cached, statistics alone": ("--method", "cached", "--tune", "bn-stats"),
@@ -137,7 +139,9 @@ def links(folder: Path, pictures: int, to: Path) -> Path:
     return to
 
 
-def command(options: argparse.Namespace, data: Path, arguments: Sequence[str], processes: int = 1) -> dict[str, Any]:
+def command(
+    options: argparse.Namespace, data: Path, arguments: Sequence[str], *, size: int = SIZE, processes: int = 1
+) -> dict[str, Any]:
     """Runs `reproduce`: seconds from start to end, memory of its largest process, what it reports."""
     launcher = [sys.executable, "-m"]
     env = dict(os.environ)
@@ -148,7 +152,7 @@ def command(options: argparse.Namespace, data: Path, arguments: Sequence[str], p
         said = [*launcher, "fixefficientnet.reproduce", "--backbone", MODEL, "--checkpoint", str(options.checkpoint)]
         said += ["--data", str(data), "--output", place, "--experiment", "run", "-j", "1"]
         said += ["--device", options.device]
-        said += ["--train-size", str(TRAIN_SIZE), "--test-size", str(SIZE), *arguments]
+        said += ["--train-size", str(TRAIN_SIZE), "--test-size", str(size), *arguments]
         start = time.perf_counter()
         with subprocess.Popen(said, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env) as process:
             errors = process.stderr.read() if process.stderr else ""
@@ -187,9 +191,9 @@ def methods(options: argparse.Namespace) -> list[machine.Row]:
     made: list[machine.Row] = []
     for name, arguments in KINDS.items():
         print(f"method: {name}", file=sys.stderr, flush=True)
-        done = command(options, options.train, arguments)
+        done = command(options, options.train, arguments, size=METHODS_SIZE)
         report = done["report"]
-        row = {"benchmark": NAME, "part": "methods", "way": name, "seconds": done["seconds"]}
+        row = {"benchmark": NAME, "part": "methods", "way": name, "size": METHODS_SIZE, "seconds": done["seconds"]}
         row["forwards_per_picture"] = report["forwards"] / report["train_pictures"]
         for which in ("base_at_test", "tuned"):
             row |= {f"{which}_{key}": report["measured"][which][key] for key in ("top1", "top1_low", "top1_high")}
@@ -207,7 +211,7 @@ def growth(options: argparse.Namespace) -> list[machine.Row]:
             for processes in (1, 2) if pictures == 2000 else (1,):
                 for name, arguments in kinds.items():
                     print(f"growth: {pictures}, {name}, {processes}", file=sys.stderr, flush=True)
-                    done = command(options, data, arguments, processes)
+                    done = command(options, data, arguments, processes=processes)
                     made.append(
                         {
                             "benchmark": NAME,

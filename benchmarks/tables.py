@@ -136,7 +136,12 @@ def finetune(rows: Rows) -> str:
         return f"{row[f'{which}_top1']:.2f} ({row[f'{which}_top1_low']:.1f} to {row[f'{which}_top1_high']:.1f})"
 
     methods = markdown(
-        ["method", "forward passes per picture", "seconds, evaluations included", "top-1 (95% interval)"],
+        [
+            f"method, at {untuned['size']}",
+            "forward passes per picture",
+            "seconds, evaluations included",
+            "top-1 (95% interval)",
+        ],
         [
             ["untuned", "0", "-", accuracy(untuned, "base_at_test")],
             *(
@@ -146,7 +151,7 @@ def finetune(rows: Rows) -> str:
         ],
     )
     growth = markdown(
-        ["whole command", "pictures", "processes", "seconds", "largest process, MB"],
+        ["whole command, at 160", "pictures", "processes", "seconds", "largest process, MB"],
         (
             [row["way"], row["pictures"], row["processes"], f"{row['seconds']:.0f}", f"{row['megabytes']:.0f}"]
             for row in parts["growth"]
