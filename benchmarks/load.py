@@ -3,7 +3,8 @@
     python -m benchmarks load
 
 Both sides read the backbone from one Hub cache, offline, in fresh processes that take turns; the median of the rounds
-counts; imports are done before the clock starts. Ours also checks and applies a FixRes delta. The weights are random.
+counts; imports are done before the clock starts. Ours also checks and applies a FixRes delta. The weights are random;
+the Lite variants have no delta, and ours reads their real weights from the package that ships them.
 
 Cold: the file has been dropped from the page cache; the clock runs until the first picture (64 pixels) is through, as
 our weights are read when first used. Warm: once more in the same process. Memory: growth of the peak, cold.
@@ -30,7 +31,7 @@ def prepare(home: Path, key: str) -> dict[str, Any]:
     import timm
 
     import fixefficientnet
-    from fixefficientnet import delta
+    from fixefficientnet import delta, hub
 
     variant = fixefficientnet.info(key)
     repository = home / "hub" / f"models--{variant.backbone.repository.replace('/', '--')}"
@@ -41,15 +42,20 @@ def prepare(home: Path, key: str) -> dict[str, Any]:
     model = timm.create_model(variant.backbone.name)
     weights = snapshot / "model.safetensors"
     safetensors.torch.save_file(model.state_dict(), weights)
+    env = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    size = weights.stat().st_size
+    if variant.backbone_only:  # no delta, and ours reads the package's file
+        files = [str(weights), str(hub.backbone_file(variant.backbone))]
+        return {"env": env, "files": files, "sizes": {"backbone_bytes": size, "delta_bytes": 0}}
     base = {name: tensor.clone() for name, tensor in delta.find_head(model).select(model.state_dict()).items()}
     tuned = delta.extract(model, base=base, variant=key, backbone=variant.backbone.name)
     path = home / f"{key}.safetensors"
     rows = {key: {"weights": {"path": path.name, "sha256": delta.save(tuned, path)}}}
     manifest = home / f"{key}.json"
     manifest.write_text(json.dumps({"schema_version": 1, "variants": rows}))
-    env = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "FIXEFFICIENTNET_MANIFEST": str(manifest)}
-    sizes = {"backbone_bytes": weights.stat().st_size, "delta_bytes": path.stat().st_size}
-    return {"env": env, "weights": str(weights), "sizes": sizes}
+    env["FIXEFFICIENTNET_MANIFEST"] = str(manifest)
+    sizes = {"backbone_bytes": size, "delta_bytes": path.stat().st_size}
+    return {"env": env, "files": [str(weights), str(path)], "sizes": sizes}
 
 
 def evict(path: str) -> None:
@@ -74,14 +80,15 @@ def child(given: dict[str, Any]) -> dict[str, Any]:
     def load() -> Any:
         if given["side"] == "timm":
             return timm.create_model(variant.backbone.name, pretrained=True).eval()
-        return fixefficientnet.create(variant.key, pretrained=True)
+        return fixefficientnet.create(variant.key, variant.usual_weights)
 
     with torch.inference_mode():
         timm.create_model("test_efficientnet").eval()(picture)  # whatever a first model imports or sets up
     found = {}
     for state in ("cold", "warm"):
         if state == "cold":
-            evict(given["weights"])
+            for path in given["files"]:
+                evict(path)
         before = machine.forget_peak()
         start = time.perf_counter()
         model = load()
@@ -102,7 +109,7 @@ def rows(options: argparse.Namespace) -> list[machine.Row]:
     for key in options.variants or fixefficientnet.list_models():
         with tempfile.TemporaryDirectory(prefix="fixefficientnet-load-") as home:
             ready = prepare(Path(home), key)
-            given = {"variant": key, "weights": ready["weights"]}
+            given = {"variant": key, "files": ready["files"]}
             found = machine.in_turns(
                 SIDES,
                 options.rounds,

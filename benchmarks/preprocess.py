@@ -73,7 +73,8 @@ def rows(options: argparse.Namespace) -> list[machine.Row]:
     """One per size and way."""
     import statistics
 
-    paths = [str(path) for path in sorted(options.pictures.glob("**/*.JPEG"))][:200]
+    every = sorted(path for path in options.pictures.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    paths = [str(path) for path in every[:200]]
     every = []
     for case, size, crop_pct in CASES:
         given = {"paths": paths, "size": size, "crop_pct": crop_pct, "rounds": options.rounds}

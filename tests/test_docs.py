@@ -41,7 +41,7 @@ def test_links_in_the_docs_lead_somewhere():
 
 
 def test_lite_notes_tell_what_the_docs_measured():
-    rows = dict(re.findall(r"^\| (lite\d) .*?\*\*(\d+)\*\*", (ROOT / "docs" / "measured.md").read_text(), re.M))
+    rows = dict(re.findall(r"^\| (lite\d) .*?\*\*(\d+)\*\*", (ROOT / "docs" / "evaluation.md").read_text(), re.M))
     for key, count in rows.items():
         assert f"({count};" in manifest.load()[key].note
     assert set(rows) == {"lite0", "lite1", "lite2"}

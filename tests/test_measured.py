@@ -51,6 +51,6 @@ def test_lite0_gets_as_many_right_as_in_a_plain_loop(size: int, crop_pct: float)
     counts = found.pictures, found.right.count("1"), found.right5.count("1")
     assert counts == plain_counts(size, crop_pct)
     if column := DOCUMENTED.get((size, crop_pct)):
-        row = re.search(r"^\| lite0 \| \d+ \(224.*", (ROOT / "docs" / "measured.md").read_text(), re.M)
+        row = re.search(r"^\| lite0 \| \d+ \(224.*", (ROOT / "docs" / "evaluation.md").read_text(), re.M)
         documented = re.match(r"[ *]*(\d+)", row[0].split("|")[column])[1]
         assert counts[1] == pytest.approx(int(documented), abs=1)  # one picture on the edge, by processor
