@@ -101,7 +101,7 @@ def ours(task: Task, way: str) -> dict[str, Any]:
     settings = Settings(str(task.folder))
     pictures = pictures_for(opened, settings)
     opened.model.to(task.device)
-    at_once = 1 if engine == "compile" else streams.number(task.device, math.ceil(len(pictures) / task.batch_size))
+    at_once = 1 if engine == "compile" else streams.number(opened.model, math.ceil(len(pictures) / task.batch_size))
     with engines.running(opened, test, engine, streams=at_once, precision=precision):
         with torch.inference_mode():
             opened.model(torch.rand(task.batch_size, 3, task.size, task.size, device=task.device))

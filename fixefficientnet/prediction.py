@@ -47,6 +47,10 @@ class Prediction:
     labels: tuple[Label, ...]
 
 
+_Drawn = tuple[PictureSource, torch.Tensor | PictureError | None]
+"""A picture, and what came of it if that is known."""
+
+
 def predict(
     pictures: PictureSource | Iterable[PictureSource],
     model: "str | ZooModel" = manifest.DEFAULT_MODEL,
@@ -54,6 +58,7 @@ def predict(
     pretrained: Pretrained | None = None,
     topk: int = 5,
     batch_size: int | None = None,
+    at_once: int | None = None,
     device: torch.device | str | None = None,
     on_error: Callable[[PictureSource, PictureError], None] | None = None,
 ) -> list[Prediction]:
@@ -65,7 +70,9 @@ def predict(
         pretrained: As in `create`, for a variant's name. None: True, or "backbone" for the lite family,
             which has no FixRes weights.
         topk: How many labels each.
-        batch_size: Pictures per forward pass; None: 16, on the CPU 2. The CPU computes several batches at once.
+        batch_size: Pictures per forward pass; None: 16, or 2 where several batches are computed at once.
+        at_once: How many batches a CPU computes at once, by threads that share its cores out. None: as many as it has
+            cores for; 1 is for a model that keeps something between the layers of a forward pass.
         device: Where to run: the model is moved there. None: where it is.
         on_error: Called with a picture that cannot be used and the reason, instead of raising.
 
@@ -75,7 +82,7 @@ def predict(
     Raises:
         PictureError: A picture cannot be used and there is no `on_error`.
         UnsupportedModelError: The model gives features instead of logits.
-        ValueError: `topk` or `batch_size` is below 1.
+        ValueError: `topk`, `batch_size` or `at_once` is below 1.
     """
     if isinstance(pictures, Image.Image | str | bytes | os.PathLike):
         pictures = [pictures]
@@ -83,7 +90,9 @@ def predict(
         raise TypeError("An open file is no picture: give its path, or its bytes (file.read()).")
     if isinstance(model, str):
         model = create(model, manifest.find(model).usual_weights if pretrained is None else pretrained)
-    return list(stream(pictures, model, topk=topk, batch_size=batch_size, device=device, on_error=on_error))
+    return list(
+        stream(pictures, model, topk=topk, batch_size=batch_size, at_once=at_once, device=device, on_error=on_error)
+    )
 
 
 def stream(
@@ -92,22 +101,19 @@ def stream(
     *,
     topk: int = 5,
     batch_size: int | None = None,
+    at_once: int | None = None,
     device: torch.device | str | None = None,
     on_error: Callable[[PictureSource, PictureError], None] | None = None,
-    at_once: int | None = None,
 ) -> Iterator[Prediction]:
-    """The same as `predict`, batch by batch, for a model from `create`: in eval mode until all are drawn.
-
-    `at_once`: batches that threads compute at once; None: as many as the CPU has cores for.
-    """
-    if topk < 1 or (batch_size is not None and batch_size < 1):
-        raise ValueError(f"topk and batch_size must be 1 or more, are {topk} and {batch_size}.")
+    """The same as `predict`, batch by batch, for a model from `create`: in eval mode until all are drawn."""
+    for name, value in (("topk", topk), ("batch_size", batch_size), ("at_once", at_once)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be 1 or more, is {value}.")
     if device is not None:
         model = model.to(device)
-    place = next(model.parameters()).device
-    batch_size = batch_size or streams.batch_size(place, on_accelerator=16)
-    batches = _batches(pictures, batch_size)
-    done = streams.in_order(lambda batch: _classify(batch, model, topk), batches, at_once or streams.number(place))
+    at_once = at_once or streams.number(model)
+    batches = _batches(pictures, batch_size or usual_batch_size(at_once), model)
+    done = streams.in_order(lambda batch: _classify(batch, model, topk), batches, at_once)
     with in_eval_mode(model), contextlib.closing(done):
         for predictions, failed in done:
             for picture, error in failed:
@@ -117,28 +123,43 @@ def stream(
             yield from predictions
 
 
-def _batches(pictures: Iterable[PictureSource], size: int) -> Iterator[list[PictureSource]]:
-    drawn = iter(pictures)
-    while batch := list(itertools.islice(drawn, size)):
-        for picture in batch:
-            if isinstance(picture, Image.Image):  # one that is there twice must not be decoded by two threads at once
-                with contextlib.suppress(Exception):  # what is wrong is said when it is its turn
-                    picture.load()
+def usual_batch_size(at_once: int) -> int:
+    """Pictures per forward pass where nobody says."""
+    return streams.BATCH_SIZE if at_once > 1 else 16
+
+
+def _batches(pictures: Iterable[PictureSource], size: int, model: "ZooModel") -> Iterator[list[_Drawn]]:
+    """Batches of what is drawn; a PIL image is used at once, as its owner may close it, or draw another into it."""
+
+    def drawn() -> Iterator[_Drawn]:
+        for picture in pictures:
+            yield picture, _preprocessed(picture, model) if isinstance(picture, Image.Image) else None
+
+    every = drawn()
+    while batch := list(itertools.islice(every, size)):
         yield batch
+
+
+def _preprocessed(picture: PictureSource, model: "ZooModel") -> torch.Tensor | PictureError:
+    try:
+        return model.preprocess(open_picture(picture, upright=True))
+    except PictureError as error:
+        return error
 
 
 @torch.inference_mode()
 def _classify(
-    batch: list[PictureSource], model: "ZooModel", topk: int
+    batch: list[_Drawn], model: "ZooModel", topk: int
 ) -> tuple[list[Prediction], list[tuple[PictureSource, PictureError]]]:
     """What the usable ones are, and why the others are not."""
     usable: list[tuple[PictureSource, torch.Tensor]] = []
     failed: list[tuple[PictureSource, PictureError]] = []
-    for picture in batch:
-        try:
-            usable.append((picture, model.preprocess(open_picture(picture, upright=True))))
-        except PictureError as error:
-            failed.append((picture, error))
+    for picture, known in batch:
+        found = _preprocessed(picture, model) if known is None else known
+        if isinstance(found, PictureError):
+            failed.append((picture, found))
+        else:
+            usable.append((picture, found))
     if not usable:
         return [], failed
     parameter = next(model.parameters())

@@ -97,7 +97,8 @@ def _onnx(path: Path, how: How) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = max(1, how.threads // how.streams) if how.threads else 0
+    # each caller computes, and has the help of further threads that all share
+    options.intra_op_num_threads = max(1, how.threads - how.streams + 1) if how.threads else 0
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda pictures: torch.from_numpy(session.run([OUTPUT], {INPUT: pictures.numpy()})[0])
 

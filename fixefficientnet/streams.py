@@ -4,6 +4,8 @@ One batch after the other with all cores in each leaves cores idle: they wait fo
 and for pictures to be decoded (docs/speed.md has the figures).
 """
 
+import math
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,39 +13,41 @@ from itertools import chain, islice
 from typing import TypeVar
 
 import torch
+from torch import nn
 
 MOST = 8
 """Threads of one interpreter get in each other's way; further cores go into each stream."""
 BATCH_SIZE = 2
-"""Pictures per forward pass on a CPU: more do not fit into its caches, which makes them slower."""
+"""Pictures per forward pass of a stream: more do not fit into a core's caches, which makes them slower."""
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")
 
 
-def number(device: torch.device | str, batches: int | None = None) -> int:
-    """How many streams a model on this device computes with.
+def number(model: nn.Module, batches: int | None = None) -> int:
+    """How many streams a model computes with.
 
     Args:
-        device: Of the model; only a CPU has several.
+        model: On a CPU it has several; unless hooks watch it, which want one forward pass after the other.
         batches: How many there are to compute, if that is known.
     """
-    if torch.device(device).type != "cpu":
+    if next(model.parameters()).device.type != "cpu" or any(map(_watched, model.modules())):
         return 1
-    return max(1, min(MOST, torch.get_num_threads(), MOST if batches is None else batches))
+    cores = torch.get_num_threads()
+    most = cores // math.ceil(cores / MOST)
+    return max(1, min(most, most if batches is None else batches))
 
 
-def batch_size(device: torch.device | str, on_accelerator: int) -> int:
-    """Pictures per forward pass where nobody says."""
-    return BATCH_SIZE if torch.device(device).type == "cpu" else on_accelerator
+def _watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def in_order(work: Callable[[Given], Result], items: Iterable[Given], streams: int) -> Generator[Result, None, None]:
     """Does the same work on each item, several at once; gives the results in the items' order.
 
     Args:
-        work: Called in threads that share the cores out; thread-local settings of torch's (inference mode, autocast)
-            are its own business.
+        work: Called in threads that share the cores out, under the caller's autocast; inference mode is its own
+            business.
         items: Drawn in the calling thread, a few ahead of the results.
         streams: How many at once; 1 works in the calling thread. Fewer items have all cores among them.
     """
@@ -54,15 +58,34 @@ def in_order(work: Callable[[Given], Result], items: Iterable[Given], streams: i
         yield from map(work, chain(first, items))
         return
     cores = torch.get_num_threads()
-    pool = ThreadPoolExecutor(streams, "stream", torch.set_num_threads, (max(1, cores // streams),))
+    autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    begun = threading.Barrier(streams + 1)
+
+    def begin() -> None:
+        torch.set_num_threads(max(1, cores // streams))  # of this thread, and of all that first ask after it
+        torch.get_num_threads()
+        begun.wait()
+
+    def working(item: Given) -> Result:
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            return work(item)
+
+    pool = ThreadPoolExecutor(streams, "stream", begin)
     waiting: deque[Future[Result]] = deque()
     try:
-        for item in chain(first, items):
-            waiting.append(pool.submit(work, item))
+        try:
+            waiting.extend(pool.submit(working, item) for item in first)
+        except BaseException:
+            begun.abort()  # those that could begin must not wait for those that could not
+            raise
+        begun.wait()
+        torch.set_num_threads(cores)  # threads that others begin are no streams
+        for item in items:
+            waiting.append(pool.submit(working, item))
             if len(waiting) > 2 * streams:  # a slow one must not make the others idle
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(cores)  # threads to come would have a stream's number
+        torch.set_num_threads(cores)

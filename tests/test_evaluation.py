@@ -1,6 +1,7 @@
 """Accuracy against a plain loop, and its figures against torchmetrics'."""
 
 import json
+import threading
 from pathlib import Path
 
 import plain
@@ -17,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 from fixefficientnet.classes import Subset
 from fixefficientnet.data import Pictures, open_pictures
 from fixefficientnet.errors import DataError, EvaluationError
+from fixefficientnet.evaluation.journal import Finished
 from fixefficientnet.evaluation.judge import judge
 from fixefficientnet.evaluation.outcome import Evaluation, Judgement
 
@@ -103,6 +105,25 @@ def test_several_batches_at_once_are_judged_alike(ground, tmp_path: Path, batch_
     assert (several.right, several.right5, several.unreadable) == (one.right, one.right5, one.unreadable)
     assert several.loss == pytest.approx(one.loss, rel=1e-5)
     assert list(several.unreadable) == [2]
+    assert all(module.training for module in model.modules())
+    model.eval()
+
+
+def test_an_error_leaves_no_thread_and_the_model_as_it_was(ground):
+    class Full:
+        def read(self) -> Finished:
+            return Finished()
+
+        def write(self, found: Finished) -> None:
+            raise OSError("full")
+
+    model, pictures, *_ = ground
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(OSError, match="full") as caught:
+        judge(model, pictures, TEST, batch_size=1, shard=1, streams=2, journal=Full())  # type: ignore[arg-type]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("stream")], caught
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
     model.eval()
 

@@ -1,4 +1,6 @@
+import copy
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ from conftest import ROOT
 from PIL import Image, ImageOps
 
 import fixefficientnet
+from fixefficientnet import prediction
 from fixefficientnet.errors import PictureError, UnsupportedModelError, WeightsNotPublishedError
 
 EXAMPLES = ROOT / "examples"
@@ -29,12 +32,12 @@ def test_probabilities_are_the_softmax_whatever_the_batch(lite0: torch.nn.Module
     with torch.inference_mode():
         expected = [lite0(lite0.preprocess(file)[None]).softmax(1)[0] for file in files]
     for batch_size in (1, 3, 16):
-        for prediction, p in zip(
+        for found, p in zip(
             fixefficientnet.predict(files, lite0, topk=3, batch_size=batch_size), expected, strict=True
         ):
             values, indices = p.topk(3)
-            assert [label.index for label in prediction.labels] == indices.tolist()
-            assert [label.probability for label in prediction.labels] == pytest.approx(values.tolist(), rel=1e-4)
+            assert [label.index for label in found.labels] == indices.tolist()
+            assert [label.probability for label in found.labels] == pytest.approx(values.tolist(), rel=1e-4)
 
 
 def test_one_picture_by_path_bytes_or_image(lite0: torch.nn.Module):
@@ -51,6 +54,70 @@ def test_one_image_several_times(lite0: torch.nn.Module):
     truncated = Image.open(io.BytesIO((EXAMPLES / "cat.jpg").read_bytes()[:5000]))
     with pytest.raises(PictureError, match="truncated"):
         fixefficientnet.predict([image, truncated], lite0)
+
+
+def test_an_image_is_used_before_the_next_is_drawn(lite0: torch.nn.Module):
+    names = ["cat.jpg", "coffee.jpg", "hopper.jpg"] * 2
+    expected = [prediction.labels for prediction in fixefficientnet.predict([EXAMPLES / name for name in names], lite0)]
+
+    def closed_after() -> Iterator[Image.Image]:
+        for name in names:
+            with Image.open(EXAMPLES / name) as image:
+                yield image
+
+    def drawn_into() -> Iterator[Image.Image]:
+        frame = Image.new("RGB", (1, 1))
+        for name in names:
+            with Image.open(EXAMPLES / name) as image:
+                frame.im = image.convert("RGB").im
+                frame._size = image.size
+            yield frame
+
+    for given in (closed_after(), drawn_into()):
+        for found, labels in zip(fixefficientnet.predict(given, lite0, batch_size=1), expected, strict=True):
+            assert [label.index for label in found.labels] == [label.index for label in labels]
+
+
+def test_images_above_the_limit_are_not_decoded(lite0: torch.nn.Module, monkeypatch: pytest.MonkeyPatch):
+    image = Image.open(EXAMPLES / "cat.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr(image, "load", None)  # would fail if it were called
+    with pytest.raises(PictureError, match="limit"):
+        fixefficientnet.predict(image, lite0)
+
+
+def test_a_model_that_keeps_something_takes_one_batch_at_a_time(lite0: torch.nn.Module):
+    files = sorted(EXAMPLES.glob("*.jpg")) * 2
+    expected = fixefficientnet.predict(files, lite0, at_once=1, batch_size=1)
+    model = copy.copy(lite0)
+    plain = lite0.forward
+
+    def keeping(pictures: torch.Tensor) -> torch.Tensor:
+        model.kept = pictures
+        plain(pictures[:, :, ::4, ::4])
+        return plain(model.kept)
+
+    model.forward = keeping
+    found = fixefficientnet.predict(files, model, at_once=1, batch_size=1)
+    assert [one.labels[0] for one in found] == [one.labels[0] for one in expected]
+    seen: list[torch.Tensor] = []
+    hook = lite0.classifier.register_forward_hook(lambda module, given, result: seen.append(result.softmax(1).max()))
+    fixefficientnet.predict(files, lite0, batch_size=1)
+    hook.remove()
+    assert [float(most) for most in seen] == pytest.approx([one.labels[0].probability for one in expected], rel=1e-4)
+
+
+def test_several_at_once_leave_a_model_in_train_mode_as_it_was():
+    model = fixefficientnet.create("lite0", "backbone").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    files = sorted(EXAMPLES.glob("*.jpg")) * 2
+    first, second = (prediction.stream(files, model, batch_size=1) for _ in range(2))
+    next(first), next(second)
+    list(first)
+    assert not model.training
+    list(second)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_turned_picture_is_set_upright(lite0: torch.nn.Module, tmp_path: Path):

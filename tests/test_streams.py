@@ -1,11 +1,13 @@
 """Several batches at once on a CPU: the same results, in order, and nothing of it left behind."""
 
+import copy
 import itertools
 import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import nn
 
 from fixefficientnet import streams
 
@@ -69,14 +71,43 @@ def test_an_error_comes_at_its_turn_and_ends_the_threads():
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("stream")]
 
 
-def test_a_cpu_has_one_per_core_and_an_accelerator_one():
+def test_the_callers_autocast_holds_in_each():
+    weight = torch.ones(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = list(streams.in_order(lambda _: (weight @ weight).dtype, range(4), 2))
+    assert found == [torch.bfloat16] * 4
+    assert list(streams.in_order(lambda _: (weight @ weight).dtype, range(4), 2)) == [torch.float32] * 4
+
+
+def test_threads_of_others_that_begin_meanwhile_have_all_cores():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        results = streams.in_order(abs, range(20), 2)
+        next(results)
+        found: list[int] = []
+        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        results.close()
+        assert found == [4]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_cpu_has_one_per_core_and_what_is_watched_one():
+    model = nn.Sequential(nn.Linear(1, 1))
     before = torch.get_num_threads()
     try:
-        for threads, most in ((1, 1), (3, 3), (8, 8), (64, 8)):
+        for threads, most in ((1, 1), (3, 3), (8, 8), (9, 4), (12, 6), (16, 8), (64, 8)):
             torch.set_num_threads(threads)
-            assert streams.number("cpu") == most
-            assert streams.number(torch.device("cpu"), batches=2) == min(most, 2)
-            assert streams.number("cpu", batches=0) == 1
-            assert streams.number("cuda:0") == 1
+            assert streams.number(model) == most
+            assert streams.number(model, batches=2) == min(most, 2)
+            assert streams.number(model, batches=0) == 1
+            assert streams.number(copy.deepcopy(model).to("meta")) == 1
+        hook = model[0].register_forward_hook(lambda *given: None)
+        assert streams.number(model) == 1
+        hook.remove()
+        assert streams.number(model) == 8
     finally:
         torch.set_num_threads(before)

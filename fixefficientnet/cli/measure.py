@@ -27,12 +27,12 @@ DataRoot = Annotated[str | None, typer.Option(help="Where a named data set lies 
 Split = Annotated[str | None, typer.Option(help="Default: validation, or the whole folder.")]
 CropPct = Annotated[float | None, typer.Option(help="Share of the resized picture to keep. Default: the model's.")]
 BatchSize = Annotated[
-    int | None, typer.Option("--batch-size", "-b", min=1, help="Pictures per forward pass. Default: 32, on the CPU 2.")
+    int | None, typer.Option("--batch-size", "-b", min=1, help="Pictures per forward pass. Default: 32, on a CPU 2.")
 ]
 Workers = Annotated[
     int | None,
     typer.Option(
-        "--workers", "-j", min=0, help="Loading processes per device. Default: 4; none where the CPU computes."
+        "--workers", "-j", min=0, help="Loading processes per device. Default: 4; none where a CPU computes from files."
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.")]

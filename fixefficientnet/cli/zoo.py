@@ -119,7 +119,7 @@ def predict(
     as_json: AsJson = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, …  Default: cuda if there is one.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Pictures per forward pass. Default: 16, on the CPU 2.")
+        int | None, typer.Option(min=1, help="Pictures per forward pass. Default: 16, on a CPU 2.")
     ] = None,
     engine: Engine = "eager",
     fast_preprocessing: Fast = False,
@@ -149,7 +149,7 @@ def predict(
 
     pictures = list(_pictures(images, report))
     batches = math.ceil(len(pictures) / (batch_size or streams.BATCH_SIZE))
-    at_once = 1 if engine == "compile" else streams.number(_device(device), batches)
+    at_once = 1 if engine == "compile" else streams.number(network, batches)
     with contextlib.ExitStack() as stack:
         if engine != "eager":
             from fixefficientnet.evaluation.models import of_module

@@ -42,8 +42,11 @@ class Settings:
         split: "validation" and the like; None: that, or the whole folder.
         size: Test size in pixels; None: the model's own.
         crop_pct: See `TestTime`; None: the model's own.
-        batch_size: Pictures per forward pass; None: 32, on the CPU 2.
-        workers: Loading processes; 0: this process loads. None: 4, but 0 where the CPU computes from files.
+        batch_size: Pictures per forward pass; None: 32, or 2 where several batches are computed at once.
+        workers: Loading processes; 0: this process loads. None: 4, but 0 where a CPU computes from files.
+        at_once: How many batches a CPU computes at once, from files and without loading processes, by threads that
+            share its cores out. None: as many as it has cores for; 1 is for a model that keeps something between the
+            layers of a forward pass.
         restrict_classes: Whether logits are restricted to the classes that the data set has; None: where these are
             200 of ImageNet's, as ImageNet-A's and ImageNet-R's.
         real_labels: Whether ReaL labels decide what is right.
@@ -61,6 +64,7 @@ class Settings:
     crop_pct: float | None = None
     batch_size: int | None = None
     workers: int | None = None
+    at_once: int | None = None
     restrict_classes: bool | None = None
     real_labels: bool = False
     folder: str | os.PathLike[str] | None = None
@@ -75,7 +79,7 @@ class Settings:
         Raises:
             EvaluationError: A number is out of its range.
         """
-        for name, least in (("batch_size", 1), ("workers", 0), ("size", 1)):
+        for name, least in (("batch_size", 1), ("workers", 0), ("at_once", 1), ("size", 1)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise EvaluationError(f"{name} is a whole number of at least {least}, not {value!r}.")
@@ -128,7 +132,7 @@ def evaluate(
         data: A folder with val/ or of classes' folders, or "hfds/NAME" and the like, as timm opens it.
         device: "cpu" or "cuda". Default: cuda if there is one.
         mixed_precision: "no", "bf16" or "fp16".
-        **settings: Other fields of `Settings`: split, size, crop_pct, batch_size, workers, restrict_classes,
+        **settings: Other fields of `Settings`: split, size, crop_pct, batch_size, workers, at_once, restrict_classes,
             real_labels, data_root, folder, resume, engine, fast_preprocessing.
 
     Raises:
@@ -182,13 +186,13 @@ def measure(
             )
         labels = real_labels([pictures.name(index) for index in range(len(pictures))])
     model = opened.model.to(accelerator.device)
-    batch_size = settings.batch_size or streams.batch_size(accelerator.device, on_accelerator=32)
     # sums over pictures, which the activations' figures are, depend on their order; what is compiled is of one thread
     alone = settings.workers or settings.activations or settings.engine == "compile" or not pictures.files
-    batches = math.ceil(len(pictures) / batch_size / accelerator.num_processes)
-    at_once = 1 if alone else streams.number(accelerator.device, batches)
-    loaded_here = not alone and accelerator.device.type == "cpu"
-    workers = (0 if loaded_here else 4) if settings.workers is None else settings.workers
+    on_cpu = accelerator.device.type == "cpu"
+    at_once = 1 if alone or not on_cpu else settings.at_once or streams.number(model)
+    batch_size = settings.batch_size or (streams.BATCH_SIZE if at_once > 1 else 32)
+    workers = (0 if at_once > 1 else 4) if settings.workers is None else settings.workers
+    at_once = max(1, min(at_once, math.ceil(len(pictures) / batch_size / accelerator.num_processes)))
     journal: Journal | None = None
     activations: dict[str, float] | None = None
     if settings.folder:
@@ -261,13 +265,14 @@ def _telling_what_ran_out(batch_size: int, at_once: int, *, resumable: bool) -> 
         yield
     except (RuntimeError, MemoryError) as error:
         goes_on = " With --resume the finished batches are taken over." if resumable else ""
+        fewer = "fewer (-b)" if batch_size > 1 or at_once == 1 else "one batch at a time (-j 1)"
         if str(error).startswith("DataLoader worker"):
             raise EvaluationError(
                 f"A loading process ended by itself ({error}), as a rule for lack of memory: try fewer (-j).{goes_on}"
             ) from error
         if isinstance(error, MemoryError) or "memory" in str(error).lower():
             raise EvaluationError(
-                f"Out of memory with {batch_size * at_once} pictures at once: try fewer (-b).{goes_on}"
+                f"Out of memory with {batch_size * at_once} pictures at once: try {fewer}.{goes_on}"
             ) from error
         raise
 

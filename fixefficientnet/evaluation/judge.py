@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING
 
 import torch
@@ -89,16 +89,18 @@ def judge(
             found.judgements = _judgements(logits, batch, pictures, subset)
         return found
 
-    results: Iterator[Finished]
-    if streams > 1:
-        results = in_order(lambda task: judged(load_batch(pictures, every, task)), tasks, streams)
-    else:
+    def results() -> Generator[Finished, None, None]:
+        if streams > 1:
+            yield from in_order(lambda task: judged(load_batch(pictures, every, task)), tasks, streams)
+            return
         pin = device.type == "cuda"
-        results = map(judged, load_batches(pictures, every, tasks, workers=min(workers, len(tasks)), pin_memory=pin))
+        yield from map(judged, load_batches(pictures, every, tasks, workers=min(workers, len(tasks)), pin_memory=pin))
+
+    start = time.perf_counter()
     try:
-        with in_eval_mode(model):
-            start = time.perf_counter()
-            for found in results:
+        # threads that still compute when this fails must end while the model is in eval mode
+        with in_eval_mode(model), contextlib.closing(results()) as done_now:
+            for found in done_now:
                 found.seconds, start = time.perf_counter() - start, time.perf_counter()
                 if journal:
                     journal.write(found)
