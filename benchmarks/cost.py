@@ -38,7 +38,7 @@ def child(given: dict[str, Any]) -> dict[str, Any]:
             start = machine.settled(device)
             model(picture)
             seconds.append(machine.settled(device) - start)
-    megabytes = torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else machine.grown_since(before)
+    megabytes = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else machine.grown_since(before)
     return {"seconds": min(seconds), "megabytes": megabytes}
 
 

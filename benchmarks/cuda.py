@@ -13,7 +13,7 @@ from benchmarks.__main__ import parser, run
 
 def main() -> None:
     options = parser(__doc__)
-    options.set_defaults(threads=os.cpu_count())
+    options.set_defaults(threads=len(os.sched_getaffinity(0)))
     chosen = options.parse_args()
     import torch
 

@@ -75,7 +75,8 @@ def plain(given: dict[str, Any]) -> dict[str, Any]:
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
     before = machine.forget_peak()
     start = time.perf_counter()
-    loader = torch.utils.data.DataLoader(pictures, given["batch"], shuffle=True, drop_last=True, num_workers=1)
+    workers = _workers(given["device"])
+    loader = torch.utils.data.DataLoader(pictures, given["batch"], shuffle=True, drop_last=True, num_workers=workers)
     seen = 0
     for inputs, targets in loader:
         optimizer.zero_grad()
@@ -105,7 +106,7 @@ def ours(given: dict[str, Any]) -> dict[str, Any]:
     net = network.prepare(timm.create_model(given["model"], num_classes=len(pictures.classes)), recipe)
     with tempfile.TemporaryDirectory() as place:
         log = Log(Path(place), enabled=True, console=Console(quiet=True))
-        session = Session(Accelerator(cpu=given["device"] == "cpu"), Path(place), log, 1)
+        session = Session(Accelerator(cpu=given["device"] == "cpu"), Path(place), log, _workers(given["device"]))
         checkpoints = Checkpoints(Path(place) / "state.safetensors", {}, 1000, 600)
         before = machine.forget_peak()
         start = time.perf_counter()
@@ -122,6 +123,11 @@ def found(given: dict[str, Any], pictures: int, start: float, before: float) -> 
 
 def child(given: dict[str, Any]) -> dict[str, Any]:
     return plain(given) if given["side"] == "plain loop" else ours(given)
+
+
+def _workers(device: str) -> int:
+    """Loading processes: on CUDA, decoding would be all that is measured with one."""
+    return 1 if device == "cpu" else len(os.sched_getaffinity(0))
 
 
 def links(folder: Path, pictures: int, to: Path) -> Path:
@@ -150,7 +156,7 @@ def command(
         env["OMP_NUM_THREADS"] = str(max(1, options.threads // processes))
     with tempfile.TemporaryDirectory() as place:
         said = [*launcher, "fixefficientnet.reproduce", "--backbone", MODEL, "--checkpoint", str(options.checkpoint)]
-        said += ["--data", str(data), "--output", place, "--experiment", "run", "-j", "1"]
+        said += ["--data", str(data), "--output", place, "--experiment", "run", "-j", str(_workers(options.device))]
         said += ["--device", options.device]
         said += ["--train-size", str(TRAIN_SIZE), "--test-size", str(size), *arguments]
         start = time.perf_counter()
@@ -201,6 +207,12 @@ def methods(options: argparse.Namespace) -> list[machine.Row]:
     return made
 
 
+def _may_be_two(options: argparse.Namespace) -> bool:
+    import torch
+
+    return options.device == "cpu" or torch.cuda.device_count() > 1
+
+
 def growth(options: argparse.Namespace) -> list[machine.Row]:
     """Both methods over more pictures; one process and two."""
     made: list[machine.Row] = []
@@ -208,7 +220,7 @@ def growth(options: argparse.Namespace) -> list[machine.Row]:
     for pictures in (1000, 2000, 4000):
         with tempfile.TemporaryDirectory(prefix="fixefficientnet-finetune-") as temporary:
             data = links(options.train, pictures, Path(temporary))
-            for processes in (1, 2) if pictures == 2000 else (1,):
+            for processes in (1, 2) if pictures == 2000 and _may_be_two(options) else (1,):
                 for name, arguments in kinds.items():
                     print(f"growth: {pictures}, {name}, {processes}", file=sys.stderr, flush=True)
                     done = command(options, data, arguments, processes=processes)

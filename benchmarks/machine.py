@@ -12,7 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "torchvision", "timm", "transformers", "onnxruntime", "openvino", "safetensors", "huggingface_hub")
+PACKAGES = (
+    *("torch", "torchvision", "timm", "transformers", "onnxruntime", "openvino", "pillow", "numpy", "accelerate"),
+    *("safetensors", "huggingface_hub"),
+)
 CHILD = "--child"
 
 Row = dict[str, Any]
@@ -41,8 +44,9 @@ def facts() -> dict[str, Any]:
 
 def use_cores(count: int) -> None:
     """This process and those that it starts run on so many cores, and compute with as many threads."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
-    os.environ["OMP_NUM_THREADS"] = str(count)
+    cores = sorted(os.sched_getaffinity(0))[:count]
+    os.sched_setaffinity(0, cores)
+    os.environ["OMP_NUM_THREADS"] = str(len(cores))
 
 
 def fresh(name: str, given: Mapping[str, Any], env: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -51,6 +55,12 @@ def fresh(name: str, given: Mapping[str, Any], env: Mapping[str, str] | None = N
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **(env or {})})
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def commit() -> str:
+    """Of this project, with a + where files differ from it."""
+    said = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True)
+    return said.stdout.strip() or "unknown"
 
 
 def in_turns(
@@ -86,11 +96,11 @@ def kilobytes(name: str) -> int:
 
 
 def forget_peak() -> float:
-    """Makes VmHWM begin anew; the memory in use, in MB."""
+    """Makes VmHWM begin anew; the memory in use, in MiB."""
     Path("/proc/self/clear_refs").write_text("5")
     return kilobytes("VmRSS") / 1024
 
 
 def grown_since(before: float) -> float:
-    """Growth of peak memory since `forget_peak`, in MB."""
+    """Growth of peak memory since `forget_peak`, in MiB."""
     return kilobytes("VmHWM") / 1024 - before

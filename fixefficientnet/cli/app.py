@@ -26,7 +26,7 @@ Engine = Annotated[str, typer.Option(help="What computes: eager (PyTorch), compi
 
 Fast = Annotated[
     bool,
-    typer.Option("--fast-preprocessing", help="Resize in a fifth of the time, with slightly other pixels."),
+    typer.Option("--fast-preprocessing", help="From JPEG to tensor in 0.6 of the time, with slightly other pixels."),
 ]
 
 
