@@ -118,7 +118,7 @@ class FastPreprocess(Preprocess):
         resized = v2.resize(pixels, [short], InterpolationMode(self.interpolation))
         square = v2.center_crop(resized, [self.size, self.size])
         scaled = v2.to_dtype(square, torch.float32, scale=True)
-        normalised: Tensor = v2.normalize(scaled, list(self.mean), list(self.std))
+        normalised: Tensor = v2.normalize(scaled, list(self.mean), list(self.std), inplace=True)
         return normalised
 
 
