@@ -1,11 +1,12 @@
-"""Runs benchmarks on this machine.
+r"""Runs benchmarks on this machine.
 
-    python -m benchmarks all --pictures FOLDER --train FOLDER --checkpoint FILE --json docs/results/speed.json
+    python -m benchmarks all --pictures FOLDER --train FOLDER --checkpoint FILE \
+      --json docs/results/speed.json
     python -m benchmarks load start --json docs/results/speed.json
     python -m benchmarks.tables docs/results/speed.json
 
-Figures of the benchmarks named take the place of those that the file has from the same machine; the others stay. What
-lacks its folder is left out, and said.
+Figures of the benchmarks named take the place of those that the file has from
+the same machine; the others stay. What lacks its folder is left out, and said.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 
 from benchmarks import machine
 from fixefficientnet import manifest
+from fixefficientnet.errors import UnknownVariantError
 from fixefficientnet.files import write_atomically
 
 NEEDS = {
@@ -35,8 +37,15 @@ NEEDS = {
 
 def run(names: list[str], options: argparse.Namespace) -> None:
     """Runs benchmarks, and writes after each."""
-    for key in options.variants or ():
-        manifest.find(key)
+    try:
+        for key in options.variants or ():
+            manifest.find(key)
+    except UnknownVariantError as error:
+        raise SystemExit(f"--variants: {error}") from None
+    for option in ("pictures", "train", "checkpoint"):
+        path = getattr(options, option)
+        if path and not path.exists():
+            raise SystemExit(f"--{option}: there is no {path}.")
     machine.use_cores(options.threads)
     facts = machine.facts()
     found: dict[str, Any] = {"machine": facts, "rows": []}
@@ -64,9 +73,9 @@ def _stays(row: machine.Row, variants: list[str] | None) -> bool:
     return variants is not None and row.get("variant", variants[0]) not in variants
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
+def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     """Options that all benchmarks have."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--pictures", type=Path, help="folder with one folder per WordNet id, or val/ with these")
     made.add_argument("--train", type=Path, help="folder with train/ and val/, one folder per class in each")
     made.add_argument("--checkpoint", type=Path, help="a network trained on these at 128 pixels")
@@ -81,7 +90,7 @@ def main() -> None:
     if sys.argv[1:2] == [machine.CHILD]:
         print(json.dumps(importlib.import_module(f"benchmarks.{sys.argv[2]}").child(json.loads(sys.argv[3]))))
         return
-    options = parser(__doc__)
+    options = parser("python -m benchmarks", __doc__)
     options.add_argument("names", nargs="+", choices=["all", *NEEDS], metavar="NAME", help=f"all, {', '.join(NEEDS)}")
     chosen = options.parse_args()
     chosen.device = "cpu"

@@ -1,9 +1,9 @@
 """The same on a GPU: classifying, the fine-tuning step and methods, what each variant costs.
 
-    python -m benchmarks.cuda --pictures FOLDER --train FOLDER --checkpoint FILE --json docs/results/speed-cuda.json
-    python -m benchmarks.tables docs/results/speed-cuda.json
+    python -m benchmarks.cuda --pictures FOLDER --train FOLDER --checkpoint FILE --json speed-cuda.json
+    python -m benchmarks.tables speed-cuda.json
 
-What has no GPU in it (preprocessing, loading, the command line) is not taken again.
+What has no GPU in it (preprocessing, loading, the command line) is not taken.
 """
 
 import os
@@ -12,7 +12,7 @@ from benchmarks.__main__ import parser, run
 
 
 def main() -> None:
-    options = parser(__doc__)
+    options = parser("python -m benchmarks.cuda", __doc__)
     options.set_defaults(threads=len(os.sched_getaffinity(0)))
     chosen = options.parse_args()
     import torch

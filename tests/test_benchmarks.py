@@ -55,6 +55,12 @@ def test_benchmarks_fill_one_file_of_one_machine(tmp_path: Path):
     assert json.loads(path.read_text()) == found
 
 
+def test_what_is_not_there_is_named():
+    assert "No variant is named 'b99'" in benchmarks("cost", "--variants", "b99", status=1).stderr
+    said = benchmarks("accuracy", "--pictures", "nowhere", status=1).stderr
+    assert said.strip() == "--pictures: there is no nowhere."
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_gpus_benchmark_says_so():
     assert "no CUDA device" in benchmarks(module="benchmarks.cuda", status=1).stderr
