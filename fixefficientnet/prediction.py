@@ -112,7 +112,8 @@ def stream(
     if device is not None:
         model = model.to(device)
     at_once = at_once or streams.number(model)
-    batches = _batches(pictures, batch_size or usual_batch_size(at_once), model)
+    batch_size = batch_size or (streams.BATCH_SIZE if at_once > 1 else 16)
+    batches = _batches(pictures, batch_size, model)
     done = streams.in_order(lambda batch: _classify(batch, model, topk), batches, at_once)
     with in_eval_mode(model), contextlib.closing(done):
         for predictions, failed in done:
@@ -121,11 +122,6 @@ def stream(
                     raise error
                 on_error(picture, error)
             yield from predictions
-
-
-def usual_batch_size(at_once: int) -> int:
-    """Pictures per forward pass where nobody says."""
-    return streams.BATCH_SIZE if at_once > 1 else 16
 
 
 def _batches(pictures: Iterable[PictureSource], size: int, model: "ZooModel") -> Iterator[list[_Drawn]]:
