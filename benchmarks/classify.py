@@ -15,7 +15,6 @@ ones: the same for us and timm, whose best guesses must be the same in float32.
 
 import argparse
 import importlib
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -59,7 +58,7 @@ class Task:
         self.folder = Path(given["folder"])
         self.batch_size: int = given["batch_size"]
         self.device: str = given["device"]
-        self.workers = 1 if self.device == "cpu" else len(os.sched_getaffinity(0))
+        self.workers = machine.loading_processes(self.device)
         self.paths = [str(path) for path in sorted(self.folder.glob("*/*"))]
 
     @property

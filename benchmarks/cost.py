@@ -73,23 +73,20 @@ def rows(options: argparse.Namespace) -> list[machine.Row]:
     return made
 
 
-FAMILIES = {"advprop": ("AdvProp", "#1f6f8b"), "noisy_student": ("Noisy Student", "#c1440e")}
-
-
 def draw(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     """The paper's top-1 against what a picture costs: from each base model an arrow to what FixRes makes of it."""
     from fixefficientnet.evaluation import figures
 
     figure, axes = figures.panels(2, width=9, height=4.4)
     for axis, what, title in zip(axes, ("gmacs", "seconds"), ("GMACs per picture", "seconds per picture"), strict=True):
-        for family, (name, colour) in FAMILIES.items():
+        for family, (name, colour) in figures.FAMILIES.items():
             mine = [row for row in rows if row["family"] == family]
             places = {
                 which: ([row[f"{which}_{what}"] for row in mine], [row[f"{which}_top1"] for row in mine])
                 for which in ("base", "fix")
             }
-            axis.plot(*places["base"], "o--", color=colour, alpha=0.55, markersize=4, label=f"{name}, at its own size")
-            axis.plot(*places["fix"], "s-", color=colour, markersize=4.5, label=f"{name} with FixRes")
+            axis.plot(*places["base"], "o--", color=colour, alpha=0.55, markersize=4, label=name)
+            axis.plot(*places["fix"], "s-", color=colour, markersize=4.5, label="the same with FixRes")
             for row, *ends in zip(mine, *(zip(*places[which], strict=True) for which in ("base", "fix")), strict=True):
                 axis.annotate("", ends[1], ends[0], arrowprops={"arrowstyle": "->", "color": "#555555", "lw": 0.8})
                 label = row["variant"].removesuffix("_ns").upper()

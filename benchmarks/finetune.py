@@ -75,7 +75,7 @@ def plain(given: dict[str, Any]) -> dict[str, Any]:
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
     before = machine.forget_peak()
     start = time.perf_counter()
-    workers = _workers(given["device"])
+    workers = machine.loading_processes(given["device"])
     loader = torch.utils.data.DataLoader(pictures, given["batch"], shuffle=True, drop_last=True, num_workers=workers)
     seen = 0
     for inputs, targets in loader:
@@ -106,7 +106,9 @@ def ours(given: dict[str, Any]) -> dict[str, Any]:
     net = network.prepare(timm.create_model(given["model"], num_classes=len(pictures.classes)), recipe)
     with tempfile.TemporaryDirectory() as place:
         log = Log(Path(place), enabled=True, console=Console(quiet=True))
-        session = Session(Accelerator(cpu=given["device"] == "cpu"), Path(place), log, _workers(given["device"]))
+        session = Session(
+            Accelerator(cpu=given["device"] == "cpu"), Path(place), log, machine.loading_processes(given["device"])
+        )
         checkpoints = Checkpoints(Path(place) / "state.safetensors", {}, 1000, 600)
         before = machine.forget_peak()
         start = time.perf_counter()
@@ -123,11 +125,6 @@ def found(given: dict[str, Any], pictures: int, start: float, before: float) -> 
 
 def child(given: dict[str, Any]) -> dict[str, Any]:
     return plain(given) if given["side"] == "plain loop" else ours(given)
-
-
-def _workers(device: str) -> int:
-    """Loading processes: on CUDA, decoding would be all that is measured with one."""
-    return 1 if device == "cpu" else len(os.sched_getaffinity(0))
 
 
 def links(folder: Path, pictures: int, to: Path) -> Path:
@@ -156,7 +153,16 @@ def command(
         env["OMP_NUM_THREADS"] = str(max(1, options.threads // processes))
     with tempfile.TemporaryDirectory() as place:
         said = [*launcher, "fixefficientnet.reproduce", "--backbone", MODEL, "--checkpoint", str(options.checkpoint)]
-        said += ["--data", str(data), "--output", place, "--experiment", "run", "-j", str(_workers(options.device))]
+        said += [
+            "--data",
+            str(data),
+            "--output",
+            place,
+            "--experiment",
+            "run",
+            "-j",
+            str(machine.loading_processes(options.device)),
+        ]
         said += ["--device", options.device]
         said += ["--train-size", str(TRAIN_SIZE), "--test-size", str(size), *arguments]
         start = time.perf_counter()

@@ -80,6 +80,11 @@ def median(findings: Iterable[Mapping[str, Any]], name: str) -> float:
     return float(statistics.median(finding[name] for finding in findings))
 
 
+def loading_processes(device: str) -> int:
+    """For all sides; on CUDA, decoding would be all that is measured with one."""
+    return 1 if device == "cpu" else len(os.sched_getaffinity(0))
+
+
 def settled(device: str) -> float:
     """The time, in seconds, when all that was asked of the device is done."""
     if device == "cuda":

@@ -113,7 +113,7 @@ class FastPreprocess(Preprocess):
         image = open_picture(picture)
         short, long = self._resized(image)
         if short * long > PIXEL_LIMIT:
-            return self.normalise(self.crop(image))
+            return super().__call__(image)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         resized = v2.resize(pixels, [short], InterpolationMode(self.interpolation))
         square = v2.center_crop(resized, [self.size, self.size])
