@@ -3,6 +3,7 @@
 `list`, `info` and `--help` import no torch.
 """
 
+import gc
 import signal
 import sys
 
@@ -21,6 +22,9 @@ _EXTRAS = {"accelerate": "evaluate", "matplotlib": "evaluate", "torchmetrics": "
 _EXTRAS |= dict.fromkeys(("onnx", "onnxruntime", "onnxscript", "sympy"), "onnx")
 _EXTRAS |= dict.fromkeys(("nncf", "openvino"), "openvino")
 
+_OBJECTS_BETWEEN_COLLECTIONS = 100_000
+"""Importing torch and timm makes 400,000 objects that stay; by default, garbage is looked for among them 950 times."""
+
 
 def _end(number: int, frame: object) -> None:
     """Ends as an exception does, so that what is half done is cleaned up."""
@@ -29,7 +33,8 @@ def _end(number: int, frame: object) -> None:
 
 def main() -> None:
     """Runs the command line; an error of this package becomes one message and status 1."""
-    before = signal.signal(signal.SIGTERM, _end)
+    before, thresholds = signal.signal(signal.SIGTERM, _end), gc.get_threshold()
+    gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     try:
         app()
     except FixEfficientNetError as error:
@@ -47,6 +52,7 @@ def main() -> None:
         err.print(f"[red]Error:[/] This needs {error.name}: {escape(command)}", soft_wrap=True)
     finally:
         signal.signal(signal.SIGTERM, before)
+        gc.set_threshold(*thresholds)
     if processes.several():
         processes.leave(1)
     sys.exit(1)
