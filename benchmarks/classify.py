@@ -9,8 +9,9 @@ size, on the same cores, at first with a warm-up; the clock runs from the first 
 fixefficientnet: `evaluate` with each engine but compile (which benchmarks/forward.py has), and `predict` with ONNX
 Runtime; without loading processes, as is the default. timm: its model, loader and transform, as in its validate.py;
 "channels last" is its option of that name. torchvision and transformers: their own EfficientNet of the same kind,
-transform and torch's DataLoader. The peers load in one process beside. Lite0 has its real weights, the others random
-ones: the same for us and timm, whose best guesses must be the same in float32.
+transform and torch's DataLoader. The peers load in one process beside, timm in none and in two as well. Lite0 has its
+real weights, the others random ones: the same for us and timm, whose best guesses must be the same in float32. In
+batches of 2, which is our default, only the ways that users meet first.
 """
 
 import argparse
@@ -44,7 +45,14 @@ ON_CUDA = {
 }
 PREDICT = "fixefficientnet predict, onnx"
 TIMM = "timm"
-PEERS = (TIMM, "timm, channels last", "torchvision", "transformers")
+LOADING = {"timm, 0 loading processes": 0, "timm, 2 loading processes": 2}
+PEERS = (TIMM, "timm, channels last", *LOADING, "torchvision", "transformers")
+ONLY_IN = {"torchvision": ("b0", "b4"), "transformers": ("b0", "b4")}
+"""Lite0 is in neither."""
+BATCHES = {"cpu": (1, 2, 16), "cuda": (1, 16)}
+OUR_BATCH = 2
+"""Our default on a CPU: in it, only the ways that users meet first."""
+FIRST_MET = (*tuple(OURS)[:2], TIMM)
 TRANSFORMERS = {"b0": (1.0, 1.0, 1280), "b4": (1.4, 1.8, 1792)}
 """Width and depth coefficient, and hidden dimension, in transformers' configuration."""
 
@@ -139,7 +147,7 @@ def timms(task: Task, way: str) -> dict[str, Any]:
             interpolation=config["interpolation"],
             mean=config["mean"],
             std=config["std"],
-            num_workers=task.workers,
+            num_workers=LOADING.get(way, task.workers),
             crop_pct=config["crop_pct"],
             crop_mode=config["crop_mode"],
             device=torch.device(task.device),
@@ -212,10 +220,12 @@ def _timed(task: Task, model: Callable[[Any], Any], once: Callable[[], list[int]
     return {"seconds": machine.settled(task.device) - start, "guesses": guesses}
 
 
-def ways_of(variant: str, device: str) -> tuple[str, ...]:
-    """Lite0 is in neither torchvision nor transformers."""
-    ours = (*OURS, PREDICT) if device == "cpu" else tuple(ON_CUDA)
-    return (*ours, *(PEERS[:2] if variant == "lite0" else PEERS))
+def ways_of(variant: str, batch_size: int, device: str) -> list[str]:
+    """What there is for a variant; on CUDA, all sides load in as many processes."""
+    peers = [way for way in PEERS if variant in ONLY_IN.get(way, SIZES)]
+    if device == "cuda":
+        return [*ON_CUDA, *(way for way in peers if way not in LOADING)]
+    return [way for way in (*OURS, PREDICT, *peers) if batch_size != OUR_BATCH or way in FIRST_MET]
 
 
 def child(given: dict[str, Any]) -> dict[str, Any]:
@@ -259,7 +269,7 @@ def rows(options: argparse.Namespace) -> list[machine.Row]:
         if variant not in (options.variants or SIZES):
             continue
         with prepared(options.pictures, variant, options.device) as (folder, labels):
-            for batch_size in (1, 16):
+            for batch_size in BATCHES[options.device]:
                 every += _rows(options, folder, labels, variant, batch_size)
     return every
 
@@ -269,7 +279,7 @@ def _rows(
 ) -> list[machine.Row]:
     given = {"folder": str(folder), "variant": variant, "batch_size": batch_size, "device": options.device}
     found = machine.in_turns(
-        ways_of(variant, options.device),
+        ways_of(variant, batch_size, options.device),
         options.rounds,
         lambda way: machine.fresh(NAME, {**given, "way": way}),
         f"{variant} in batches of {batch_size}:",

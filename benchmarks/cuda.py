@@ -8,7 +8,7 @@ What has no GPU in it (preprocessing, loading, the command line) is not taken.
 
 import os
 
-from benchmarks.__main__ import parser, run
+from benchmarks.runner import parser, run
 
 
 def main() -> None:

@@ -1,0 +1,77 @@
+"""Runs benchmarks by name on fixed cores, and writes their rows to one file."""
+
+import argparse
+import datetime
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+from fixefficientnet import manifest
+from fixefficientnet.errors import UnknownVariantError
+from fixefficientnet.files import write_atomically
+
+NEEDS = {
+    "start": (),
+    "preprocess": ("pictures",),
+    "accuracy": ("pictures",),
+    "load": (),
+    "cost": (),
+    "forward": (),
+    "classify": ("pictures",),
+    "finetune": ("train", "checkpoint"),
+}
+"""The benchmarks, and the options that each needs."""
+
+
+def run(names: list[str], options: argparse.Namespace) -> None:
+    """Runs benchmarks, and writes after each."""
+    try:
+        for key in options.variants or ():
+            manifest.find(key)
+    except UnknownVariantError as error:
+        raise SystemExit(f"--variants: {error}") from None
+    for option in ("pictures", "train", "checkpoint"):
+        path = getattr(options, option)
+        if path and not path.exists():
+            raise SystemExit(f"--{option}: there is no {path}.")
+    machine.use_cores(options.threads)
+    facts = machine.facts()
+    found: dict[str, Any] = {"machine": facts, "rows": []}
+    if options.json and options.json.exists():
+        found = json.loads(options.json.read_text())
+        if found["machine"] != facts:
+            raise SystemExit(f"{options.json} is of another machine or of other versions: name another file.")
+    for name in names:
+        if lacking := [option for option in NEEDS[name] if getattr(options, option) is None]:
+            print(f"{name} is left out: it needs --{lacking[0]}.", file=sys.stderr)
+            continue
+        rows = importlib.import_module(f"benchmarks.{name}").rows(options)
+        taken = {"commit": machine.commit(), "date": datetime.date.today().isoformat(), "rounds": options.rounds}
+        others = [row for row in found["rows"] if row["benchmark"] != name or _stays(row, options.variants)]
+        found["rows"] = others + [{**row, **taken} for row in rows]
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(options.json, (json.dumps(found, indent=1) + "\n").encode())
+    if not options.json:
+        print(json.dumps(found, indent=1))
+
+
+def _stays(row: machine.Row, variants: list[str] | None) -> bool:
+    """Whether an earlier row is of a variant that is not taken again."""
+    return variants is not None and row.get("variant", variants[0]) not in variants
+
+
+def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
+    """Options that all benchmarks have."""
+    made = argparse.ArgumentParser(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--pictures", type=Path, help="folder with one folder per WordNet id, or val/ with these")
+    made.add_argument("--train", type=Path, help="folder with train/ and val/, one folder per class in each")
+    made.add_argument("--checkpoint", type=Path, help="a network trained on these at 128 pixels")
+    made.add_argument("--variants", nargs="+", metavar="VARIANT", help="cost, load and classify: only these")
+    made.add_argument("--threads", type=int, default=2, help="cores to run on, and threads to compute with")
+    made.add_argument("--rounds", type=int, default=3, help="each way so often, in turns; the median counts")
+    made.add_argument("--json", type=Path, help="write the figures to this file")
+    return made
