@@ -8,7 +8,7 @@ size, on the same cores, at first with a warm-up; the clock runs from the first 
 
 fixefficientnet: `evaluate` with each engine but compile (which benchmarks/forward.py has), and `predict` with ONNX
 Runtime; without loading processes, as is the default. timm: its model, loader and transform, as in its validate.py;
-"channels last" is its option of that name. torchvision and transformers: their own EfficientNet of the same kind,
+"channels last" and "bf16" are its options. torchvision and transformers: their own EfficientNet of the same kind,
 transform and torch's DataLoader. The peers load in one process beside, timm in none and in two as well. Lite0 has its
 real weights, the others random ones: the same for us and timm, whose best guesses must be the same in float32. In
 batches of 2, which is our default, only the ways that users meet first.
@@ -46,7 +46,7 @@ ON_CUDA = {
 PREDICT = "fixefficientnet predict, onnx"
 TIMM = "timm"
 LOADING = {"timm, 0 loading processes": 0, "timm, 2 loading processes": 2}
-PEERS = (TIMM, "timm, channels last", *LOADING, "torchvision", "transformers")
+PEERS = (TIMM, "timm, channels last", "timm, channels last, bf16", *LOADING, "torchvision", "transformers")
 ONLY_IN = {"torchvision": ("b0", "b4"), "transformers": ("b0", "b4")}
 """Lite0 is in neither."""
 BATCHES = {"cpu": (1, 2, 16), "cuda": (1, 16)}
@@ -105,6 +105,7 @@ def ours(task: Task, way: str) -> dict[str, Any]:
     settings = Settings(str(task.folder))
     pictures = pictures_for(opened, settings)
     opened.model.to(task.device)
+    computing = accelerator(task.device, precision)
     at_once = 1 if engine == "compile" else streams.number(opened.model, math.ceil(len(pictures) / task.batch_size))
 
     def once() -> list[int]:
@@ -122,7 +123,7 @@ def ours(task: Task, way: str) -> dict[str, Any]:
             shard=task.batch_size,
             workers=task.workers,
             streams=at_once,
-            accelerator=accelerator(task.device, precision),
+            accelerator=computing,
         ).judged
         return [judgement.guesses[0] for judgement in judged]
 
@@ -134,12 +135,17 @@ def timms(task: Task, way: str) -> dict[str, Any]:
     import torch
     from timm.data import create_dataset, create_loader, resolve_data_config
 
-    layout = torch.channels_last if way.endswith("channels last") else torch.contiguous_format
+    layout = torch.channels_last if "channels last" in way else torch.contiguous_format
     model = task.timm_model().to(memory_format=layout).to(task.device)
     config = resolve_data_config({"img_size": task.size, "crop_pct": 1.0}, model=model)  # type: ignore[no-untyped-call]
 
+    dataset = create_dataset("", root=str(task.folder))
+
+    def forward(inputs: Any) -> Any:
+        with torch.autocast(task.device, torch.bfloat16, enabled=way.endswith("bf16")):
+            return model(inputs.contiguous(memory_format=layout))
+
     def batches() -> Iterable[Any]:
-        dataset = create_dataset("", root=str(task.folder))
         batches_of: Iterable[Any] = create_loader(
             dataset,
             input_size=config["input_size"],
@@ -155,7 +161,7 @@ def timms(task: Task, way: str) -> dict[str, Any]:
         )
         return batches_of
 
-    return _loop(task, lambda inputs: model(inputs.contiguous(memory_format=layout)), batches)
+    return _loop(task, forward, batches)
 
 
 def loader(task: Task, dataset: Any) -> Any:
@@ -167,10 +173,11 @@ def loader(task: Task, dataset: Any) -> Any:
 def torchvisions(task: Task, way: str) -> dict[str, Any]:
     from torchvision import models
     from torchvision.datasets import ImageFolder
+    from torchvision.transforms import InterpolationMode
     from torchvision.transforms._presets import ImageClassification
 
     model = models.get_model(f"efficientnet_{task.variant}", weights=None).eval().to(task.device)
-    transform = ImageClassification(crop_size=task.size, resize_size=task.size)
+    transform = ImageClassification(crop_size=task.size, resize_size=task.size, interpolation=InterpolationMode.BICUBIC)
     dataset = ImageFolder(task.folder, transform)
     return _loop(task, model, lambda: loader(task, dataset))
 
@@ -188,7 +195,7 @@ def transformers(task: Task, way: str) -> dict[str, Any]:
     processor = peer.EfficientNetImageProcessor(size=size)
 
     def transform(picture: Any) -> Any:
-        return processor(picture.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        return processor(picture, return_tensors="pt")["pixel_values"][0]
 
     dataset = ImageFolder(task.folder, transform)
     return _loop(task, lambda inputs: model(inputs).logits, lambda: loader(task, dataset))
@@ -225,7 +232,8 @@ def ways_of(variant: str, batch_size: int, device: str) -> list[str]:
     peers = [way for way in PEERS if variant in ONLY_IN.get(way, SIZES)]
     if device == "cuda":
         return [*ON_CUDA, *(way for way in peers if way not in LOADING)]
-    return [way for way in (*OURS, PREDICT, *peers) if batch_size != OUR_BATCH or way in FIRST_MET]
+    ours = [way for way in (*OURS, PREDICT) if "bf16" not in way or machine.has_bf16()]
+    return [way for way in (*ours, *peers) if batch_size != OUR_BATCH or way in FIRST_MET]
 
 
 def child(given: dict[str, Any]) -> dict[str, Any]:
@@ -251,9 +259,10 @@ def prepared(folder: Path, variant: str, device: str) -> Iterator[tuple[Path, li
         labels = []
         chosen = np.unique(np.linspace(0, len(every) - 1, min(PICTURES[variant], len(every))).astype(int))
         for number, index in enumerate(np.repeat(chosen, 1 if device == "cpu" else TIMES_ON_CUDA)):
-            link = Path(temporary) / "pictures" / every[index].parent.name / f"{number}{every[index].suffix}"
+            link = Path(temporary) / "pictures" / every[index].parent.name / f"{number:06}{every[index].suffix}"
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(every[index].resolve())
+            link.read_bytes()  # all ways find it in the page cache
             labels.append(classes.index(every[index].parent.name))
         if variant != "lite0":
             torch.manual_seed(0)

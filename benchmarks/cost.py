@@ -1,14 +1,13 @@
-"""What the paper's gain costs: each variant at its test size against the same network at the size it was trained at.
+"""What the paper's gain costs: each variant at its test size against the base model at the paper's size for that.
 
     python -m benchmarks cost
 
 Billions of multiply-adds are counted; seconds and memory are measured, of one picture's forward pass in PyTorch, in
-fresh processes with random weights, of which the fastest counts. Memory is the growth of the process's peak, weights
-included.
+fresh processes with random weights that take turns, of which the fastest counts. Memory is the growth of the process's
+peak, weights included.
 """
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,8 @@ from benchmarks import machine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from fixefficientnet.manifest import Variant
 
 NAME = "cost"
 
@@ -47,30 +48,47 @@ def rows(options: argparse.Namespace) -> list[machine.Row]:
     import fixefficientnet
     from fixefficientnet import cost
 
+    variants = [fixefficientnet.info(key) for key in options.variants or fixefficientnet.list_models()]
+    sizes: dict[str, set[int]] = {}
+    for variant in variants:
+        sizes.setdefault(variant.backbone.architecture, set()).update((base_size(variant), variant.test.size))
     measured: dict[tuple[str, int], dict[str, Any]] = {}
-
-    def take(architecture: str, size: int) -> dict[str, Any]:
-        if (architecture, size) not in measured:
-            print(f"cost: {architecture} at {size}", file=sys.stderr, flush=True)
-            given = {"architecture": architecture, "size": size, "device": options.device}
-            found = [machine.fresh(NAME, given) for _ in range(options.rounds)]
-            fastest = min(found, key=lambda one: float(one["seconds"]))
-            measured[architecture, size] = {**fastest, "gmacs": cost.gmacs(architecture, [size])[size]}
-        return measured[architecture, size]
+    for architecture, wanted in sizes.items():
+        given = {"architecture": architecture, "device": options.device}
+        found = machine.in_turns(
+            [str(size) for size in sorted(wanted)],
+            options.rounds,
+            lambda size: machine.fresh(NAME, {**given, "size": int(size)}),  # noqa: B023
+            f"cost of {architecture} at",
+        )
+        gmacs = cost.gmacs(architecture, sorted(wanted))
+        for size in wanted:
+            fastest = min(found[str(size)], key=lambda one: float(one["seconds"]))
+            measured[architecture, size] = {**fastest, "gmacs": gmacs[size]}
 
     made = []
-    for key in options.variants or fixefficientnet.list_models():
-        variant = fixefficientnet.info(key)
-        row = {"benchmark": NAME, "variant": key, "way": "fixefficientnet", "family": variant.family}
+    for variant in variants:
+        row: machine.Row = {
+            "benchmark": NAME,
+            "variant": variant.key,
+            "way": "fixefficientnet",
+            "family": variant.family,
+        }
         paper = variant.paper
         for name, size, result in (
-            ("base", variant.train_size, paper and paper.base),
+            ("base", base_size(variant), paper and paper.base),
             ("fix", variant.test.size, paper and paper.fix),
         ):
             row |= {f"{name}_size": size, f"{name}_top1": result and result.top1}
-            row |= {f"{name}_{key}": value for key, value in take(variant.backbone.architecture, size).items()}
+            figures = measured[variant.backbone.architecture, size]
+            row |= {f"{name}_{key}": value for key, value in figures.items()}
         made.append(row)
     return made
+
+
+def base_size(variant: "Variant") -> int:
+    """Where the paper measured the base model: at its train size, but L2 at 800."""
+    return variant.paper.base.test_size if variant.paper else variant.train_size
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> "Figure":

@@ -1,14 +1,14 @@
-"""The same on a GPU: classifying, the fine-tuning step and methods, what each variant costs.
+"""The same list on a GPU.
 
     python -m benchmarks.cuda --pictures FOLDER --train FOLDER --checkpoint FILE --json speed-cuda.json
     python -m benchmarks.tables speed-cuda.json
 
-What has no GPU in it (preprocessing, loading, the command line) is not taken.
+What has no GPU in it (preprocessing, imports) is taken on that machine's CPU.
 """
 
 import os
 
-from benchmarks.runner import parser, run
+from benchmarks.runner import NEEDS, parser, run
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("There is no CUDA device here. `python -m benchmarks all` measures on the CPU.")
     chosen.device = "cuda"
-    run(["cost", "classify", "finetune"], chosen)
+    run(list(NEEDS), chosen)
 
 
 if __name__ == "__main__":

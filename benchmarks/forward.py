@@ -2,13 +2,12 @@
 
     python -m benchmarks forward
 
-B0 at 320 and B4 at 472 pixels, random weights, batches of 2. "all cores in each": one batch after the other; "a core
-for each": as many batches at once as there are cores, each computed by one.
+B0 at 320 and B4 at 472 pixels, random weights. On a CPU in batches of 2: one at a time, with all cores in it, and
+several at once, with a core for each. On CUDA in batches of 64, one at a time, without the engines for CPUs.
 """
 
 import argparse
 import copy
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from benchmarks import machine
 from benchmarks.classify import SIZES
 
 NAME = "forward"
-BATCH = 2
+BATCH = {"cpu": 2, "cuda": 64}
 LONG_ENOUGH = 3.0
 """Seconds of forward passes."""
 ENGINES = {
@@ -28,6 +27,7 @@ ENGINES = {
 FOLDED = "channels last, batch norm folded"
 AHEAD = "compiled ahead (AOTInductor)"
 WAYS = ("plain", "channels last", FOLDED, "channels last, bf16", *ENGINES, AHEAD)
+ON_CUDA = ("plain", "channels last", FOLDED, "channels last, bf16", "compile")
 ONE_BATCH = ("compile", AHEAD)
 """What is compiled computes with the number of threads that it was compiled for."""
 
@@ -38,7 +38,7 @@ def folded(model: Any) -> Any:
     from torch import nn
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-    model = copy.deepcopy(model)
+    original, model = model, copy.deepcopy(model)
     modules = dict(model.named_modules())
     before: tuple[Any, str] | None = None
     for name, module in modules.items():  # in timm's EfficientNets, a norm is registered right after its convolution
@@ -51,8 +51,8 @@ def folded(model: Any) -> Any:
             setattr(modules[parent], leaf, nn.Sequential(module.drop, module.act))  # type: ignore[arg-type]
             before = None
     with torch.inference_mode():
-        picture = torch.rand(1, 3, 64, 64)
-        torch.testing.assert_close(model(picture), modules[""](picture), rtol=1e-3, atol=1e-3)
+        picture = torch.rand(1, 3, 64, 64, device=next(model.parameters()).device)
+        torch.testing.assert_close(model(picture), original(picture), rtol=1e-3, atol=1e-3)
     return model
 
 
@@ -66,10 +66,11 @@ def child(given: dict[str, Any]) -> dict[str, Any]:
     from fixefficientnet.evaluation.models import of_module
 
     way: str = given["way"]
+    device: str = given["device"]
     size, at_once = SIZES[given["variant"]], given["streams"]
     torch.manual_seed(0)
-    model: Any = timm.create_model(f"tf_efficientnet_{given['variant']}").eval()
-    pictures = torch.rand(BATCH, 3, size, size)
+    model: Any = timm.create_model(f"tf_efficientnet_{given['variant']}").eval().to(device)
+    pictures = torch.rand(BATCH[device], 3, size, size, device=device)
     with torch.inference_mode():
         expected = model(pictures)
     run: Callable[[Any], Any] = model
@@ -89,17 +90,17 @@ def child(given: dict[str, Any]) -> dict[str, Any]:
 
         @torch.inference_mode()
         def once(_: int) -> Any:
-            with torch.autocast("cpu", torch.bfloat16, enabled=way.endswith(", bf16") and way not in ENGINES):
+            with torch.autocast(device, torch.bfloat16, enabled=way.endswith(", bf16") and way not in ENGINES):
                 return run(pictures).float()
 
         list(streams.in_order(once, range(2 * at_once), at_once))
         rounds = 0
-        start = time.perf_counter()
-        while (seconds := time.perf_counter() - start) < LONG_ENOUGH:
+        start = machine.settled(device)
+        while (seconds := machine.settled(device) - start) < LONG_ENOUGH:
             *others, logits = streams.in_order(once, range(4 * at_once), at_once)
             rounds += 1 + len(others)
         off = ((logits - expected).abs().max() / expected.abs().max()).item()
-    return {"pictures_per_second": rounds * BATCH / seconds, "largest_difference": off}
+    return {"pictures_per_second": rounds * BATCH[device] / seconds, "largest_difference": off}
 
 
 def _ahead(model: Any, pictures: Any) -> Callable[[Any], Any]:
@@ -116,13 +117,18 @@ def _ahead(model: Any, pictures: Any) -> Callable[[Any], Any]:
 
 def rows(options: argparse.Namespace) -> list[machine.Row]:
     """One per variant, number of streams and way."""
+    from fixefficientnet.streams import MOST
+
     made = []
+    on_cuda = options.device == "cuda"
+    every = ON_CUDA if on_cuda else [way for way in WAYS if way != "OpenVINO, bf16" or machine.has_bf16()]
     for variant in ("b0", "b4"):
-        for at_once in (1, options.threads):
+        for at_once in (1,) if on_cuda else dict.fromkeys((1, min(options.threads, MOST))):
+            given = {"variant": variant, "streams": at_once, "device": options.device}
             found = machine.in_turns(
-                [way for way in WAYS if at_once == 1 or way not in ONE_BATCH],
+                [way for way in every if at_once == 1 or way not in ONE_BATCH],
                 options.rounds,
-                lambda way: machine.fresh(NAME, {"variant": variant, "streams": at_once, "way": way}),  # noqa: B023
+                lambda way: machine.fresh(NAME, {**given, "way": way}),  # noqa: B023
                 f"forward of {variant}, {at_once} at once:",
             )
             for way, findings in found.items():

@@ -21,7 +21,7 @@ CHILD = "--child"
 Row = dict[str, Any]
 
 
-def facts() -> dict[str, Any]:
+def facts(device: str) -> dict[str, Any]:
     """What stands beside each figure."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -35,15 +35,17 @@ def facts() -> dict[str, Any]:
 
     return {
         "cpu": names[0] if names else platform.processor(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "threads": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "versions": versions,
     }
 
 
-def use_cores(count: int) -> None:
-    """This process and those that it starts run on so many cores, and compute with as many threads."""
+def use(device: str, count: int) -> None:
+    """This process and those that it starts run there, and on so many cores, with as many threads."""
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # commands that choose for themselves choose the CPU too
     cores = sorted(os.sched_getaffinity(0))[:count]
     os.sched_setaffinity(0, cores)
     os.environ["OMP_NUM_THREADS"] = str(len(cores))
@@ -59,19 +61,22 @@ def fresh(name: str, given: Mapping[str, Any], env: Mapping[str, str] | None = N
 
 def commit() -> str:
     """Of this project, with a + where files differ from it."""
-    said = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True)
+    try:
+        said = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
     return said.stdout.strip() or "unknown"
 
 
 def in_turns(
     ways: Iterable[str], rounds: int, take: Callable[[str], dict[str, Any]], say: str = ""
 ) -> dict[str, list[dict[str, Any]]]:
-    """Each way's findings of so many rounds; a round takes each way once."""
+    """Each way's findings of so many rounds; a round takes each way once, every second one backwards."""
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     for number in range(rounds):
-        for way, findings in found.items():
+        for way in reversed(found) if number % 2 else found:
             print(f"{say} {way}, {number + 1} of {rounds}", file=sys.stderr, flush=True)
-            findings.append(take(way))
+            found[way].append(take(way))
     return found
 
 
@@ -81,8 +86,8 @@ def median(findings: Iterable[Mapping[str, Any]], name: str) -> float:
 
 
 def loading_processes(device: str) -> int:
-    """For all sides; on CUDA, decoding would be all that is measured with one."""
-    return 1 if device == "cpu" else len(os.sched_getaffinity(0))
+    """For all sides; on CUDA, decoding would be all that is measured with one, and starting them with very many."""
+    return 1 if device == "cpu" else min(16, len(os.sched_getaffinity(0)))
 
 
 def settled(device: str) -> float:
@@ -92,6 +97,13 @@ def settled(device: str) -> float:
 
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def has_bf16() -> bool:
+    """Whether OpenVINO computes in bfloat16 on this processor."""
+    from fixefficientnet import runtimes
+
+    return runtimes.openvino_has("bf16")
 
 
 def kilobytes(name: str) -> int:

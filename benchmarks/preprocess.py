@@ -15,11 +15,14 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import machine
+from fixefficientnet.errors import DataError
 
 NAME = "preprocess"
 
 CASES = (("224, crop_pct 0.875", 224, 0.875), ("320", 320, 1.0), ("472", 472, 1.0))
 REFERENCE = "torchvision v2"
+STD = 0.5
+"""Of B0's normalisation: what a tensor's 1 is of a picture's 255."""
 
 
 def ways_of(size: int, crop_pct: float) -> dict[str, Callable[[str], Any]]:
@@ -57,7 +60,7 @@ def child(given: dict[str, Any]) -> dict[str, Any]:
     for path in paths:
         tensors = {way: transform(path) for way, transform in ways.items()}
         for way, tensor in tensors.items():
-            off = (torch.as_tensor(tensor) - tensors[REFERENCE]).abs().max().item() / 2 * 255
+            off = (torch.as_tensor(tensor) - tensors[REFERENCE]).abs().max().item() * STD * 255
             differences[way] = max(differences[way], off)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(given["rounds"]):
@@ -73,8 +76,11 @@ def rows(options: argparse.Namespace) -> list[machine.Row]:
     """One per size and way."""
     import statistics
 
-    every = sorted(path for path in options.pictures.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    folder = options.pictures / "val" if (options.pictures / "val").is_dir() else options.pictures
+    every = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     paths = [str(path) for path in every[:200]]
+    if not paths:
+        raise DataError(f"{folder} has no pictures ending in .jpg or .jpeg.")
     every = []
     for case, size, crop_pct in CASES:
         given = {"paths": paths, "size": size, "crop_pct": crop_pct, "rounds": options.rounds}

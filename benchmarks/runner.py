@@ -4,13 +4,14 @@ import argparse
 import datetime
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
 from fixefficientnet import manifest
-from fixefficientnet.errors import UnknownVariantError
+from fixefficientnet.errors import FixEfficientNetError, UnknownVariantError
 from fixefficientnet.files import write_atomically
 
 NEEDS = {
@@ -24,44 +25,54 @@ NEEDS = {
     "finetune": ("train", "checkpoint"),
 }
 """The benchmarks, and the options that each needs."""
+BY_VARIANT = ("load", "cost", "classify")
+"""Those that take `--variants`."""
 
 
 def run(names: list[str], options: argparse.Namespace) -> None:
-    """Runs benchmarks, and writes after each."""
+    """Runs benchmarks, and writes after each; one that fails does not keep the others from running."""
     try:
-        for key in options.variants or ():
-            manifest.find(key)
+        options.variants = options.variants and [manifest.find(key).key for key in options.variants]
     except UnknownVariantError as error:
         raise SystemExit(f"--variants: {error}") from None
     for option in ("pictures", "train", "checkpoint"):
         path = getattr(options, option)
         if path and not path.exists():
             raise SystemExit(f"--{option}: there is no {path}.")
-    machine.use_cores(options.threads)
-    facts = machine.facts()
+    commit = machine.commit()
+    machine.use(options.device, options.threads)
+    facts = machine.facts(options.device)
     found: dict[str, Any] = {"machine": facts, "rows": []}
     if options.json and options.json.exists():
         found = json.loads(options.json.read_text())
         if found["machine"] != facts:
             raise SystemExit(f"{options.json} is of another machine or of other versions: name another file.")
+    failed: list[str] = []
     for name in names:
         if lacking := [option for option in NEEDS[name] if getattr(options, option) is None]:
             print(f"{name} is left out: it needs --{lacking[0]}.", file=sys.stderr)
             continue
-        rows = importlib.import_module(f"benchmarks.{name}").rows(options)
-        taken = {"commit": machine.commit(), "date": datetime.date.today().isoformat(), "rounds": options.rounds}
+        try:
+            rows = importlib.import_module(f"benchmarks.{name}").rows(options)
+        except (subprocess.CalledProcessError, ImportError, FixEfficientNetError) as error:
+            print(f"{name} failed: {error}", file=sys.stderr)
+            failed.append(name)
+            continue
+        taken = {"commit": commit, "date": datetime.date.today().isoformat(), "rounds": options.rounds}
         others = [row for row in found["rows"] if row["benchmark"] != name or _stays(row, options.variants)]
-        found["rows"] = others + [{**row, **taken} for row in rows]
+        found["rows"] = others + [{**taken, **row} for row in rows]
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(options.json, (json.dumps(found, indent=1) + "\n").encode())
     if not options.json:
         print(json.dumps(found, indent=1))
+    if failed:
+        raise SystemExit(f"Failed: {', '.join(failed)}.")
 
 
 def _stays(row: machine.Row, variants: list[str] | None) -> bool:
     """Whether an earlier row is of a variant that is not taken again."""
-    return variants is not None and row.get("variant", variants[0]) not in variants
+    return variants is not None and row["benchmark"] in BY_VARIANT and row["variant"] not in variants
 
 
 def parser(prog: str, description: str | None) -> argparse.ArgumentParser:

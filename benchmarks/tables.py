@@ -40,7 +40,12 @@ def machine(found: Mapping[str, Any]) -> str:
     facts = found["machine"]
     versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
     device = f"{facts['gpu']}; " if facts.get("gpu") else ""
-    return f"Machine: {device}{facts['threads']} cores of an {facts['cpu']}; Python {facts['python']}, {versions}."
+    taken = in_order((row["date"], row["commit"]) for row in found["rows"])
+    when = "; ".join(f"{date} from commit {commit}" for date, commit in taken)
+    return (
+        f"Machine: {device}{facts['threads']} cores of an {facts['cpu']}; Python {facts['python']}, {versions}.\n"
+        f"Taken on {when}."
+    )
 
 
 def classify(rows: Rows) -> str:
@@ -57,9 +62,13 @@ def classify(rows: Rows) -> str:
     for way in ways:
         mine = [row for row in rows if row["way"] == way and row["same_guesses"] is not None]
         if mine and way != "timm":
-            same, every = sum(row["same_guesses"] for row in mine), sum(row["pictures"] for row in mine)
+            fewest: dict[str, tuple[int, int]] = {}
+            for row in mine:
+                now = row["same_guesses"], row["pictures"]
+                fewest[row["variant"]] = min(now, fewest.get(row["variant"], now))
+            same, every = map(sum, zip(*fewest.values(), strict=True))
             said.append(f"{way}: {same} of {every}")
-    return f"{table}\n\nBest guesses the same as timm's: {'; '.join(said)}."
+    return f"{table}\n\nBest guesses the same as timm's, at whichever batch size fewest are: {'; '.join(said)}."
 
 
 def preprocess(rows: Rows) -> str:
@@ -86,8 +95,8 @@ def accuracy(rows: Rows) -> str:
 
 def forward(rows: Rows) -> str:
     cases = in_order((row["variant"], row["size"], row["streams"]) for row in rows)
-    header = ["pictures/s (times plain, all cores)"]
-    header += [f"{key} at {size}, {'all cores in each' if n == 1 else 'a core for each'}" for key, size, n in cases]
+    header = ["pictures/s (times plain, one batch at a time)"]
+    header += [f"{key} at {size}, {'one at a time' if n == 1 else 'several at once'}" for key, size, n in cases]
     header += ["largest difference, relative"]
     lines = []
     for way in in_order(row["way"] for row in rows):
@@ -241,13 +250,14 @@ def rendered(found: Mapping[str, Any], text: str) -> str:
     """
     tables = {"machine": machine(found), "summary": summary(found)}
     for name, table in TABLES.items():
-        if mine := [row for row in found["rows"] if row["benchmark"] == name]:
-            tables[name] = table(mine)
+        mine = [row for row in found["rows"] if row["benchmark"] == name]
+        tables[name] = table(mine) if mine else "Not measured."
     for name, written in tables.items():
         before, mark, after = text.partition(f"<!-- {name} -->\n")
-        if not mark:
-            raise ValueError(f"The page has no <!-- {name} --> for its table.")
-        text = f"{before}{mark}{written}\n{END}{after.partition(END)[2]}"
+        _, end, rest = after.partition(END)
+        if not mark or not end:
+            raise ValueError(f"The page has no <!-- {name} --> with an {END} for its table.")
+        text = f"{before}{mark}{written}\n{END}{rest}"
     return text
 
 
@@ -258,7 +268,7 @@ def main() -> None:
     options = parser.parse_args()
     found = json.loads(options.json.read_text())
     if options.page is None:
-        every = "\n".join(f"<!-- {name} -->\n{END}" for name in ("machine", "summary", *TABLES))
+        every = "\n".join(f"## {name}\n\n<!-- {name} -->\n{END}\n" for name in ("machine", "summary", *TABLES))
         print(re.sub("<!-- .*? -->", "", rendered(found, every)))
         return
     from fixefficientnet.files import write_atomically
