@@ -43,7 +43,7 @@ def machine(found: Mapping[str, Any]) -> str:
     taken = in_order((row["date"], row["commit"]) for row in found["rows"])
     when = "; ".join(f"{date} from commit {commit}" for date, commit in taken)
     return (
-        f"Machine: {device}{facts['threads']} cores of an {facts['cpu']}; Python {facts['python']}, {versions}.\n"
+        f"Machine: {device}{facts['threads']} cores ({facts['cpu']}); Python {facts['python']}, {versions}.\n"
         f"Taken on {when}."
     )
 
@@ -203,12 +203,13 @@ def summary(found: Mapping[str, Any]) -> str:
     for variant, size, batch in (case for case in cases if case[2] in (1, 16)):
         mine = [row for row in of["classify"] if (row["variant"], row["batch_size"]) == (variant, batch)]
         timm = one(mine, way="timm")["pictures_per_second"]
-        best = max((row for row in mine if row["way"] in FLOAT32), key=lambda row: float(row["times_timm"]))
         default = one(mine, way=OURS)["pictures_per_second"]
         what = f"folder to labels, {variant} at {size}, batches of {batch}"
         add(f"{what}, default engine", default, timm, "pictures/s", 1)
-        engine = best["way"].rpartition(", ")[2]
-        add(f"{what}, --engine {engine}", best["pictures_per_second"], timm, "pictures/s", 1)
+        if engines := [row for row in mine if row["way"] in FLOAT32]:
+            best = max(engines, key=lambda row: float(row["times_timm"]))
+            engine = best["way"].rpartition(", ")[2]
+            add(f"{what}, --engine {engine}", best["pictures_per_second"], timm, "pictures/s", 1)
     tensors = "torchvision v2, on tensors"
     for way, name, peer in ((OURS, "the same pixels", "timm"), (f"{OURS}, fast", "--fast-preprocessing", tensors)):
         if mine := [row for row in of["preprocess"] if row["case"] == "320"]:

@@ -30,6 +30,29 @@ def test_the_docs_show_the_committed_figures():
     assert tables.rendered(found, page) == page, again
 
 
+def test_tables_show_what_there_is_and_say_what_is_not():
+    shared = {"benchmark": "classify", "variant": "b0", "size": 320, "batch_size": 16, "pictures": 4}
+    taken = {"date": "2026-01-02", "commit": "abc", "rounds": 2}
+    rates = {"fixefficientnet": (30.0, 4), "fixefficientnet in bf16": (90.0, 3), "timm": (10.0, 4)}
+    rows = [
+        {**shared, **taken, "way": way, "pictures_per_second": rate, "times_timm": rate / 10, "same_guesses": same}
+        for way, (rate, same) in rates.items()
+    ]
+    fewer = [{**rows[1], "batch_size": 2, "same_guesses": 2}, {**rows[2], "batch_size": 2}]
+    facts = {"gpu": "a GPU", "cpu": "a CPU", "threads": 3, "python": "3.11", "versions": {"torch": "2"}}
+    every = "".join(f"<!-- {name} -->\nstale\n{tables.END}\n" for name in ("machine", "summary", *tables.TABLES))
+    page = tables.rendered({"machine": facts, "rows": rows + fewer}, every)
+    assert "| fixefficientnet in bf16 | 90.0 (9.00) | 90.0 (9.00) |" in page
+    assert "| fixefficientnet | 30.0 (3.00) | - |" in page
+    assert "fixefficientnet in bf16: 2 of 4." in page  # the batch size with fewest
+    assert "| folder to labels, b0 at 320, batches of 16, default engine | 30.0 pictures/s |" in page
+    assert "Machine: a GPU; 3 cores (a CPU); Python 3.11, torch 2.\nTaken on 2026-01-02 from commit abc." in page
+    assert page.count("Not measured.") == len(tables.TABLES) - 1
+    assert "stale" not in page
+    with pytest.raises(ValueError, match="cost"):
+        tables.rendered({"machine": facts, "rows": rows}, every.replace("<!-- cost -->\nstale\n<!-- end -->", ""))
+
+
 @pytest.mark.slow
 def test_benchmarks_fill_one_file_of_one_machine(tmp_path: Path):
     path = tmp_path / "deep" / "speed.json"
