@@ -13,6 +13,18 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+def check_precision(mixed_precision: str, *, cpu: bool) -> None:
+    """Refuses a precision that there is not.
+
+    Raises:
+        FixEfficientNetError: It is none of "no", "bf16" and "fp16", or not one for a CPU.
+    """
+    if mixed_precision not in ("no", "bf16", "fp16"):
+        raise FixEfficientNetError(f"--mixed-precision {mixed_precision}: it is no, bf16 or fp16.")
+    if cpu and mixed_precision == "fp16":
+        raise FixEfficientNetError("fp16 is for CUDA devices; on a CPU, there is bf16.")
+
+
 def accelerator(device: str | None, mixed_precision: str) -> "Accelerator":
     """The processes of this command.
 
@@ -31,15 +43,12 @@ def accelerator(device: str | None, mixed_precision: str) -> "Accelerator":
         raise FixEfficientNetError(f"--device {device}: it is cpu or cuda; which one, CUDA_VISIBLE_DEVICES says.")
     if device == "cuda" and not torch.cuda.is_available():
         raise FixEfficientNetError("--device cuda: there is no CUDA device here. Use --device cpu, or leave it out.")
-    if mixed_precision not in ("no", "bf16", "fp16"):
-        raise FixEfficientNetError(f"--mixed-precision {mixed_precision}: it is no, bf16 or fp16.")
+    cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
+    check_precision(mixed_precision, cpu=cpu)
     handlers: list[Any] = [
         DistributedDataParallelKwargs(broadcast_buffers=False),  # statistics are averaged instead
         InitProcessGroupKwargs(timeout=datetime.timedelta(days=1)),  # others wait while the first trains on features
     ]
-    cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
-    if cpu and mixed_precision == "fp16":
-        raise FixEfficientNetError("fp16 is for CUDA devices; on a CPU, there is bf16.")
     try:
         return Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=handlers)
     except ValueError as error:  # Accelerate's state is the process's

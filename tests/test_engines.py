@@ -89,6 +89,26 @@ def test_predictions_are_the_same(engine: str):
             assert two["probability"] == pytest.approx(one["probability"], rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "eager",
+        pytest.param(
+            "openvino", marks=pytest.mark.skipif(not runtimes.openvino_has("bf16"), reason="no bfloat16 here")
+        ),
+    ],
+)
+def test_predictions_in_half_precision_are_nearly_the_same(engine: str):
+    def best(*options: str) -> list[tuple[str, float]]:
+        out, _ = cli("predict", ROOT / "examples", "--model", "lite0", "--json", "--engine", engine, *options)
+        return [(one["file"], one["labels"][0]["probability"]) for one in json.loads(out)["predictions"]]
+
+    whole, half = best(), best("--mixed-precision", "bf16")
+    assert [file for file, _ in half] == [file for file, _ in whole]
+    for (_, one), (_, two) in zip(whole, half, strict=True):
+        assert two == pytest.approx(one, abs=0.05) and two != one
+
+
 def test_a_model_is_exported_once_per_content_and_size(
     run: Path, data: Path, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -202,6 +222,13 @@ def test_what_an_engine_cannot_is_one_error(
     assert "there are eager, compile, onnx" in cli(*arguments, "--engine", "tensorrt", status=1)[1]
     assert "in float32" in cli(*arguments, "--engine", "onnx", "--mixed-precision", "bf16", status=1)[1]
     assert "there are eager, compile, onnx" in cli("predict", ROOT / "examples", "--engine", "tpu", status=1)[1]
+    said = cli("predict", ROOT / "examples", "--engine", "onnx", "--mixed-precision", "bf16", status=1)[1]
+    assert "in float32" in said
+    assert "bf16 or fp16" in cli("predict", ROOT / "examples", "--mixed-precision", "fp8", status=1)[1]
+    assert (
+        "on a CPU, there is bf16"
+        in cli("predict", ROOT / "examples", "--mixed-precision", "fp16", "--device", "cpu", status=1)[1]
+    )
     with pytest.raises(ExportError, match="on the CPU"):
         fixefficientnet.engines.check("openvino", "cuda")
     find = importlib.util.find_spec

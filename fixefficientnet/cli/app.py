@@ -24,6 +24,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 Engine = Annotated[str, typer.Option(help="What computes: eager (PyTorch), compile, onnx or openvino.")]
 
+MixedPrecision = Annotated[str, typer.Option(help="no, bf16 or fp16.")]
+
 Fast = Annotated[
     bool,
     typer.Option("--fast-preprocessing", help="From JPEG to tensor in 0.6 of the time, with slightly other pixels."),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from fixefficientnet.cli.app import AsJson, Engine, Fast, app, err, out, print_json, table
+from fixefficientnet.cli.app import AsJson, Engine, Fast, MixedPrecision, app, err, out, print_json, table
 from fixefficientnet.errors import FixEfficientNetError
 from fixefficientnet.files import write_atomically
 
@@ -32,11 +32,13 @@ BatchSize = Annotated[
 Workers = Annotated[
     int | None,
     typer.Option(
-        "--workers", "-j", min=0, help="Loading processes per device. Default: 4; none where a CPU computes from files."
+        "--workers",
+        "-j",
+        min=0,
+        help="Loading processes per device. Default: 4; none where a CPU computes from files, which is faster.",
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.")]
-MixedPrecision = Annotated[str, typer.Option(help="no, bf16 or fp16.")]
 Restrict = Annotated[
     bool | None,
     typer.Option(

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fixefficientnet import manifest
-from fixefficientnet.cli.app import AsJson, Engine, Fast, app, err, out, print_json
+from fixefficientnet.cli.app import AsJson, Engine, Fast, MixedPrecision, app, err, out, print_json
 from fixefficientnet.errors import FixEfficientNetError, PictureError
 from fixefficientnet.manifest import Variant
 
@@ -121,18 +121,32 @@ def predict(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Pictures per forward pass. Default: 16, on a CPU 2.")
     ] = None,
+    mixed_precision: MixedPrecision = "no",
     engine: Engine = "eager",
     fast_preprocessing: Fast = False,
 ) -> None:
     """Classify pictures into ImageNet's 1000 classes."""
     variant = manifest.find(model)
-    from fixefficientnet import engines, prediction, streams, zoo
+    failed: list[dict[str, str]] = []
+
+    def report(picture: "PictureSource", error: PictureError) -> None:
+        failed.append({"file": _shown(picture), "error": str(error)})
+        err.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
+
+    pictures = list(_pictures(images, report))
+    if not pictures and not as_json:  # no need for a model
+        _end_with(failed)
+    import torch
+
+    from fixefficientnet import engines, prediction, processes, streams, zoo
 
     if engine in engines.EXPORTED and device is None:
         device = "cpu"
-    engines.check(engine, _device(device))
+    place = torch.device(_device(device))
+    processes.check_precision(mixed_precision, cpu=place.type == "cpu")
+    engines.check(engine, place, mixed_precision)
     weights = variant.usual_weights if pretrained is None else pretrained
-    network = zoo.create(variant.key, weights, device=_device(device))
+    network = zoo.create(variant.key, weights, device=place)
     if fast_preprocessing:
         from fixefficientnet.preprocessing import FastPreprocess
 
@@ -141,13 +155,6 @@ def predict(
     said = f"{variant.title}, {'FixRes' if tuned else 'backbone'} weights, test size {network.preprocess.size}"
     if not tuned:
         said += " (not tuned by FixRes)"
-    failed = []
-
-    def report(picture: "PictureSource", error: PictureError) -> None:
-        failed.append({"file": _shown(picture), "error": str(error)})
-        err.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
-
-    pictures = list(_pictures(images, report))
     batches = math.ceil(len(pictures) / (batch_size or streams.BATCH_SIZE))
     at_once = 1 if engine == "compile" else streams.number(network, batches)
     with contextlib.ExitStack() as stack:
@@ -157,7 +164,10 @@ def predict(
             opened = of_module(network)
             if engine in engines.EXPORTED:
                 engines.exported(opened, opened.test, engine, lambda text: err.print(escape(text), soft_wrap=True))
-            stack.enter_context(engines.running(opened, opened.test, engine, streams=at_once))
+            running = engines.running(opened, opened.test, engine, streams=at_once, precision=mixed_precision)
+            stack.enter_context(running)
+        if mixed_precision != "no":
+            stack.enter_context(torch.autocast(place.type, torch.bfloat16 if mixed_precision == "bf16" else torch.half))
         predictions = prediction.stream(
             pictures, network, topk=topk, batch_size=batch_size, on_error=report, at_once=at_once
         )
@@ -171,6 +181,10 @@ def predict(
                 out.print(f"\n[bold]{escape(_shown(found_one.picture))}[/]", soft_wrap=True)
                 for label in found_one.labels:
                     out.print(f"  {label.probability:6.1%}  {escape(label.name)}", no_wrap=True, overflow="ellipsis")
+    _end_with(failed)
+
+
+def _end_with(failed: list[dict[str, str]]) -> None:
     if failed:
         err.print(f"{len(failed)} of what was named could not be used.")
         raise typer.Exit(1)
