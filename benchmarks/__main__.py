@@ -6,7 +6,7 @@ r"""Runs benchmarks on this machine.
     python -m benchmarks.tables docs/results/speed.json
 
 Figures of the benchmarks named take the place of those that the file has from
-the same machine; the others stay. What lacks its folder is left out, and said.
+the same machine; the others stay. Of all, what lacks its folder is left out.
 """
 
 import importlib
@@ -25,7 +25,7 @@ def main() -> None:
     options.add_argument("names", nargs="+", choices=["all", *NEEDS], metavar="NAME", help=f"all, {', '.join(NEEDS)}")
     chosen = options.parse_args()
     chosen.device = "cpu"
-    run(list(NEEDS) if "all" in chosen.names else chosen.names, chosen)
+    run(chosen, None if "all" in chosen.names else chosen.names)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,18 @@ that take turns with the others'; the median of the rounds counts. All read the 
 size, on the same cores, at first with a warm-up; the clock runs from the first file to the last label.
 
 fixefficientnet: `evaluate` with each engine but compile (which benchmarks/forward.py has), and `predict` with ONNX
-Runtime; without loading processes, as is the default. timm: its model, loader and transform, as in its validate.py;
-"channels last" and "bf16" are its options. torchvision and transformers: their own EfficientNet of the same kind,
-transform and torch's DataLoader. The peers load in one process beside, timm in none and in two as well. Lite0 has its
-real weights, the others random ones: the same for us and timm, whose best guesses must be the same in float32. In
-batches of 2, which is our default, only the ways that users meet first.
+Runtime; without loading processes, as is the default, but for "-j 1": one batch at a time, and one process that loads.
+What exporting takes is measured apart, where nothing is kept yet. timm: its model, loader and transform, as in its
+validate.py; "channels last" and "bf16" are its options. torchvision and transformers: their own EfficientNet of the
+same kind, transform and torch's DataLoader. The peers load in one process beside, timm in none and in two as well.
+Lite0 has its real weights, the others random ones: the same for us and timm, whose best guesses must be the same in
+float32. In batches of 2, which is our default, the peers' other ways are left out.
 """
 
 import argparse
 import importlib
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +32,11 @@ SIZES = {"lite0": 256, "b0": 320, "b4": 472}
 PICTURES = {"lite0": 256, "b0": 128, "b4": 48}
 """How many are enough for some seconds each."""
 TIMES_ON_CUDA = 32
+ALONE = "fixefficientnet, -j 1"
 OURS = {
     "fixefficientnet": ("eager", "no"),
+    ALONE: ("eager", "no"),
+    "fixefficientnet in bf16": ("eager", "bf16"),
     "fixefficientnet, onnx": ("onnx", "no"),
     "fixefficientnet, openvino": ("openvino", "no"),
     "fixefficientnet, openvino in bf16": ("openvino", "bf16"),
@@ -52,7 +57,7 @@ ONLY_IN = {"torchvision": ("b0", "b4"), "transformers": ("b0", "b4")}
 BATCHES = {"cpu": (1, 2, 16), "cuda": (1, 16)}
 OUR_BATCH = 2
 """Our default on a CPU: in it, only the ways that users meet first."""
-FIRST_MET = (*tuple(OURS)[:2], TIMM)
+NOT_FIRST_MET = (PREDICT, *PEERS[1:])
 TRANSFORMERS = {"b0": (1.0, 1.0, 1280), "b4": (1.4, 1.8, 1792)}
 """Width and depth coefficient, and hidden dimension, in transformers' configuration."""
 
@@ -106,7 +111,16 @@ def ours(task: Task, way: str) -> dict[str, Any]:
     pictures = pictures_for(opened, settings)
     opened.model.to(task.device)
     computing = accelerator(task.device, precision)
-    at_once = 1 if engine == "compile" else streams.number(opened.model, math.ceil(len(pictures) / task.batch_size))
+    workers = task.workers if way == ALONE or task.device == "cuda" else 0
+    at_once = (
+        1
+        if workers or engine == "compile"
+        else streams.number(opened.model, math.ceil(len(pictures) / task.batch_size))
+    )
+    start = time.perf_counter()
+    if engine in engines.EXPORTED:
+        engines.exported(opened, test, engine)
+    exporting = time.perf_counter() - start
 
     def once() -> list[int]:
         if way == PREDICT:
@@ -121,14 +135,14 @@ def ours(task: Task, way: str) -> dict[str, Any]:
             transform=opened.transform(test, fast="fast" in way),
             batch_size=task.batch_size,
             shard=task.batch_size,
-            workers=task.workers,
+            workers=workers,
             streams=at_once,
             accelerator=computing,
         ).judged
         return [judgement.guesses[0] for judgement in judged]
 
     with engines.running(opened, test, engine, streams=at_once, precision=precision):
-        return _timed(task, opened.model, once)
+        return {**_timed(task, opened.model, once), "exporting": exporting}
 
 
 def timms(task: Task, way: str) -> dict[str, Any]:
@@ -233,7 +247,7 @@ def ways_of(variant: str, batch_size: int, device: str) -> list[str]:
     if device == "cuda":
         return [*ON_CUDA, *(way for way in peers if way not in LOADING)]
     ours = [way for way in (*OURS, PREDICT) if "bf16" not in way or machine.has_bf16()]
-    return [way for way in (*ours, *peers) if batch_size != OUR_BATCH or way in FIRST_MET]
+    return [way for way in (*ours, *peers) if batch_size != OUR_BATCH or way not in NOT_FIRST_MET]
 
 
 def child(given: dict[str, Any]) -> dict[str, Any]:
@@ -290,7 +304,7 @@ def _rows(
     found = machine.in_turns(
         ways_of(variant, batch_size, options.device),
         options.rounds,
-        lambda way: machine.fresh(NAME, {**given, "way": way}),
+        lambda way: machine.fresh(NAME, {**given, "way": way}, env={"HF_ASSETS_CACHE": str(folder.parent / "assets")}),
         f"{variant} in batches of {batch_size}:",
     )
     rates = {way: len(labels) / machine.median(findings, "seconds") for way, findings in found.items()}
@@ -309,6 +323,8 @@ def _rows(
                 "pictures": len(labels),
                 "pictures_per_second": rates[way],
                 "times_timm": rates[way] / rates[TIMM],
+                # the first that comes exports, the others find what is kept
+                "exporting_seconds": max(finding.get("exporting", 0) for finding in findings),
                 "same_guesses": sum(map(int.__eq__, guesses, theirs)) if comparable else None,
                 "right": sum(map(int.__eq__, guesses, labels)) if variant == "lite0" else None,
             }

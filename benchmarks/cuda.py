@@ -8,7 +8,7 @@ What has no GPU in it (preprocessing, imports) is taken on that machine's CPU.
 
 import os
 
-from benchmarks.runner import NEEDS, parser, run
+from benchmarks.runner import parser, run
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("There is no CUDA device here. `python -m benchmarks all` measures on the CPU.")
     chosen.device = "cuda"
-    run(list(NEEDS), chosen)
+    run(chosen)
 
 
 if __name__ == "__main__":

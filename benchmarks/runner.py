@@ -15,7 +15,7 @@ from fixefficientnet.errors import FixEfficientNetError, UnknownVariantError
 from fixefficientnet.files import write_atomically
 
 NEEDS = {
-    "start": (),
+    "start": ("pictures",),
     "preprocess": ("pictures",),
     "accuracy": ("pictures",),
     "load": (),
@@ -29,8 +29,13 @@ BY_VARIANT = ("load", "cost", "classify")
 """Those that take `--variants`."""
 
 
-def run(names: list[str], options: argparse.Namespace) -> None:
-    """Runs benchmarks, and writes after each; one that fails does not keep the others from running."""
+def run(options: argparse.Namespace, names: list[str] | None = None) -> None:
+    """Runs benchmarks, and writes after each; one that fails does not keep the others from running.
+
+    Args:
+        options: Of `parser`, and the device.
+        names: Which; None: all that have what they need.
+    """
     try:
         options.variants = options.variants and [manifest.find(key).key for key in options.variants]
     except UnknownVariantError as error:
@@ -39,6 +44,12 @@ def run(names: list[str], options: argparse.Namespace) -> None:
         path = getattr(options, option)
         if path and not path.exists():
             raise SystemExit(f"--{option}: there is no {path}.")
+    lacking = {name: [f"--{need}" for need in NEEDS[name] if getattr(options, need) is None] for name in names or NEEDS}
+    for name, needs in lacking.items():
+        if needs and names:
+            raise SystemExit(f"{name} needs {' and '.join(needs)}.")
+        if needs:
+            print(f"{name} is left out: it needs {' and '.join(needs)}.", file=sys.stderr)
     commit = machine.commit()
     machine.use(options.device, options.threads)
     facts = machine.facts(options.device)
@@ -48,10 +59,7 @@ def run(names: list[str], options: argparse.Namespace) -> None:
         if found["machine"] != facts:
             raise SystemExit(f"{options.json} is of another machine or of other versions: name another file.")
     failed: list[str] = []
-    for name in names:
-        if lacking := [option for option in NEEDS[name] if getattr(options, option) is None]:
-            print(f"{name} is left out: it needs --{lacking[0]}.", file=sys.stderr)
-            continue
+    for name in (name for name, needs in lacking.items() if not needs):
         try:
             rows = importlib.import_module(f"benchmarks.{name}").rows(options)
         except (subprocess.CalledProcessError, ImportError, FixEfficientNetError) as error:

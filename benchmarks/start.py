@@ -1,12 +1,14 @@
-"""What a user waits for before anything happens: imports, the command line, the first prediction.
+"""What a user waits for before anything happens, and for whole commands: imports, the command line, a first prediction.
 
-    python -m benchmarks start
+    python -m benchmarks start --pictures FOLDER
 
-Wall time of whole processes in turns, the median of the rounds. The peer of
-`predict` is a script that classifies the same picture with timm, from the same file of weights.
+Wall time of whole processes in turns, the median of the rounds. The peers are scripts that do the same with timm, from
+the same file of weights: of `predict`, one that classifies the same picture; of `evaluate`, one that measures top-1 on
+the same folder, with one loading process. What `--engine onnx` exports is kept from before.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -34,7 +36,28 @@ for probability, index in zip(best.values[0].tolist(), best.indices[0].tolist())
 """
 
 
-def commands(weights: Path) -> dict[str, list[str]]:
+TIMM_EVALUATES = """
+import sys, timm, torch
+from timm.data import ImageNetInfo, create_dataset, create_loader, resolve_data_config
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+model = timm.create_model("tf_efficientnet_lite0", checkpoint_path=sys.argv[2]).eval().to(device)
+dataset = create_dataset("", root=sys.argv[1])
+names = ImageNetInfo().label_names()
+classes = torch.tensor([names.index(name) for name in dataset.reader.class_to_idx])
+config = resolve_data_config({"input_size": (3, 256, 256), "crop_pct": 1.0}, model=model)
+loader = create_loader(dataset, batch_size=2, num_workers=1, device=device, **config)
+right = 0
+with torch.inference_mode():
+    for inputs, targets in loader:
+        right += (model(inputs.to(device)).argmax(1).cpu() == classes[targets]).sum().item()
+print(f"{right} of {len(dataset)}")
+"""
+
+
+def commands(weights: Path, pictures: Path, temporary: Path) -> dict[str, list[str]]:
+    folder = pictures / "val" if (pictures / "val").is_dir() else pictures
+    count = len(list(folder.glob("*/*")))
+    evaluate = ["evaluate", "lite0", "--data", str(pictures), "-o", str(temporary / "evaluations")]
     ours = [sys.executable, "-m", "fixefficientnet"]
     return {
         BARE: [sys.executable, "-c", ""],
@@ -43,7 +66,10 @@ def commands(weights: Path) -> dict[str, list[str]]:
         "fixefficientnet --help": [*ours, "--help"],
         "fixefficientnet list": [*ours, "list"],
         "fixefficientnet predict cat.jpg": [*ours, "predict", str(EXAMPLE)],
-        "the same with timm": [sys.executable, "-c", TIMM_PREDICTS, str(EXAMPLE), str(weights)],
+        "the same prediction with timm": [sys.executable, "-c", TIMM_PREDICTS, str(EXAMPLE), str(weights)],
+        f"fixefficientnet evaluate, {count} pictures": [*ours, *evaluate],
+        "the same evaluation with --engine onnx": [*ours, *evaluate, "--engine", "onnx"],
+        "the same evaluation with timm": [sys.executable, "-c", TIMM_EVALUATES, str(folder), str(weights)],
     }
 
 
@@ -59,17 +85,18 @@ def rows(options: argparse.Namespace) -> list[machine.Row]:
         weights = Path(temporary) / "lite0.safetensors"
         state = fixefficientnet.create("lite0", "backbone").state_dict()
         safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights)
-        every = commands(weights)
+        every = commands(weights, options.pictures.resolve(), Path(temporary))
+        env = {**os.environ, "HF_ASSETS_CACHE": f"{temporary}/assets"}
 
         def take(name: str) -> dict[str, Any]:
             start = time.perf_counter()
-            done = subprocess.run(every[name], capture_output=True, text=True, check=True)
+            done = subprocess.run(every[name], capture_output=True, text=True, check=True, env=env)
             seconds = time.perf_counter() - start
             assert str(EXAMPLE) not in every[name] or "Egyptian cat" in done.stdout, done.stdout
             return {"seconds": seconds}
 
         for name in every:
-            take(name)  # compiles bytecode, fills the page cache
+            take(name)  # compiles bytecode, fills the page cache, exports
         rounds = max(options.rounds, 5)
         found = machine.in_turns(every, rounds, take, "start:")
     seconds = {name: machine.median(findings, "seconds") for name, findings in found.items()}

@@ -7,10 +7,12 @@ Each table takes the place of what stands between its mark, `<!-- NAME -->`, and
 
 import argparse
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.classify import OUR_BATCH
+from fixefficientnet.files import write_atomically
 
 Rows = Sequence[Mapping[str, Any]]
 OURS = "fixefficientnet"
@@ -34,6 +36,12 @@ def one(rows: Rows, **fields: object) -> Mapping[str, Any]:
 def in_order(values: Iterable[Any]) -> list[Any]:
     """Each value once, as they come."""
     return list(dict.fromkeys(values))
+
+
+def usual(batch_sizes: Iterable[int]) -> int:
+    """Our default on a CPU, if it is among them; else the smallest."""
+    sizes = set(batch_sizes)
+    return OUR_BATCH if OUR_BATCH in sizes else min(sizes)
 
 
 def machine(found: Mapping[str, Any]) -> str:
@@ -68,7 +76,29 @@ def classify(rows: Rows) -> str:
                 fewest[row["variant"]] = min(now, fewest.get(row["variant"], now))
             same, every = map(sum, zip(*fewest.values(), strict=True))
             said.append(f"{way}: {same} of {every}")
-    return f"{table}\n\nBest guesses the same as timm's, at whichever batch size fewest are: {'; '.join(said)}."
+    guesses = f"Best guesses the same as timm's, at whichever batch size fewest are: {'; '.join(said)}."
+    return "\n\n".join(filter(None, (table, _exporting(rows), guesses)))
+
+
+def _exporting(rows: Rows) -> str:
+    """What an exported file costs, and after how many pictures it has paid."""
+    networks = in_order((row["variant"], row["size"]) for row in rows)
+    lines = []
+    for way in in_order(row["way"] for row in rows if row["way"] in FLOAT32 and row.get("exporting_seconds")):
+        seconds, pictures = [], []
+        for variant, _ in networks:
+            mine = [row for row in rows if row["variant"] == variant]
+            exporting = max(row["exporting_seconds"] for row in mine if row["way"] == way)
+            batch = usual(row["batch_size"] for row in mine)
+            rates = [one(mine, way=each, batch_size=batch)["pictures_per_second"] for each in (OURS, way)]
+            seconds.append(f"{exporting:.1f} s")
+            pictures.append(f"{exporting / (1 / rates[0] - 1 / rates[1]):.0f}" if rates[1] > rates[0] else "never")
+        lines += [[f"{way}: exporting", *seconds], [f"{way}: pictures until it has paid", *pictures]]
+    return (
+        markdown(["once per model and size", *(f"{variant} at {size}" for variant, size in networks)], lines)
+        if lines
+        else ""
+    )
 
 
 def preprocess(rows: Rows) -> str:
@@ -200,7 +230,8 @@ def summary(found: Mapping[str, Any]) -> str:
         lines.append([what, f"{ours:.{digits}f} {unit}", f"{theirs:.{digits}f} {unit} ({peer})", f"{times:.2f}"])
 
     cases = in_order((row["variant"], row["size"], row["batch_size"]) for row in of["classify"])
-    for variant, size, batch in (case for case in cases if case[2] in (1, 16)):
+    batches = {usual(case[2] for case in cases)} if cases else set()
+    for variant, size, batch in (case for case in cases if case[2] in batches):
         mine = [row for row in of["classify"] if (row["variant"], row["batch_size"]) == (variant, batch)]
         timm = one(mine, way="timm")["pictures_per_second"]
         default = one(mine, way=OURS)["pictures_per_second"]
@@ -222,7 +253,7 @@ def summary(found: Mapping[str, Any]) -> str:
             add("the same, memory", ours["cold_megabytes"], timm["cold_megabytes"], "MiB", 0)
     if of["start"]:
         seconds = {row["way"]: row["seconds"] for row in of["start"]}
-        first = seconds["fixefficientnet predict cat.jpg"], seconds["the same with timm"]
+        first = seconds["fixefficientnet predict cat.jpg"], seconds["the same prediction with timm"]
         add("first prediction, from the command line", *first, "s", 2)
     steps = [row for row in of["finetune"] if row["part"] == "step" and (row["size"], row["batch_size"]) == (160, 64)]
     if steps:
@@ -247,19 +278,25 @@ def rendered(found: Mapping[str, Any], text: str) -> str:
     """A page with the tables of these figures.
 
     Raises:
-        ValueError: It has no mark for one of them.
+        ValueError: It has no mark for one of them; or there are no figures for a table of its.
     """
-    tables = {"machine": machine(found), "summary": summary(found)}
-    for name, table in TABLES.items():
-        mine = [row for row in found["rows"] if row["benchmark"] == name]
-        tables[name] = table(mine) if mine else "Not measured."
-    for name, written in tables.items():
+    tables = every_table(found)
+    for name in ("machine", "summary", *TABLES):
         before, mark, after = text.partition(f"<!-- {name} -->\n")
         _, end, rest = after.partition(END)
         if not mark or not end:
-            raise ValueError(f"The page has no <!-- {name} --> with an {END} for its table.")
-        text = f"{before}{mark}{written}\n{END}{rest}"
+            raise ValueError(f"the page has no <!-- {name} --> with an {END} for its table.")
+        if name not in tables:
+            raise ValueError(f"there are no figures of {name} for the page. Without a page, what there is is printed.")
+        text = f"{before}{mark}{tables[name]}\n{END}{rest}"
     return text
+
+
+def every_table(found: Mapping[str, Any]) -> dict[str, str]:
+    """What there is to be shown, by name."""
+    parts = {name: [row for row in found["rows"] if row["benchmark"] == name] for name in TABLES}
+    tables = {name: TABLES[name](rows) for name, rows in parts.items() if rows}
+    return {"machine": machine(found), "summary": summary(found), **tables}
 
 
 def main() -> None:
@@ -267,14 +304,22 @@ def main() -> None:
     parser.add_argument("json", type=Path)
     parser.add_argument("page", type=Path, nargs="?", help="Default: prints all tables.")
     options = parser.parse_args()
-    found = json.loads(options.json.read_text())
-    if options.page is None:
-        every = "\n".join(f"## {name}\n\n<!-- {name} -->\n{END}\n" for name in ("machine", "summary", *TABLES))
-        print(re.sub("<!-- .*? -->", "", rendered(found, every)))
-        return
-    from fixefficientnet.files import write_atomically
-
-    write_atomically(options.page, rendered(found, options.page.read_text()).encode())
+    path = options.json
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict) or not found.get("rows"):
+            raise ValueError("there are no figures of `python -m benchmarks --json` in it.")
+        if options.page is None:
+            print("\n\n".join(f"## {name}\n\n{table}" for name, table in every_table(found).items()))
+            return
+        path = options.page
+        write_atomically(path, rendered(found, path.read_text()).encode())
+    except OSError as error:
+        raise SystemExit(f"{path}: {error.strerror}.") from None
+    except json.JSONDecodeError as error:
+        raise SystemExit(f"{path} is no JSON: {error}.") from None
+    except ValueError as error:
+        raise SystemExit(f"{path}: {error}") from None
 
 
 if __name__ == "__main__":

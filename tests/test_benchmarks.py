@@ -30,35 +30,61 @@ def test_the_docs_show_the_committed_figures():
     assert tables.rendered(found, page) == page, again
 
 
-def test_tables_show_what_there_is_and_say_what_is_not():
+def test_tables_show_what_there_is(tmp_path: Path):
     shared = {"benchmark": "classify", "variant": "b0", "size": 320, "batch_size": 16, "pictures": 4}
     taken = {"date": "2026-01-02", "commit": "abc", "rounds": 2}
-    rates = {"fixefficientnet": (30.0, 4), "fixefficientnet in bf16": (90.0, 3), "timm": (10.0, 4)}
+    ways = {
+        "fixefficientnet": (30.0, 4, 0.0),
+        "fixefficientnet in bf16": (90.0, 3, 0.0),
+        "fixefficientnet, onnx": (60.0, 4, 12.0),
+        "fixefficientnet, openvino": (20.0, 4, 9.0),
+        "timm": (10.0, 4, 0.0),
+    }
     rows = [
-        {**shared, **taken, "way": way, "pictures_per_second": rate, "times_timm": rate / 10, "same_guesses": same}
-        for way, (rate, same) in rates.items()
+        {
+            **{**shared, **taken, "way": way, "pictures_per_second": rate, "times_timm": rate / 10},
+            **{"same_guesses": same, "exporting_seconds": exporting},
+        }
+        for way, (rate, same, exporting) in ways.items()
     ]
-    fewer = [{**rows[1], "batch_size": 2, "same_guesses": 2}, {**rows[2], "batch_size": 2}]
+    rows.append({**rows[1], "batch_size": 32, "same_guesses": 2})
     facts = {"gpu": "a GPU", "cpu": "a CPU", "threads": 3, "python": "3.11", "versions": {"torch": "2"}}
-    every = "".join(f"<!-- {name} -->\nstale\n{tables.END}\n" for name in ("machine", "summary", *tables.TABLES))
-    page = tables.rendered({"machine": facts, "rows": rows + fewer}, every)
+    found = {"machine": facts, "rows": rows}
+    path, page_path = tmp_path / "figures.json", tmp_path / "page.md"
+    path.write_text(json.dumps(found))
+    page = benchmarks(path, module="benchmarks.tables").stdout
     assert "| fixefficientnet in bf16 | 90.0 (9.00) | 90.0 (9.00) |" in page
     assert "| fixefficientnet | 30.0 (3.00) | - |" in page
-    assert "fixefficientnet in bf16: 2 of 4." in page  # the batch size with fewest
+    assert "fixefficientnet in bf16: 2 of 4;" in page  # the batch size with fewest
+    assert "| fixefficientnet, onnx: pictures until it has paid | 720 |" in page  # 12 s / (1/30 - 1/60)
+    assert "| fixefficientnet, openvino: pictures until it has paid | never |" in page
     assert "| folder to labels, b0 at 320, batches of 16, default engine | 30.0 pictures/s |" in page
     assert "Machine: a GPU; 3 cores (a CPU); Python 3.11, torch 2.\nTaken on 2026-01-02 from commit abc." in page
-    assert page.count("Not measured.") == len(tables.TABLES) - 1
-    assert "stale" not in page
-    with pytest.raises(ValueError, match="cost"):
-        tables.rendered({"machine": facts, "rows": rows}, every.replace("<!-- cost -->\nstale\n<!-- end -->", ""))
+    assert "## cost" not in page
+
+    marks = {name: f"<!-- {name} -->\nstale\n{tables.END}\n" for name in ("machine", "summary", *tables.TABLES)}
+    for text, reason in (
+        ("".join(marks.values()), "there are no figures of preprocess"),  # figures of others are not thrown away
+        (marks["summary"], "the page has no <!-- machine -->"),
+    ):
+        page_path.write_text(text)
+        assert reason in benchmarks(path, page_path, module="benchmarks.tables", status=1).stderr
+        assert page_path.read_text() == text
+
+
+def test_what_is_no_figures_is_one_line(tmp_path: Path):
+    (tmp_path / "a.json").write_text("{")
+    (tmp_path / "b.json").write_text("{}")
+    for name, reason in (("a", "is no JSON"), ("b", "there are no figures"), ("c", "No such file")):
+        said = benchmarks(tmp_path / f"{name}.json", module="benchmarks.tables", status=1).stderr
+        assert reason in said and said.count("\n") == 1
 
 
 @pytest.mark.slow
 def test_benchmarks_fill_one_file_of_one_machine(tmp_path: Path):
     path = tmp_path / "deep" / "speed.json"
     shared = ("--json", path, "--threads", 1, "--rounds", 1)
-    said = benchmarks("cost", "accuracy", "--variants", "lite0", *shared).stderr
-    assert "accuracy is left out: it needs --pictures" in said
+    benchmarks("cost", "--variants", "lite0", *shared)
     (cost,) = json.loads(path.read_text())["rows"]
     assert (cost["base_size"], cost["fix_size"]) == (224, 256)
     assert cost["fix_gmacs"] == pytest.approx(cost["base_gmacs"] * (256 / 224) ** 2, rel=0.02)
@@ -82,6 +108,8 @@ def test_what_is_not_there_is_named():
     assert "No variant is named 'b99'" in benchmarks("cost", "--variants", "b99", status=1).stderr
     said = benchmarks("accuracy", "--pictures", "nowhere", status=1).stderr
     assert said.strip() == "--pictures: there is no nowhere."
+    said = benchmarks("cost", "finetune", status=1).stderr
+    assert said.strip() == "finetune needs --train and --checkpoint."
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
