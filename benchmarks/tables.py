@@ -48,8 +48,10 @@ def machine(found: Mapping[str, Any]) -> str:
     facts = found["machine"]
     versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
     device = f"{facts['gpu']}; " if facts.get("gpu") else ""
-    taken = in_order((row["date"], row["commit"]) for row in found["rows"])
-    when = "; ".join(f"{date} from commit {commit}" for date, commit in taken)
+    taken: dict[str, list[str]] = {}
+    for row in found["rows"]:
+        taken.setdefault(f"{row['date']} from commit {row['commit']}", []).append(row["benchmark"])
+    when = "; ".join(f"{when}: {', '.join(in_order(names))}" for when, names in taken.items())
     return (
         f"Machine: {device}{facts['threads']} cores ({facts['cpu']}); Python {facts['python']}, {versions}.\n"
         f"Taken on {when}."
