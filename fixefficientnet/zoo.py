@@ -117,10 +117,13 @@ def build(
         tuned = None if pretrained == "backbone" else _delta(variant, pretrained, cache_dir)
         if tuned and (test := delta.test_time(tuned, variant.test)) != variant.test:
             timm_kwargs["pretrained_cfg"] = with_test_time(timm_kwargs["pretrained_cfg"], test)
-        tensors = backbone_tensors(variant, cache_dir)
+        with _SkipInitialisation():
+            model = _timm_model(variant, **timm_kwargs, device="meta")
+        tensors = backbone_tensors(variant, cache_dir, model)
         if tuned is not None:
             tensors = delta.merge(tensors, tuned, HEAD)
-        model = _model_of(variant, tensors, timm_kwargs).to(device, dtype)
+        _assign(variant, tensors, model, features_only=bool(timm_kwargs.get("features_only")))
+        model = model.to(device, dtype)
     return attach(model, variant)
 
 
@@ -154,13 +157,21 @@ def _timm_model(variant: Variant, **timm_kwargs: Any) -> nn.Module:
     return timm.create_model(variant.backbone.architecture, pretrained=False, **timm_kwargs)
 
 
-def backbone_tensors(variant: Variant, cache_dir: str | os.PathLike[str] | None = None) -> dict[str, Tensor]:
-    """The backbone's whole state dict by timm's names, memory-mapped."""
+def backbone_tensors(
+    variant: Variant, cache_dir: str | os.PathLike[str] | None = None, built: nn.Module | None = None
+) -> dict[str, Tensor]:
+    """The backbone's whole state dict by timm's names, memory-mapped.
+
+    A package's file has other names: `built`, where it is the whole network, knows timm's.
+    """
     path = hub.backbone_file(variant.backbone, cache_dir)
     tensors = checkpoint.read(path)
     if path.suffix != ".safetensors":
-        with _SkipInitialisation():
-            tensors = checkpoint.rename(tensors, _timm_model(variant, device="meta").state_dict(), path)
+        like = built.state_dict() if built else {}
+        if [tensor.shape for tensor in like.values()] != [tensor.shape for tensor in tensors.values()]:
+            with _SkipInitialisation():
+                like = _timm_model(variant, device="meta").state_dict()
+        tensors = checkpoint.rename(tensors, like, path)
     return tensors
 
 
@@ -205,10 +216,8 @@ def _not_published(variant: Variant) -> str:
     )
 
 
-def _model_of(variant: Variant, tensors: Mapping[str, Tensor], timm_kwargs: dict[str, Any]) -> nn.Module:
-    """Builds the network on the meta device and assigns the (memory-mapped) tensors to it."""
-    with _SkipInitialisation():
-        model = _timm_model(variant, **timm_kwargs, device="meta")
+def _assign(variant: Variant, tensors: Mapping[str, Tensor], model: nn.Module, *, features_only: bool) -> None:
+    """Gives a network built on the meta device its (memory-mapped) tensors."""
     weights = f"The weights of {variant.backbone.name}"
     wanted = {name: (_name_in_full_model(name), target) for name, target in model.state_dict().items()}
     reset = getattr(model, "num_classes", 0) not in (0, NUM_CLASSES)
@@ -229,7 +238,7 @@ def _model_of(variant: Variant, tensors: Mapping[str, Tensor], timm_kwargs: dict
             )
         chosen[name] = tensor.to(target.dtype)
     extra = set(tensors) - {source for source, _ in wanted.values()}
-    if not timm_kwargs.get("features_only"):
+    if not features_only:
         extra = {name for name in extra if not name.startswith(f"{CLASSIFIER}.")}
         if extra:
             raise CheckpointError(f"{weights} have {listed(sorted(extra))} too many.")
@@ -238,7 +247,6 @@ def _model_of(variant: Variant, tensors: Mapping[str, Tensor], timm_kwargs: dict
         built = cast(Any, model)
         built.reset_classifier(model.num_classes)
         efficientnet_init_weights(built.classifier)
-    return model
 
 
 def _name_in_full_model(name: str) -> str:
