@@ -6,6 +6,7 @@ the exporter's versions: the same model is exported once.
 
 import contextlib
 import hashlib
+import importlib
 import json
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from fixefficientnet import runtimes
 from fixefficientnet.errors import ExportError
+from fixefficientnet.files import remove_partial
 from fixefficientnet.manifest import TestTime
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ def exported(opened: "Opened", test: TestTime, engine: str, say: Callable[[str],
     runtimes.need(*runtimes.PACKAGES[engine])
     deciding = ("torch", "timm", *runtimes.PACKAGES[engine])
     identity = {"engine": engine, "size": test.size, "exporter": EXPORTER, **opened.identity}
-    identity |= {package: metadata.version(package) for package in deciding}
+    identity |= {package: _version(package) for package in deciding}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     folder = cached_assets_path("fixefficientnet", namespace="exports", subfolder=digest)
     path = folder / f"model-{test.size}{runtimes.SUFFIXES[engine]}"
@@ -73,11 +75,19 @@ def exported(opened: "Opened", test: TestTime, engine: str, say: Callable[[str],
         from fixefficientnet import export
 
         with WeakFileLock(folder / ".lock"):  # other processes of the same evaluation want it too
+            remove_partial(folder)
             if not path.is_file():
                 if say:
                     say(f"{opened.name}: exporting for {engine} at {test.size} pixels; kept for the next time")
                 export.export(opened, path, test=test)
     return path
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # of another distribution, such as onnxruntime-gpu
+        return str(importlib.import_module(package).__version__)
 
 
 @contextlib.contextmanager
@@ -120,7 +130,7 @@ def _loaded(opened: "Opened", test: TestTime, engine: str, how: runtimes.How) ->
     path = exported(opened, test, engine)
     try:
         return runtimes.load(path, how)
-    except ModuleNotFoundError:
+    except (ModuleNotFoundError, MemoryError):
         raise
     except Exception:  # the kept file is damaged, and each runtime has its own words for that
         path.unlink(missing_ok=True)

@@ -70,7 +70,7 @@ def predict(
         pretrained: As in `create`, for a variant's name. None: True, or "backbone" for the lite family,
             which has no FixRes weights.
         topk: How many labels each.
-        batch_size: Pictures per forward pass; None: 16, or 2 where several batches are computed at once.
+        batch_size: Pictures per forward pass; None: 16, or 2 on a CPU.
         at_once: How many batches a CPU computes at once, by threads that share its cores out. None: as many as it has
             cores for; 1 is for a model that keeps something between the layers of a forward pass.
         device: Where to run: the model is moved there. None: where it is.
@@ -112,7 +112,7 @@ def stream(
     if device is not None:
         model = model.to(device)
     at_once = at_once or streams.number(model)
-    batch_size = batch_size or (streams.BATCH_SIZE if at_once > 1 else 16)
+    batch_size = batch_size or (streams.BATCH_SIZE if next(model.parameters()).device.type == "cpu" else 16)
     batches = _batches(pictures, batch_size, model)
     done = streams.in_order(lambda batch: _classify(batch, model, topk), batches, at_once)
     with in_eval_mode(model), contextlib.closing(done):

@@ -20,6 +20,9 @@ MOST = 8
 BATCH_SIZE = 2
 """Pictures per forward pass of a stream: more do not fit into a core's caches, which makes them slower."""
 
+_STARTING = threading.Lock()
+"""The number of threads is the process's, and another one while streams begin: nobody may take that for the cores."""
+
 Given = TypeVar("Given")
 Result = TypeVar("Result")
 
@@ -33,7 +36,8 @@ def number(model: nn.Module, batches: int | None = None) -> int:
     """
     if next(model.parameters()).device.type != "cpu" or any(map(_watched, model.modules())):
         return 1
-    cores = torch.get_num_threads()
+    with _STARTING:
+        cores = torch.get_num_threads()
     most = cores // math.ceil(cores / MOST)
     return max(1, min(most, most if batches is None else batches))
 
@@ -57,7 +61,6 @@ def in_order(work: Callable[[Given], Result], items: Iterable[Given], streams: i
     if streams < 2:
         yield from map(work, chain(first, items))
         return
-    cores = torch.get_num_threads()
     autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
     begun = threading.Barrier(streams + 1)
 
@@ -71,15 +74,18 @@ def in_order(work: Callable[[Given], Result], items: Iterable[Given], streams: i
             return work(item)
 
     pool = ThreadPoolExecutor(streams, "stream", begin)
-    waiting: deque[Future[Result]] = deque()
-    try:
+    with _STARTING:
+        cores = torch.get_num_threads()
         try:
-            waiting.extend(pool.submit(working, item) for item in first)
+            waiting: deque[Future[Result]] = deque(pool.submit(working, item) for item in first)
+            begun.wait()
         except BaseException:
-            begun.abort()  # those that could begin must not wait for those that could not
+            begun.abort()  # who could begin must not wait for who could not, or for this caller, if it is interrupted
+            pool.shutdown(cancel_futures=True)
             raise
-        begun.wait()
-        torch.set_num_threads(cores)  # threads that others begin are no streams
+        finally:
+            torch.set_num_threads(cores)  # threads that others begin are no streams
+    try:
         for item in items:
             waiting.append(pool.submit(working, item))
             if len(waiting) > 2 * streams:  # a slow one must not make the others idle
@@ -88,4 +94,3 @@ def in_order(work: Callable[[Given], Result], items: Iterable[Given], streams: i
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(cores)

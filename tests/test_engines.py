@@ -14,7 +14,7 @@ from tiny import cli, make_data
 
 import fixefficientnet
 from fixefficientnet import engines, export, runtimes
-from fixefficientnet.errors import ExportError
+from fixefficientnet.errors import EvaluationError, ExportError
 from fixefficientnet.evaluation.models import open_model
 
 CLASSES = ("apple", "brick", "cloud")
@@ -193,9 +193,12 @@ def test_a_damaged_kept_file_is_made_anew(run: Path, data: Path, tmp_path: Path,
     (path,) = kept.rglob("*.onnx")
     sound = path.read_bytes()
     path.write_bytes(sound[:1000])
+    left = path.with_name(".model-64.onnx.killed.partial")
+    left.write_bytes(sound)
     again = evaluate(run, data, tmp_path / "2", "--engine", "onnx")
     assert again["loss"] == first["loss"]
     assert len(path.read_bytes()) == len(sound)
+    assert not left.exists()  # what an exporter left that was killed
 
 
 def test_the_model_itself_stays_as_it_was(data: Path):
@@ -229,6 +232,8 @@ def test_what_an_engine_cannot_is_one_error(
         "on a CPU, there is bf16"
         in cli("predict", ROOT / "examples", "--mixed-precision", "fp16", "--device", "cpu", status=1)[1]
     )
+    with pytest.raises(EvaluationError, match="leave --engine onnx out"):  # no layer of PyTorch's would be watched
+        fixefficientnet.evaluate(run, data, engine="onnx", activations=True)
     with pytest.raises(ExportError, match="on the CPU"):
         fixefficientnet.engines.check("openvino", "cuda")
     find = importlib.util.find_spec

@@ -256,6 +256,19 @@ def test_loading_processes_change_nothing(ground: Ground, evaluate):
     assert one == two
 
 
+def test_resuming_with_other_cores_takes_over_what_is_there(ground: Ground, tmp_path: Path):
+    before = torch.get_num_threads()
+    kept = []
+    try:
+        for threads in (2, 1):
+            torch.set_num_threads(threads)
+            fixefficientnet.evaluate(str(ground.one), ground.data, device="cpu", folder=tmp_path, resume=True)
+            kept.append({path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()})
+    finally:
+        torch.set_num_threads(before)
+    assert kept[0] and kept[1] == kept[0]
+
+
 def test_half_precision_is_nearly_the_same(ground: Ground, tmp_path: Path):
     command = ["evaluate", str(ground.one), "--data", str(ground.data), "-j", "0", "--device", "cpu", "--csv"]
     command += ["--output", str(tmp_path / "out"), "--mixed-precision"]

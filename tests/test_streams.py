@@ -4,6 +4,7 @@ import copy
 import itertools
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -93,6 +94,48 @@ def test_threads_of_others_that_begin_meanwhile_have_all_cores():
         assert found == [4]
     finally:
         torch.set_num_threads(before)
+
+
+def test_threads_that_begin_streams_at_the_same_time_all_have_all_cores():
+    model = nn.Linear(1, 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with ThreadPoolExecutor(4) as pool:  # each item in a thread of its own, which has not asked before
+            found = list(pool.map(lambda _: in_a_fresh_thread(model), range(200)))
+        assert found == [(4, [2] * 4)] * 200
+        assert torch.get_num_threads() == 4
+        assert in_a_fresh_thread(model) == (4, [2] * 4)
+    finally:
+        torch.set_num_threads(before)
+
+
+def in_a_fresh_thread(model: nn.Module) -> tuple[int, list[int]]:
+    found: list[tuple[int, list[int]]] = []
+
+    def work() -> None:
+        number = streams.number(model)
+        found.append((number, list(streams.in_order(lambda _: torch.get_num_threads(), range(4), 2))))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_an_interrupt_while_threads_begin_ends_them(monkeypatch: pytest.MonkeyPatch):
+    class Interrupted(threading.Barrier):
+        def wait(self, timeout: float | None = None) -> int:
+            if threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt
+            return super().wait(timeout)
+
+    monkeypatch.setattr(threading, "Barrier", Interrupted)
+    before = torch.get_num_threads()
+    with pytest.raises(KeyboardInterrupt):
+        next(streams.in_order(abs, range(10), 2))
+    assert torch.get_num_threads() == before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("stream")]
 
 
 def test_a_cpu_has_one_per_core_and_what_is_watched_one():

@@ -42,8 +42,9 @@ class Settings:
         split: "validation" and the like; None: that, or the whole folder.
         size: Test size in pixels; None: the model's own.
         crop_pct: See `TestTime`; None: the model's own.
-        batch_size: Pictures per forward pass; None: 32, or 2 where several batches are computed at once.
-        workers: Loading processes; 0: this process loads. None: 4, but 0 where a CPU computes from files.
+        batch_size: Pictures per forward pass; None: 32, or 2 where a CPU computes several batches at once, or could
+            if it had more cores.
+        workers: Loading processes; 0: this process loads. None: 4, but 0 in the same case.
         at_once: How many batches a CPU computes at once, from files and without loading processes, by threads that
             share its cores out. None: as many as it has cores for; 1 is for a model that keeps something between the
             layers of a forward pass.
@@ -85,6 +86,10 @@ class Settings:
                 raise EvaluationError(f"{name} is a whole number of at least {least}, not {value!r}.")
         if self.engine not in engines.ENGINES:
             raise EvaluationError(f"There is no engine {self.engine!r}; there are {', '.join(engines.ENGINES)}.")
+        if self.activations and self.engine in engines.EXPORTED:
+            raise EvaluationError(
+                f"The pooled activations (--statistics) are PyTorch's: with them, leave --engine {self.engine} out."
+            )
 
 
 @dataclass(frozen=True)
@@ -188,10 +193,11 @@ def measure(
     model = opened.model.to(accelerator.device)
     # sums over pictures, which the activations' figures are, depend on their order; what is compiled is of one thread
     alone = settings.workers or settings.activations or settings.engine == "compile" or not pictures.files
-    on_cpu = accelerator.device.type == "cpu"
-    at_once = 1 if alone or not on_cpu else settings.at_once or streams.number(model)
-    batch_size = settings.batch_size or (streams.BATCH_SIZE if at_once > 1 else 32)
-    workers = (0 if at_once > 1 else 4) if settings.workers is None else settings.workers
+    several = accelerator.device.type == "cpu" and not alone
+    at_once = (settings.at_once or streams.number(model)) if several else 1
+    # whatever the number of cores: what is kept of an evaluation is of its batches
+    batch_size = settings.batch_size or (streams.BATCH_SIZE if several else 32)
+    workers = (0 if several else 4) if settings.workers is None else settings.workers
     at_once = max(1, min(at_once, math.ceil(len(pictures) / batch_size / accelerator.num_processes)))
     journal: Journal | None = None
     activations: dict[str, float] | None = None
