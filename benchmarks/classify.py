@@ -12,7 +12,7 @@ What exporting takes is measured apart, where nothing is kept yet. timm: its mod
 validate.py; "channels last" and "bf16" are its options. torchvision and transformers: their own EfficientNet of the
 same kind, transform and torch's DataLoader. The peers load in one process beside, timm in none and in two as well.
 Lite0 has its real weights, the others random ones: the same for us and timm, whose best guesses must be the same in
-float32. In batches of 2, which is our default, the peers' other ways are left out.
+float32. Batches of 2 are our default.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from benchmarks import machine
 NAME = "classify"
 
 SIZES = {"lite0": 256, "b0": 320, "b4": 472}
-PICTURES = {"lite0": 256, "b0": 128, "b4": 48}
+PICTURES = {"lite0": 192, "b0": 128, "b4": 48}
 """How many are enough for some seconds each."""
 TIMES_ON_CUDA = 32
 ALONE = "fixefficientnet, -j 1"
@@ -56,8 +56,7 @@ ONLY_IN = {"torchvision": ("b0", "b4"), "transformers": ("b0", "b4")}
 """Lite0 is in neither."""
 BATCHES = {"cpu": (1, 2, 16), "cuda": (1, 16)}
 OUR_BATCH = 2
-"""Our default on a CPU: in it, only the ways that users meet first."""
-NOT_FIRST_MET = (PREDICT, *PEERS[1:])
+"""Our default on a CPU."""
 TRANSFORMERS = {"b0": (1.0, 1.0, 1280), "b4": (1.4, 1.8, 1792)}
 """Width and depth coefficient, and hidden dimension, in transformers' configuration."""
 
@@ -112,15 +111,13 @@ def ours(task: Task, way: str) -> dict[str, Any]:
     opened.model.to(task.device)
     computing = accelerator(task.device, precision)
     workers = task.workers if way == ALONE or task.device == "cuda" else 0
-    at_once = (
-        1
-        if workers or engine == "compile"
-        else streams.number(opened.model, math.ceil(len(pictures) / task.batch_size))
-    )
-    start = time.perf_counter()
+    batches = math.ceil(len(pictures) / task.batch_size)
+    at_once = 1 if workers or engine == "compile" else streams.number(opened.model, batches)
+    exporting = 0.0
     if engine in engines.EXPORTED:
+        start = time.perf_counter()
         engines.exported(opened, test, engine)
-    exporting = time.perf_counter() - start
+        exporting = time.perf_counter() - start
 
     def once() -> list[int]:
         if way == PREDICT:
@@ -241,13 +238,13 @@ def _timed(task: Task, model: Callable[[Any], Any], once: Callable[[], list[int]
     return {"seconds": machine.settled(task.device) - start, "guesses": guesses}
 
 
-def ways_of(variant: str, batch_size: int, device: str) -> list[str]:
+def ways_of(variant: str, device: str) -> list[str]:
     """What there is for a variant; on CUDA, all sides load in as many processes."""
     peers = [way for way in PEERS if variant in ONLY_IN.get(way, SIZES)]
     if device == "cuda":
         return [*ON_CUDA, *(way for way in peers if way not in LOADING)]
     ours = [way for way in (*OURS, PREDICT) if "bf16" not in way or machine.has_bf16()]
-    return [way for way in (*ours, *peers) if batch_size != OUR_BATCH or way not in NOT_FIRST_MET]
+    return [*ours, *peers]
 
 
 def child(given: dict[str, Any]) -> dict[str, Any]:
@@ -266,8 +263,7 @@ def prepared(folder: Path, variant: str, device: str) -> Iterator[tuple[Path, li
 
     from fixefficientnet.classes import imagenet_order
 
-    folder = folder / "val" if (folder / "val").is_dir() else folder
-    every = sorted(folder.glob("*/*"))
+    every = machine.pictures_in(folder)
     classes = imagenet_order()
     with tempfile.TemporaryDirectory(prefix="fixefficientnet-classify-") as temporary:
         labels = []
@@ -302,7 +298,7 @@ def _rows(
 ) -> list[machine.Row]:
     given = {"folder": str(folder), "variant": variant, "batch_size": batch_size, "device": options.device}
     found = machine.in_turns(
-        ways_of(variant, batch_size, options.device),
+        ways_of(variant, options.device),
         options.rounds,
         lambda way: machine.fresh(NAME, {**given, "way": way}, env={"HF_ASSETS_CACHE": str(folder.parent / "assets")}),
         f"{variant} in batches of {batch_size}:",
@@ -323,6 +319,7 @@ def _rows(
                 "pictures": len(labels),
                 "pictures_per_second": rates[way],
                 "times_timm": rates[way] / rates[TIMM],
+                "spread": machine.spread(findings, "seconds"),
                 # the first that comes exports, the others find what is kept
                 "exporting_seconds": max(finding.get("exporting", 0) for finding in findings),
                 "same_guesses": sum(map(int.__eq__, guesses, theirs)) if comparable else None,

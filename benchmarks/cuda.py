@@ -1,6 +1,7 @@
-"""The same list on a GPU.
+r"""The same list on a GPU.
 
-    python -m benchmarks.cuda --pictures FOLDER --train FOLDER --checkpoint FILE --json speed-cuda.json
+    python -m benchmarks.cuda --pictures DIR --train DIR --checkpoint FILE \
+      --json speed-cuda.json
     python -m benchmarks.tables speed-cuda.json
 
 What has no GPU in it (preprocessing, imports) is taken on that machine's CPU.

@@ -5,6 +5,7 @@
 A test fails when a committed figure shows other data than these, or is drawn another way.
 """
 
+import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,9 @@ def every() -> dict[str, tuple[Rows, "Callable[[Rows], Figure]"]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        "python -m benchmarks.figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     for name, (rows, draw) in every().items():
         figures.save(draw(rows), DOCS / name, rows)
         print(DOCS / name)

@@ -24,6 +24,7 @@ from typing import Any
 from benchmarks import machine
 
 NAME = "finetune"
+OURS = "fixefficientnet"
 
 MODEL = "tf_efficientnet_lite0"
 TRAIN_SIZE, SIZE, BATCH = 128, 160, 64
@@ -37,6 +38,10 @@ KINDS = {
     "online, 1 epoch": (*ONLINE, "--set", "epochs=1"),
     "online, 3 epochs": (*ONLINE, "--set", "epochs=3"),
 }
+
+
+PLAIN = "plain loop"
+PLAIN_CHANNELS_LAST = "plain loop, channels last"
 
 
 def plain(given: dict[str, Any]) -> dict[str, Any]:
@@ -65,7 +70,8 @@ def plain(given: dict[str, Any]) -> dict[str, Any]:
     )
     pictures = datasets.ImageFolder(Path(given["data"], "train"), transform)
     model: Any = timm.create_model(given["model"], num_classes=len(pictures.classes)).eval()
-    model.requires_grad_(False).to(given["device"])
+    layout = torch.channels_last if given["side"] == PLAIN_CHANNELS_LAST else torch.contiguous_format
+    model.requires_grad_(False).to(given["device"], memory_format=layout)
     trained = [*model.bn2.parameters(), *model.classifier.parameters()]
     for parameter in trained:
         parameter.requires_grad_()
@@ -87,7 +93,7 @@ def plain(given: dict[str, Any]) -> dict[str, Any]:
     for inputs, targets in loader:
         optimizer.zero_grad()
         inputs, targets = (tensor.to(given["device"], non_blocking=True) for tensor in (inputs, targets))
-        criterion(model(inputs), targets).backward()
+        criterion(model(inputs.contiguous(memory_format=layout)), targets).backward()
         optimizer.step()
         seen += len(targets)
     return found(given, seen, start, before)
@@ -136,7 +142,7 @@ def found(given: dict[str, Any], pictures: int, start: float, before: float) -> 
 
 
 def child(given: dict[str, Any]) -> dict[str, Any]:
-    return plain(given) if given["side"] == "plain loop" else ours(given)
+    return plain(given) if given["side"].startswith(PLAIN) else ours(given)
 
 
 def links(folder: Path, pictures: int, to: Path) -> Path:
@@ -184,20 +190,21 @@ def command(
 def steps(options: argparse.Namespace, data: Path) -> list[machine.Row]:
     """Ours beside a plain loop; then ours at other sizes and batches."""
     made = []
-    cases: list[tuple[int, int, tuple[str, ...]]] = [(SIZE, BATCH, ("plain loop", "fixefficientnet"))]
-    cases += [(size, BATCH, ("fixefficientnet",)) for size in (128, 224)]
-    cases += [(SIZE, batch, ("fixefficientnet",)) for batch in (16, 32, 128)]
+    cases: list[tuple[int, int, tuple[str, ...]]] = [(SIZE, BATCH, (PLAIN, PLAIN_CHANNELS_LAST, OURS))]
+    cases += [(size, BATCH, (OURS,)) for size in (128, 224)]
+    cases += [(SIZE, batch, (OURS,)) for batch in (16, 32, 128)]
     for size, batch, sides in cases:
         given = {"data": str(data), "model": MODEL, "size": size, "batch": batch, "device": options.device}
+        rounds = options.rounds if len(sides) > 1 else 1
         findings = machine.in_turns(
             sides,
-            options.rounds if len(sides) > 1 else 1,
+            rounds,
             lambda side: machine.fresh(NAME, {**given, "side": side}),  # noqa: B023
             f"step at {size} in batches of {batch}:",
         )
         for side, taken in findings.items():
             medians = {name: machine.median(taken, name) for name in ("pictures_per_second", "megabytes")}
-            row = {"benchmark": NAME, "part": "step", "way": side, "size": size, "batch_size": batch}
+            row = {"benchmark": NAME, "part": "step", "way": side, "size": size, "batch_size": batch, "rounds": rounds}
             made.append({**row, **medians})
     return made
 
@@ -209,7 +216,8 @@ def methods(options: argparse.Namespace) -> list[machine.Row]:
         print(f"method: {name}", file=sys.stderr, flush=True)
         done = command(options, options.train, arguments, size=METHODS_SIZE)
         report = done["report"]
-        row = {"benchmark": NAME, "part": "methods", "way": name, "size": METHODS_SIZE, "seconds": done["seconds"]}
+        row = {"benchmark": NAME, "part": "methods", "way": name, "size": METHODS_SIZE, "rounds": 1}
+        row["seconds"] = done["seconds"]
         row["forwards_per_picture"] = report["forwards"] / report["train_pictures"]
         for which in ("base_at_test", "tuned"):
             row |= {f"{which}_{key}": report["measured"][which][key] for key in ("top1", "top1_low", "top1_high")}
@@ -241,6 +249,7 @@ def growth(options: argparse.Namespace) -> list[machine.Row]:
                             "way": name,
                             "pictures": pictures,
                             "processes": processes,
+                            "rounds": 1,
                             "seconds": done["seconds"],
                             "megabytes": done["megabytes"],
                         }

@@ -52,7 +52,8 @@ def folded(model: Any) -> Any:
             before = None
     with torch.inference_mode():
         picture = torch.rand(1, 3, 64, 64, device=next(model.parameters()).device)
-        torch.testing.assert_close(model(picture), original(picture), rtol=1e-3, atol=1e-3)
+        logits = original(picture)  # random weights make them tiny
+        torch.testing.assert_close(model(picture), logits, rtol=0, atol=1e-3 * logits.abs().max().item())
     return model
 
 
@@ -134,5 +135,5 @@ def rows(options: argparse.Namespace) -> list[machine.Row]:
             for way, findings in found.items():
                 row = {"benchmark": NAME, "variant": variant, "size": SIZES[variant], "way": way, "streams": at_once}
                 medians = {name: machine.median(findings, name) for name in findings[0]}
-                made.append({**row, **medians})
+                made.append({**row, **medians, "spread": machine.spread(findings, "pictures_per_second")})
     return made

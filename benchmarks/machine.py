@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fixefficientnet.errors import DataError
+
 PACKAGES = (
     *("torch", "torchvision", "timm", "transformers", "onnxruntime", "openvino", "pillow", "numpy", "accelerate"),
     *("safetensors", "huggingface_hub"),
@@ -83,6 +85,24 @@ def in_turns(
 def median(findings: Iterable[Mapping[str, Any]], name: str) -> float:
     """Of one figure over the rounds."""
     return float(statistics.median(finding[name] for finding in findings))
+
+
+def spread(findings: Iterable[Mapping[str, Any]], name: str) -> float:
+    """Of one figure over the rounds: by what share the largest is above the smallest."""
+    values = [finding[name] for finding in findings]
+    return float(max(values) / min(values) - 1)
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The files in a folder's classes, or in those of its val/."""
+    from timm.data import get_img_extensions
+
+    place = folder / "val" if (folder / "val").is_dir() else folder
+    endings = get_img_extensions()  # type: ignore[no-untyped-call]
+    found = sorted(path for path in place.glob("*/*") if path.suffix.lower() in endings)
+    if not found:
+        raise DataError(f"{place} has no folders with pictures in them, one per class.")
+    return found
 
 
 def loading_processes(device: str) -> int:

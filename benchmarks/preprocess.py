@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import machine
-from fixefficientnet.errors import DataError
 
 NAME = "preprocess"
 
@@ -76,11 +75,7 @@ def rows(options: argparse.Namespace) -> list[machine.Row]:
     """One per size and way."""
     import statistics
 
-    folder = options.pictures / "val" if (options.pictures / "val").is_dir() else options.pictures
-    every = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
-    paths = [str(path) for path in every[:200]]
-    if not paths:
-        raise DataError(f"{folder} has no pictures ending in .jpg or .jpeg.")
+    paths = [str(path) for path in machine.pictures_in(options.pictures)[:200]]
     every = []
     for case, size, crop_pct in CASES:
         given = {"paths": paths, "size": size, "crop_pct": crop_pct, "rounds": options.rounds}

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
+from benchmarks import machine, tables
 from fixefficientnet import manifest
 from fixefficientnet.errors import FixEfficientNetError, UnknownVariantError
 from fixefficientnet.files import write_atomically
@@ -25,6 +25,20 @@ NEEDS = {
     "finetune": ("train", "checkpoint"),
 }
 """The benchmarks, and the options that each needs."""
+LIST = "\n".join(
+    f"  {name:<11} {', '.join([what, *(f'--{need}' for need in NEEDS[name])])}"
+    for name, what in {
+        "start": "imports, first predictions, whole evaluations",
+        "preprocess": "from JPEG to tensor",
+        "accuracy": "what the faster ways do to top-1",
+        "load": "a model and its first picture",
+        "cost": "each variant at its size and at the base model's",
+        "forward": "the forward pass alone, in each form",
+        "classify": "from a folder of pictures to labels",
+        "finetune": "steps, methods, growth",
+    }.items()
+)
+"""For the help: what each measures, and what it needs."""
 BY_VARIANT = ("load", "cost", "classify")
 """Those that take `--variants`."""
 
@@ -55,7 +69,7 @@ def run(options: argparse.Namespace, names: list[str] | None = None) -> None:
     facts = machine.facts(options.device)
     found: dict[str, Any] = {"machine": facts, "rows": []}
     if options.json and options.json.exists():
-        found = json.loads(options.json.read_text())
+        found = tables.read(options.json)
         if found["machine"] != facts:
             raise SystemExit(f"{options.json} is of another machine or of other versions: name another file.")
     failed: list[str] = []
@@ -63,7 +77,8 @@ def run(options: argparse.Namespace, names: list[str] | None = None) -> None:
         try:
             rows = importlib.import_module(f"benchmarks.{name}").rows(options)
         except (subprocess.CalledProcessError, ImportError, FixEfficientNetError) as error:
-            print(f"{name} failed: {error}", file=sys.stderr)
+            remedy = ": pip install -e '.[benchmark]'" if isinstance(error, ImportError) else ""
+            print(f"{name} failed: {error}{remedy}", file=sys.stderr)
             failed.append(name)
             continue
         taken = {"commit": commit, "date": datetime.date.today().isoformat(), "rounds": options.rounds}
@@ -72,8 +87,8 @@ def run(options: argparse.Namespace, names: list[str] | None = None) -> None:
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(options.json, (json.dumps(found, indent=1) + "\n").encode())
-    if not options.json:
-        print(json.dumps(found, indent=1))
+    if found["rows"] and not options.json:
+        print(tables.shown(found))
     if failed:
         raise SystemExit(f"Failed: {', '.join(failed)}.")
 
@@ -83,14 +98,27 @@ def _stays(row: machine.Row, variants: list[str] | None) -> bool:
     return variants is not None and row["benchmark"] in BY_VARIANT and row["variant"] not in variants
 
 
+def _one_or_more(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of at least 1, not {text}")
+    return int(text)
+
+
 def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     """Options that all benchmarks have."""
-    made = argparse.ArgumentParser(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        prog,
+        description=description,
+        epilog=f"The benchmarks, and what they need:\n{LIST}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     made.add_argument("--pictures", type=Path, help="folder with one folder per WordNet id, or val/ with these")
     made.add_argument("--train", type=Path, help="folder with train/ and val/, one folder per class in each")
     made.add_argument("--checkpoint", type=Path, help="a network trained on these at 128 pixels")
     made.add_argument("--variants", nargs="+", metavar="VARIANT", help="cost, load and classify: only these")
-    made.add_argument("--threads", type=int, default=2, help="cores to run on, and threads to compute with")
-    made.add_argument("--rounds", type=int, default=3, help="each way so often, in turns; the median counts")
-    made.add_argument("--json", type=Path, help="write the figures to this file")
+    made.add_argument("--threads", type=_one_or_more, default=2, help="cores to run on and to compute with (2)")
+    made.add_argument(
+        "--rounds", type=_one_or_more, default=3, help="each way so often, in turns; the median counts (3)"
+    )
+    made.add_argument("--json", type=Path, help="write the figures to this file; else tables are printed")
     return made

@@ -17,7 +17,8 @@ SPEED = ROOT / "docs" / "results" / "speed.json"
 
 def benchmarks(*arguments: object, status: int = 0, module: str = "benchmarks") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode == status, done.stderr
     return done
 
@@ -39,11 +40,12 @@ def test_tables_show_what_there_is(tmp_path: Path):
         "fixefficientnet, onnx": (60.0, 4, 12.0),
         "fixefficientnet, openvino": (20.0, 4, 9.0),
         "timm": (10.0, 4, 0.0),
+        "timm, channels last": (12.0, 4, 0.0),
     }
     rows = [
         {
             **{**shared, **taken, "way": way, "pictures_per_second": rate, "times_timm": rate / 10},
-            **{"same_guesses": same, "exporting_seconds": exporting},
+            **{"same_guesses": same, "exporting_seconds": exporting, "spread": 0.1 if way == "timm" else 0.04},
         }
         for way, (rate, same, exporting) in ways.items()
     ]
@@ -60,7 +62,12 @@ def test_tables_show_what_there_is(tmp_path: Path):
     assert "| fixefficientnet, openvino: pictures until it has paid | never |" in page
     assert "| folder to labels, b0 at 320, batches of 16, default engine | 30.0 pictures/s |" in page
     assert "Machine: a GPU; 3 cores (a CPU); Python 3.11, torch 2.\n" in page
-    assert "\nTaken on 2026-01-02 from commit abc: classify." in page
+    assert "\nTaken on 2026-01-02 from commit abc: classify (2 rounds).\n" in page
+    assert "took 4% longer than its fastest (the median of 7; at most 10%)." in page
+    assert (
+        "| the same, against timm's fastest way | 30.0 pictures/s | 12.0 pictures/s (timm, channels last) | 2.50 |"
+        in page
+    )
     assert "## cost" not in page
 
     marks = {name: f"<!-- {name} -->\nstale\n{tables.END}\n" for name in ("machine", "summary", *tables.TABLES)}
@@ -77,8 +84,13 @@ def test_what_is_no_figures_is_one_line(tmp_path: Path):
     (tmp_path / "a.json").write_text("{")
     (tmp_path / "b.json").write_text("{}")
     for name, reason in (("a", "is no JSON"), ("b", "there are no figures"), ("c", "No such file")):
-        said = benchmarks(tmp_path / f"{name}.json", module="benchmarks.tables", status=1).stderr
+        path = tmp_path / f"{name}.json"
+        said = benchmarks(path, module="benchmarks.tables", status=1).stderr
         assert reason in said and said.count("\n") == 1
+        if path.exists():  # and is left as it is
+            content = path.read_text()
+            assert benchmarks("cost", "--json", path, status=1).stderr == said
+            assert path.read_text() == content
 
 
 @pytest.mark.slow
@@ -91,7 +103,9 @@ def test_benchmarks_fill_one_file_of_one_machine(tmp_path: Path):
     assert cost["fix_gmacs"] == pytest.approx(cost["base_gmacs"] * (256 / 224) ** 2, rel=0.02)
     assert cost["fix_seconds"] > 0 and cost["fix_megabytes"] > 18.7  # its weights alone
 
-    benchmarks("load", "preprocess", "--variants", "lite0", "--pictures", ROOT / "examples", *shared)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "n02123045").symlink_to(ROOT / "examples")
+    benchmarks("load", "preprocess", "--variants", "lite0", "--pictures", tmp_path / "pictures", *shared)
     found = json.loads(path.read_text())
     assert [row["benchmark"] for row in found["rows"]][:3] == ["cost", "load", "load"]
     ours = [row for row in found["rows"] if row["benchmark"] == "preprocess" and row["way"] == "fixefficientnet"]
@@ -111,6 +125,17 @@ def test_what_is_not_there_is_named():
     assert said.strip() == "--pictures: there is no nowhere."
     said = benchmarks("cost", "finetune", status=1).stderr
     assert said.strip() == "finetune needs --train and --checkpoint."
+    assert "at least 1, not 0" in benchmarks("cost", "--rounds", 0, status=2).stderr
+    said = benchmarks("preprocess", "--pictures", ROOT / "tests", "--threads", 1, status=1)
+    assert "no folders with pictures in them" in said.stderr and not said.stdout
+
+
+def test_help_names_what_there_is_and_does_nothing():
+    said = benchmarks("--help").stdout
+    assert all(f"\n  {name} " in said for name in tables.TABLES)
+    assert max(map(len, said.splitlines())) <= 80
+    for module in ("tables", "cuda", "figures"):
+        assert f"usage: python -m benchmarks.{module}" in benchmarks("--help", module=f"benchmarks.{module}").stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
