@@ -82,8 +82,7 @@ def run(options: argparse.Namespace, names: list[str] | None = None) -> None:
             failed.append(name)
             continue
         taken = {"commit": commit, "date": datetime.date.today().isoformat(), "rounds": options.rounds}
-        others = [row for row in found["rows"] if row["benchmark"] != name or _stays(row, options.variants)]
-        found["rows"] = others + [{**taken, **row} for row in rows]
+        found["rows"] = merged(found["rows"], [{**taken, **row} for row in rows], name, options.variants)
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(options.json, (json.dumps(found, indent=1) + "\n").encode())
@@ -93,9 +92,16 @@ def run(options: argparse.Namespace, names: list[str] | None = None) -> None:
         raise SystemExit(f"Failed: {', '.join(failed)}.")
 
 
-def _stays(row: machine.Row, variants: list[str] | None) -> bool:
-    """Whether an earlier row is of a variant that is not taken again."""
-    return variants is not None and row["benchmark"] in BY_VARIANT and row["variant"] not in variants
+def merged(
+    earlier: list[machine.Row], taken: list[machine.Row], name: str, variants: list[str] | None
+) -> list[machine.Row]:
+    """All rows, those of a benchmark replaced; of variants that were not taken again, they stay, in the zoo's order."""
+    others = [row for row in earlier if row["benchmark"] != name]
+    if variants is not None and name in BY_VARIANT:
+        order = manifest.list_models()
+        stay = [row for row in earlier if row["benchmark"] == name and row["variant"] not in variants]
+        taken = sorted(stay + taken, key=lambda row: order.index(row["variant"]))
+    return others + taken
 
 
 def _one_or_more(text: str) -> int:

@@ -7,7 +7,9 @@ Each table takes the place of what stands between its mark, `<!-- NAME -->`, and
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +61,13 @@ def machine(found: Mapping[str, Any]) -> str:
     )
     said = f"Machine: {device}{facts['threads']} cores ({facts['cpu']}); Python {facts['python']}, {versions}.\n"
     said += f"Taken on {when}."
-    if spreads := sorted(row["spread"] for row in found["rows"] if "spread" in row):
+    noted = [row for row in found["rows"] if row["rounds"] > 1 and "spread" in row]
+    if spreads := sorted(row["spread"] for row in noted):
         usual, most = spreads[len(spreads) // 2], spreads[-1]
-        said += f"\nA way's slowest round of classify and forward took {usual:.0%} longer than its fastest"
-        said += f" (the median of {len(spreads)}; at most {most:.0%})."
+        said += (
+            f"\nOf {' and '.join(in_order(row['benchmark'] for row in noted))}, a way's slowest round took {usual:.0%}"
+        )
+        said += f" longer than its fastest (the median of {len(spreads)}; at most {most:.0%})."
     return said
 
 
@@ -71,27 +76,23 @@ def _listed(rounds: set[int]) -> str:
 
 
 def classify(rows: Rows) -> str:
-    cases = in_order((row["variant"], row["size"], row["batch_size"]) for row in rows)
-
-    def cell(way: str, variant: str, size: int, batch: int) -> str:
-        found = [row for row in rows if (row["way"], row["variant"], row["batch_size"]) == (way, variant, batch)]
-        return f"{found[0]['pictures_per_second']:.1f} ({found[0]['times_timm']:.2f})" if found else "-"
-
-    header = ["pictures/s (times timm)", *(f"{variant} at {size}, {batch}" for variant, size, batch in cases)]
-    ways = in_order(row["way"] for row in rows)
-    table = markdown(header, ([way, *(cell(way, *case) for case in cases)] for way in ways))
-    said = []
-    for way in ways:
-        mine = [row for row in rows if row["way"] == way and row["same_guesses"] is not None]
-        if mine and way != "timm":
-            fewest: dict[str, tuple[int, int]] = {}
-            for row in mine:
-                now = row["same_guesses"], row["pictures"]
-                fewest[row["variant"]] = min(now, fewest.get(row["variant"], now))
-            same, every = map(sum, zip(*fewest.values(), strict=True))
-            said.append(f"{way}: {same} of {every}")
-    guesses = f"Best guesses the same as timm's, at whichever batch size fewest are: {'; '.join(said)}."
-    return "\n\n".join(filter(None, (table, _exporting(rows), guesses)))
+    tables = []
+    for variant, size in in_order((row["variant"], row["size"]) for row in rows):
+        mine = [row for row in rows if row["variant"] == variant]
+        batches = in_order(row["batch_size"] for row in mine)
+        header = [f"{variant} at {size}: pictures/s (times timm)", *(f"batches of {batch}" for batch in batches)]
+        header += ["guesses as timm's, the fewest"]
+        lines = []
+        for way in in_order(row["way"] for row in mine):
+            of_way = {row["batch_size"]: row for row in mine if row["way"] == way}
+            line = [way]
+            for batch in batches:
+                row = of_way.get(batch)
+                line.append(f"{row['pictures_per_second']:.1f} ({row['times_timm']:.2f})" if row else "-")
+            same = [row["same_guesses"] for row in of_way.values() if row["same_guesses"] is not None]
+            lines.append([*line, f"{min(same)} of {mine[0]['pictures']}" if same else "-"])
+        tables.append(markdown(header, lines))
+    return "\n\n".join(filter(None, (*tables, _exporting(rows))))
 
 
 def _exporting(rows: Rows) -> str:
@@ -215,6 +216,7 @@ def finetune(rows: Rows) -> str:
 
 def cost(rows: Rows) -> str:
     header = ["", "size", "GMACs", "MiB", "pictures/s", "times the base's time", "paper's top-1"]
+    header += ["base models' in the same time"]
     lines = []
     for row in rows:
         rates = [1 / row[f"{which}_seconds"] for which in ("base", "fix")]
@@ -228,9 +230,21 @@ def cost(rows: Rows) -> str:
                 f"{rates[0]:.2f} to {rates[1]:.2f}",
                 f"{rates[0] / rates[1]:.2f}",
                 paper,
+                _base_in_the_same_time(row, rows),
             ]
         )
     return markdown(header, lines)
+
+
+def _base_in_the_same_time(row: Mapping[str, Any], rows: Rows) -> str:
+    """Top-1 of the family's base models in the time that FixRes takes: on the line between the two neighbours."""
+    family = [one for one in rows if one["family"] == row["family"] and one["base_top1"]]
+    bases = sorted((one["base_seconds"], one["base_top1"]) for one in family)
+    for (fewer, low), (more, high) in pairwise(bases):
+        if fewer <= row["fix_seconds"] <= more:
+            share = math.log(row["fix_seconds"] / fewer) / math.log(more / fewer)
+            return f"{low + share * (high - low):.1f}"
+    return "-"
 
 
 def summary(found: Mapping[str, Any]) -> str:
@@ -273,12 +287,15 @@ def summary(found: Mapping[str, Any]) -> str:
     for key in ("b0", "b8", "l2"):
         if mine := [row for row in of["load"] if row["variant"] == key]:
             timm, ours = (one(mine, way=way) for way in ("timm", OURS))
-            add(f"create {key} and first picture", ours["warm"], timm["warm"], "s", 2)
+            add(f"create {key} and first picture, warm", ours["warm"], timm["warm"], "s", 2)
             add("the same, memory", ours["cold_megabytes"], timm["cold_megabytes"], "MiB", 0)
     if of["start"]:
         seconds = {row["way"]: row["seconds"] for row in of["start"]}
         first = seconds["fixefficientnet predict cat.jpg"], seconds["the same prediction with timm"]
         add("first prediction, from the command line", *first, "s", 2)
+        for way in (way for way in seconds if "evaluat" in way and "timm" not in way):
+            what = way.replace(f"{OURS} evaluate", "a whole evaluation, from the command line")
+            add(what, seconds[way], seconds["the same evaluation with timm"], "s", 1)
     steps = [row for row in of["finetune"] if row["part"] == "step" and (row["size"], row["batch_size"]) == (160, 64)]
     if steps:
         ours, plain = (one(steps, way=way)["pictures_per_second"] for way in (OURS, "plain loop"))

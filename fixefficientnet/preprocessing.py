@@ -103,7 +103,7 @@ class Preprocess(TestTime):
 
 
 class FastPreprocess(Preprocess):
-    """Nearly the same in 0.6 of the time: torchvision resizes tensors of whole values, where Pillow resizes pictures.
+    """Nearly the same in half the time: torchvision resizes tensors of whole values, where Pillow resizes pictures.
 
     Of a photo, a few values in a thousand differ, by 2 of 255 at most (docs/speed.md).
     """

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from benchmarks import tables
+from benchmarks import runner, tables
 
 SPEED = ROOT / "docs" / "results" / "speed.json"
 
@@ -55,9 +55,8 @@ def test_tables_show_what_there_is(tmp_path: Path):
     path, page_path = tmp_path / "figures.json", tmp_path / "page.md"
     path.write_text(json.dumps(found))
     page = benchmarks(path, module="benchmarks.tables").stdout
-    assert "| fixefficientnet in bf16 | 90.0 (9.00) | 90.0 (9.00) |" in page
-    assert "| fixefficientnet | 30.0 (3.00) | - |" in page
-    assert "fixefficientnet in bf16: 2 of 4;" in page  # the batch size with fewest
+    assert "| fixefficientnet in bf16 | 90.0 (9.00) | 90.0 (9.00) | 2 of 4 |" in page  # the batch size with fewest
+    assert "| fixefficientnet | 30.0 (3.00) | - | 4 of 4 |" in page
     assert "| fixefficientnet, onnx: pictures until it has paid | 720 |" in page  # 12 s / (1/30 - 1/60)
     assert "| fixefficientnet, openvino: pictures until it has paid | never |" in page
     assert "| folder to labels, b0 at 320, batches of 16, default engine | 30.0 pictures/s |" in page
@@ -78,6 +77,31 @@ def test_tables_show_what_there_is(tmp_path: Path):
         page_path.write_text(text)
         assert reason in benchmarks(path, page_path, module="benchmarks.tables", status=1).stderr
         assert page_path.read_text() == text
+
+
+def test_the_price_of_the_gain_is_held_against_larger_base_models():
+    def row(key: str, seconds: tuple[float, float], top1: tuple[float, float] | tuple[None, None]) -> dict:
+        found = {"variant": key, "family": "lite" if top1[0] is None else "ns"}
+        for which, one, right in zip(("base", "fix"), seconds, top1, strict=True):
+            found |= {f"{which}_{name}": 1 for name in ("size", "gmacs", "megabytes")}
+            found |= {f"{which}_seconds": one, f"{which}_top1": right}
+        return found
+
+    shown = tables.cost([row("b0", (1, 2), (70, 73)), row("b1", (4, 5), (80, 81)), row("lite0", (1, 2), (None, None))])
+    assert [line.split(" | ")[-2:] for line in shown.splitlines()[2:]] == [
+        ["70 to 73", "75.0 |"],  # half way in time from b0 to b1, as the figure's axis counts it
+        ["80 to 81", "- |"],
+        ["-", "- |"],
+    ]
+
+
+def test_variants_taken_again_stand_where_they_stood():
+    earlier = [{"benchmark": "cost", "variant": key, "old": True} for key in ("b0", "b1", "b2_ns", "lite0")]
+    earlier.insert(2, {"benchmark": "start", "way": "x"})
+    rows = runner.merged(earlier, [{"benchmark": "cost", "variant": "b1"}], "cost", ["b1"])
+    assert [row.get("variant") for row in rows] == [None, "b0", "b1", "b2_ns", "lite0"]
+    assert "old" not in rows[2]
+    assert runner.merged(earlier, [], "cost", None) == [{"benchmark": "start", "way": "x"}]
 
 
 def test_what_is_no_figures_is_one_line(tmp_path: Path):
