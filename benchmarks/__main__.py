@@ -14,7 +14,7 @@ import json
 import sys
 
 from benchmarks import machine
-from benchmarks.runner import NEEDS, parser, run
+from benchmarks.runner import BENCHMARKS, parser, run
 
 
 def main() -> None:
@@ -22,7 +22,9 @@ def main() -> None:
         print(json.dumps(importlib.import_module(f"benchmarks.{sys.argv[2]}").child(json.loads(sys.argv[3]))))
         return
     options = parser("python -m benchmarks", __doc__)
-    options.add_argument("names", nargs="+", choices=["all", *NEEDS], metavar="NAME", help=f"all, {', '.join(NEEDS)}")
+    options.add_argument(
+        "names", nargs="+", choices=["all", *BENCHMARKS], metavar="NAME", help=f"all, {', '.join(BENCHMARKS)}"
+    )
     chosen = options.parse_args()
     chosen.device = "cpu"
     run(chosen, None if "all" in chosen.names else chosen.names)

@@ -25,6 +25,8 @@ from benchmarks import machine
 
 NAME = "finetune"
 OURS = "fixefficientnet"
+PLAIN = "plain loop"
+PLAIN_CHANNELS_LAST = f"{PLAIN}, channels last"
 
 MODEL = "tf_efficientnet_lite0"
 TRAIN_SIZE, SIZE, BATCH = 128, 160, 64
@@ -38,10 +40,6 @@ KINDS = {
     "online, 1 epoch": (*ONLINE, "--set", "epochs=1"),
     "online, 3 epochs": (*ONLINE, "--set", "epochs=3"),
 }
-
-
-PLAIN = "plain loop"
-PLAIN_CHANNELS_LAST = "plain loop, channels last"
 
 
 def plain(given: dict[str, Any]) -> dict[str, Any]:

@@ -14,31 +14,17 @@ from fixefficientnet import manifest
 from fixefficientnet.errors import FixEfficientNetError, UnknownVariantError
 from fixefficientnet.files import write_atomically
 
-NEEDS = {
-    "start": ("pictures",),
-    "preprocess": ("pictures",),
-    "accuracy": ("pictures",),
-    "load": (),
-    "cost": (),
-    "forward": (),
-    "classify": ("pictures",),
-    "finetune": ("train", "checkpoint"),
+BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "start": ("imports, first predictions, whole evaluations", ("pictures",)),
+    "preprocess": ("from JPEG to tensor", ("pictures",)),
+    "accuracy": ("what the faster ways do to top-1", ("pictures",)),
+    "load": ("a model and its first picture", ()),
+    "cost": ("each variant at its size and at the base model's", ()),
+    "forward": ("the forward pass alone, in each form", ()),
+    "classify": ("from a folder of pictures to labels", ("pictures",)),
+    "finetune": ("steps, methods, growth", ("train", "checkpoint")),
 }
-"""The benchmarks, and the options that each needs."""
-LIST = "\n".join(
-    f"  {name:<11} {', '.join([what, *(f'--{need}' for need in NEEDS[name])])}"
-    for name, what in {
-        "start": "imports, first predictions, whole evaluations",
-        "preprocess": "from JPEG to tensor",
-        "accuracy": "what the faster ways do to top-1",
-        "load": "a model and its first picture",
-        "cost": "each variant at its size and at the base model's",
-        "forward": "the forward pass alone, in each form",
-        "classify": "from a folder of pictures to labels",
-        "finetune": "steps, methods, growth",
-    }.items()
-)
-"""For the help: what each measures, and what it needs."""
+"""What each measures, and the options that it needs."""
 BY_VARIANT = ("load", "cost", "classify")
 """Those that take `--variants`."""
 
@@ -58,7 +44,10 @@ def run(options: argparse.Namespace, names: list[str] | None = None) -> None:
         path = getattr(options, option)
         if path and not path.exists():
             raise SystemExit(f"--{option}: there is no {path}.")
-    lacking = {name: [f"--{need}" for need in NEEDS[name] if getattr(options, need) is None] for name in names or NEEDS}
+    lacking = {
+        name: [f"--{need}" for need in BENCHMARKS[name][1] if getattr(options, need) is None]
+        for name in names or BENCHMARKS
+    }
     for name, needs in lacking.items():
         if needs and names:
             raise SystemExit(f"{name} needs {' and '.join(needs)}.")
@@ -112,10 +101,14 @@ def _one_or_more(text: str) -> int:
 
 def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     """Options that all benchmarks have."""
+    every = (
+        f"  {name:<11} {', '.join([what, *(f'--{need}' for need in needs)])}"
+        for name, (what, needs) in BENCHMARKS.items()
+    )
     made = argparse.ArgumentParser(
         prog,
         description=description,
-        epilog=f"The benchmarks, and what they need:\n{LIST}",
+        epilog="\n".join(["The benchmarks, and what they need:", *every]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--pictures", type=Path, help="folder with one folder per WordNet id, or val/ with these")

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.classify import LOADING, OUR_BATCH
+from benchmarks.finetune import OURS, PLAIN
 from fixefficientnet.files import write_atomically
 
 Rows = Sequence[Mapping[str, Any]]
-OURS = "fixefficientnet"
 FLOAT32 = tuple(f"{OURS}, {engine}" for engine in ("compile", "onnx", "openvino"))
 """Ways of `classify` that give up nothing and are not the default."""
 TIMM_FLOAT32 = ("timm", "timm, channels last", *LOADING)
@@ -298,7 +298,7 @@ def summary(found: Mapping[str, Any]) -> str:
             add(what, seconds[way], seconds["the same evaluation with timm"], "s", 1)
     steps = [row for row in of["finetune"] if row["part"] == "step" and (row["size"], row["batch_size"]) == (160, 64)]
     if steps:
-        ours, plain = (one(steps, way=way)["pictures_per_second"] for way in (OURS, "plain loop"))
+        ours, plain = (one(steps, way=way)["pictures_per_second"] for way in (OURS, PLAIN))
         add("FixRes step, Lite0 at 160", ours, plain, "pictures/s", 1, "plain PyTorch loop")
     return markdown(["", "fixefficientnet", "peer", "times as good"], lines)
 
