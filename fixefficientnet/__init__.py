@@ -8,10 +8,15 @@ Nothing here imports torch before a model or a transform is asked for.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+if sys.version_info < (3, 11):  # noqa: UP036 - pip looks at this, torch.hub does not
+    raise ImportError(f"fixefficientnet {__version__} needs Python 3.11 or newer; this is {sys.version.split()[0]}.")
+
+from fixefficientnet import requirements
 from fixefficientnet.errors import (
     CheckpointError,
     ChecksumError,
@@ -24,6 +29,7 @@ from fixefficientnet.errors import (
     FixEfficientNetError,
     ManifestError,
     MissingFileError,
+    OutdatedPackageError,
     PictureError,
     RecipeError,
     RunError,
@@ -53,6 +59,7 @@ __all__ = [
     "FixEfficientNetError",
     "ManifestError",
     "MissingFileError",
+    "OutdatedPackageError",
     "PictureError",
     "RecipeError",
     "RunError",
@@ -73,6 +80,7 @@ _LAZY = {"create": "zoo", "evaluate": "evaluation.evaluate", "predict": "predict
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
+        requirements.need(*requirements.MODELS)
         return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
-from timm.models import save_for_hf
+from timm.models import filter_pretrained_cfg
 from torch import Tensor
 
-from fixefficientnet import checkpoint, delta, zoo
+from fixefficientnet import checkpoint, compat, delta, zoo
 from fixefficientnet.checkpoint import listed
 from fixefficientnet.delta import Delta
 from fixefficientnet.errors import CheckpointError
@@ -161,13 +161,14 @@ def merge(model: "zoo.ZooModel", path: Path) -> None:
     if path.suffix in (".safetensors", ".pth"):
         save_whole(dict(model.state_dict()), path)
         return
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.contiguous()  # which safetensors wants, and legacy files are not always
     with beside(path) as temporary:
         backbone = model.variant.backbone
-        described = {"architecture": backbone.architecture, "tag": backbone.tag}
+        # all of it: some releases of timm complete what they are given, others take it as it is
+        described = filter_pretrained_cfg(model.pretrained_cfg, remove_source=True, remove_null=True)  # type: ignore[no-untyped-call]
+        described |= {"architecture": backbone.architecture, "tag": backbone.tag}
+        config = {"architecture": backbone.architecture, "pretrained_cfg": described}
         try:
-            save_for_hf(model, str(temporary), model_config={"pretrained_cfg": described}, safe_serialization=True)
+            compat.save_for_hf(model, str(temporary), model_config=config, safe_serialization=True)
         except safetensors.SafetensorError as error:
             raise CheckpointError(f"{path} cannot be written: {error}.") from error
         path.mkdir(exist_ok=True)

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable
 
-import timm
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from fixefficientnet.networks import without_weights
 
 
 def gmacs_of(model: nn.Module, size: int) -> float:
@@ -18,6 +19,6 @@ def gmacs_of(model: nn.Module, size: int) -> float:
 
 def gmacs(architecture: str, sizes: Iterable[int], num_classes: int = 1000) -> dict[int, float]:
     """The same of a timm network by name, at several sizes."""
+    model = without_weights(architecture, num_classes=num_classes).eval().requires_grad_(False)
     with torch.device("meta"):
-        model = timm.create_model(architecture, num_classes=num_classes).eval().requires_grad_(False)
         return {size: gmacs_of(model, size) for size in sizes}

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from PIL import Image
 from timm.data import create_dataset
-from timm.utils.misc import natural_key
+from timm.utils import natural_key
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fixefficientnet import classes
+from fixefficientnet import classes, compat, requirements
 from fixefficientnet.checkpoint import listed
 from fixefficientnet.errors import DataError, PictureError
 from fixefficientnet.preprocessing import open_picture
@@ -116,7 +116,7 @@ class Pictures:
             for index, (_, label) in enumerate(self.source.samples):
                 digest.update(f"{self.name(index)}\0{label}\0".encode())
         else:  # a name is all that there is to tell one from another, or Hugging Face's own fingerprint
-            known = getattr(getattr(self.source, "dataset", None), "_fingerprint", None)
+            known = compat.dataset_fingerprint(getattr(self.source, "dataset", None))
             labels = [int(label) for label in getattr(self.source, "targets", ())]
             digest.update(f"{known or self.what} {labels}".encode())
         return digest.hexdigest()
@@ -266,7 +266,8 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        with contextlib.suppress(OSError, AttributeError):  # a C library that does not know it
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class _Loading(Dataset[Any]):
@@ -304,7 +305,11 @@ def _named(kind: str, name: str, split: str, root: str | None) -> Any:
     except ImportError as error:
         raise DataError(f"{kind}/{name} needs another package: {error}. `pip install datasets` brings it.") from error
     except Exception as error:  # torchvision, datasets and timm raise a dozen kinds
-        raise DataError(f"{kind}/{name} ({split}) cannot be opened: {error}") from error
+        hint = ""
+        if isinstance(error, AttributeError) and "'names'" in str(error):
+            installed = requirements.version("timm")
+            hint = f" Its labels have no names, which timm reads since 1.0.31; {installed} is installed."
+        raise DataError(f"{kind}/{name} ({split}) cannot be opened: {error}.{hint}") from error
     return getattr(dataset, "reader", dataset)
 
 

@@ -6,19 +6,17 @@ the exporter's versions: the same model is exported once.
 
 import contextlib
 import hashlib
-import importlib
 import json
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import cached_assets_path
+from huggingface_hub import cached_assets_path, constants
 from huggingface_hub.utils import WeakFileLock
 from torch import Tensor
 
-from fixefficientnet import runtimes
+from fixefficientnet import compat, requirements, runtimes
 from fixefficientnet.errors import ExportError
 from fixefficientnet.files import remove_partial
 from fixefficientnet.manifest import TestTime
@@ -46,7 +44,7 @@ def check(engine: str, device: torch.device | str, precision: str = "no") -> Non
     if engine == "onnx" and precision != "no":
         raise ExportError("--engine onnx computes in float32: leave --mixed-precision out.")
     if engine == "openvino" and precision != "no":
-        runtimes.need("openvino")
+        requirements.need("openvino")
         if not runtimes.openvino_has(precision):
             raise ExportError(f"--engine openvino: this processor cannot compute in {precision}.")
 
@@ -64,12 +62,14 @@ def exported(opened: "Opened", test: TestTime, engine: str, say: Callable[[str],
         ExportError: It cannot be exported, or the runtime disagrees with PyTorch.
         ModuleNotFoundError: The runtime is not installed.
     """
-    runtimes.need(*runtimes.PACKAGES[engine])
+    requirements.need(*runtimes.PACKAGES[engine])
     deciding = ("torch", "timm", *runtimes.PACKAGES[engine])
     identity = {"engine": engine, "size": test.size, "exporter": EXPORTER, **opened.identity}
-    identity |= {package: _version(package) for package in deciding}
+    identity |= {package: requirements.version(package) for package in deciding}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-    folder = cached_assets_path("fixefficientnet", namespace="exports", subfolder=digest)
+    folder = cached_assets_path(
+        "fixefficientnet", namespace="exports", subfolder=digest, assets_dir=constants.HF_ASSETS_CACHE
+    )
     path = folder / f"model-{test.size}{runtimes.SUFFIXES[engine]}"
     if not path.is_file():
         from fixefficientnet import export
@@ -81,13 +81,6 @@ def exported(opened: "Opened", test: TestTime, engine: str, say: Callable[[str],
                     say(f"{opened.name}: exporting for {engine} at {test.size} pixels; kept for the next time")
                 export.export(opened, path, test=test)
     return path
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # of another distribution, such as onnxruntime-gpu
-        return str(importlib.import_module(package).__version__)
 
 
 @contextlib.contextmanager
@@ -142,7 +135,7 @@ def _compiled(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
 
     Weights are frozen into the code, so what was compiled for another model before must be forgotten.
     """
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(forward, dynamic=False)
     largest = 0
 
@@ -152,7 +145,7 @@ def _compiled(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
         largest = max(largest, count)
         if count < largest:
             pictures = torch.cat([pictures, pictures[:1].expand(largest - count, -1, -1, -1)])
-        with torch._inductor.config.patch(freezing=True), torch.no_grad():
+        with compat.freezing(), torch.no_grad():
             logits: Tensor = compiled(pictures.contiguous(memory_format=torch.channels_last))
         return logits[:count]
 

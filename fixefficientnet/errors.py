@@ -8,6 +8,10 @@ class FixEfficientNetError(Exception):
     """Base of all errors of this package."""
 
 
+class OutdatedPackageError(FixEfficientNetError, ImportError):
+    """An installed package is too old; names what was found, what is needed, and pip's command."""
+
+
 class ManifestError(FixEfficientNetError, ValueError):
     """The manifest, or an overlay on it, is malformed; names the row and the key."""
 

@@ -23,7 +23,7 @@ from timm.layers import set_exportable
 from torch import Tensor, nn
 from torch.export import Dim
 
-from fixefficientnet import int8, prediction, runtimes
+from fixefficientnet import int8, prediction, requirements, runtimes
 from fixefficientnet.errors import ExportError, FixEfficientNetError
 from fixefficientnet.files import beside
 from fixefficientnet.int8 import Calibration
@@ -95,13 +95,13 @@ def export(
         ModuleNotFoundError: The format's packages are not installed.
     """
     kind = runtimes.format_of(path)
-    runtimes.need(*runtimes.PACKAGES.get(kind, ()))
+    requirements.need(*runtimes.PACKAGES.get(kind, ()))
     if calibration:
         if kind not in int8.PACKAGES or half or dynamic_size:
             raise ExportError("8-bit integers are for onnx and openvino, of one size, and not with half precision.")
         if not math.isfinite(max_drop):
             raise ExportError(f"A drop of accuracy is a number of points, not {max_drop}.")
-        runtimes.need(*int8.PACKAGES[kind])
+        requirements.need(*int8.PACKAGES[kind])
     with in_eval_mode(opened.model):
         return _export(opened, path, kind, test, dynamic_size, half, calibration, max_drop)
 
@@ -263,7 +263,7 @@ def _to_onnx(model: nn.Module, example: Tensor, path: Path, metadata: str, dynam
         with set_exportable(True):
             torch.onnx.export(source, (example,), str(path), dynamo=False, dynamic_axes=axes, **names)
     else:
-        program = torch.onnx.export(_exported(source, example, False), verbose=False, **names)
+        program = torch.onnx.export(_exported(source, example, False), verbose=False, optimize=True, **names)
         assert program is not None
         program.save(str(path))
     written = onnx.load(str(path))

@@ -207,7 +207,7 @@ def _mended(file: HubFile, cache_dir: PathLike | None, inspect: Callable[[Path, 
     )
 
 
-def _download(file: HubFile, cache_dir: PathLike | None) -> Path:
+def _download(file: HubFile, cache_dir: PathLike | None, *, afresh: bool = False) -> Path:
     try:
         return Path(
             hf_hub_download(
@@ -217,6 +217,7 @@ def _download(file: HubFile, cache_dir: PathLike | None) -> Path:
                 cache_dir=None if cache_dir is None else Path(cache_dir),
                 library_name="fixefficientnet",
                 library_version=__version__,
+                force_download=afresh,
             )
         )
     except LocalEntryNotFoundError as error:
@@ -238,6 +239,8 @@ def _download(file: HubFile, cache_dir: PathLike | None) -> Path:
     except (HFValidationError, ValueError) as error:
         raise DownloadError(f"{file} is not a valid Hub name: {error}") from error
     except (HfHubHTTPError, HTTPError, OSError) as error:
+        if not afresh and "force_download" in str(error):  # what was resumed does not fit, and would never
+            return _download(file, cache_dir, afresh=True)
         raise DownloadError(
             f"{file} could not be downloaded from {constants.ENDPOINT}: {error}\nNothing of it is kept; try again."
         ) from error

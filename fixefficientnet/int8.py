@@ -95,7 +95,8 @@ def _onnx(path: Path, calibration: Calibration, metadata: str) -> None:
 
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         prepared = Path(folder) / path.name
-        quant_pre_process(str(path), str(prepared))
+        # symbolic shapes are for transformers, and a free batch is too much for some releases
+        quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
         quantize_static(str(prepared), str(path), Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
     written = onnx.load(str(path))
     onnx.helper.set_model_props(written, {runtimes.METADATA: metadata})

@@ -1,4 +1,4 @@
-"""Any timm network from a whole checkpoint of it."""
+"""Any timm network: without weights, and from a whole checkpoint."""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +8,8 @@ from typing import Any
 import safetensors
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fixefficientnet import checkpoint, delta
 from fixefficientnet.checkpoint import listed
@@ -16,6 +17,31 @@ from fixefficientnet.errors import CheckpointError
 
 DESCRIPTION = "fixefficientnet"
 """Key of a run's own words about its network, in the metadata of its model.safetensors."""
+
+
+def without_weights(architecture: str, **timm_kwargs: Any) -> nn.Module:
+    """Builds a timm network on the meta device, which has shapes and no values; in train mode, as timm does."""
+    try:
+        with torch.device("meta"), _SkipInitialisation():
+            return timm.create_model(architecture, pretrained=False, **timm_kwargs)
+    except (NotImplementedError, RuntimeError, TypeError):  # older releases of timm read some values back
+        return timm.create_model(architecture, pretrained=False, **timm_kwargs).to("meta")
+
+
+class _SkipInitialisation(TorchFunctionMode):
+    """Leaves out the random initialisation of weights.
+
+    On the meta device it has no effect, but goes through Python decompositions that take most of the time of building
+    a network there.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init" or func in _RANDOM_FILLS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+_RANDOM_FILLS = frozenset({Tensor.normal_, Tensor.uniform_})
 
 
 def from_checkpoint(architecture: str, path: Path) -> nn.Module:
@@ -35,8 +61,7 @@ def from_checkpoint(architecture: str, path: Path) -> nn.Module:
             f"{path} is of the network {architecture!r}, which timm {timm.__version__} does not have."
         )
     try:
-        with torch.device("meta"):
-            model = timm.create_model(architecture, pretrained=False)
+        model = without_weights(architecture)
     except RuntimeError as error:  # a tag that is none
         raise CheckpointError(f"timm {timm.__version__} has no {architecture}: {error}") from error
     name = delta.find_classifier(model)

@@ -247,7 +247,7 @@ def open_picture(picture: PictureSource, *, upright: bool = False) -> Image.Imag
             )
         if not (image.width and image.height):
             raise PictureError(f"{_name(picture)} has no pixels.")
-        return _rgb(_upright(image) if upright else image)
+        return _rgb(_upright(image) if upright else image, image.format)
     except UnidentifiedImageError:
         raise PictureError(f"{_name(picture)} is not a picture that Pillow can read.") from None
     except Image.DecompressionBombError as error:
@@ -275,11 +275,12 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, kind: str | None) -> Image.Image:
     """As Pillow converts, but for 16-bit values, which it clips at 255: that leaves a white picture."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode == "I" and (values := np.asarray(image)).max() > 255:  # 32 bits wide, files fill 16 of them
+    # 32 bits wide, of which files fill 16; older releases of Pillow open PNG files of 16 bits so
+    elif image.mode == "I" and ((values := np.asarray(image)).max() > 255 or kind == "PNG"):
         image = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
     if image.mode == "RGB":
         image.load()

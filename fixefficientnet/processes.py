@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from fixefficientnet import compat, requirements
 from fixefficientnet.errors import FixEfficientNetError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def accelerator(device: str | None, mixed_precision: str) -> "Accelerator":
     Raises:
         FixEfficientNetError: Not to be had here.
     """
+    requirements.need("accelerate", "torchmetrics")  # what begins here ends in accuracies
     import torch
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -61,14 +63,13 @@ def accelerator(device: str | None, mixed_precision: str) -> "Accelerator":
 @contextlib.contextmanager
 def accelerating(device: str | None, mixed_precision: str) -> Iterator["Accelerator"]:
     """The same for a while: Accelerate's state, one for the process, is left as it was found."""
-    from accelerate.state import AcceleratorState
-
-    ours = not AcceleratorState._shared_state
+    requirements.need("accelerate")
+    ours = not compat.accelerate_is_set_up()
     try:
         yield accelerator(device, mixed_precision)
     finally:
         if ours and not several():  # else device and precision would hold for all that comes after
-            AcceleratorState._reset_state(reset_partial_state=True)
+            compat.forget_accelerate()
 
 
 def rank() -> int:

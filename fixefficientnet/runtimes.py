@@ -1,6 +1,6 @@
 """Exported files in their own runtimes."""
 
-import importlib.util
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -43,17 +43,6 @@ def format_of(path: Path, kind: str | None = None) -> str:
     return by_suffix[path.suffix]
 
 
-def need(*packages: str) -> None:
-    """Makes sure that packages are there before anything begins.
-
-    Raises:
-        ModuleNotFoundError: Names the first that is not.
-    """
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
-
-
 @dataclass(frozen=True, slots=True)
 class How:
     """How ONNX Runtime and OpenVINO compute; PyTorch's formats go by its own settings.
@@ -69,10 +58,16 @@ class How:
     precision: str = "no"
 
 
+_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI")
+"""What oneDNN may be limited to; OpenVINO looks at the processor alone, and then cannot run what it made."""
+
+
 def openvino_has(precision: str) -> bool:
     """Whether OpenVINO can compute in it on this processor."""
     import openvino
 
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _WITHOUT_BF16 and precision == "bf16":
+        return False
     capabilities: list[str] = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return precision.upper() in capabilities
 

@@ -15,6 +15,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from fixefficientnet import compat
+
 MOST = 8
 """Threads of one interpreter get in each other's way; further cores go into each stream."""
 BATCH_SIZE = 2
@@ -34,16 +36,12 @@ def number(model: nn.Module, batches: int | None = None) -> int:
         model: On a CPU it has several; unless hooks watch it, which want one forward pass after the other.
         batches: How many there are to compute, if that is known.
     """
-    if next(model.parameters()).device.type != "cpu" or any(map(_watched, model.modules())):
+    if next(model.parameters()).device.type != "cpu" or any(map(compat.has_hooks, model.modules())):
         return 1
     with _STARTING:
         cores = torch.get_num_threads()
     most = cores // math.ceil(cores / MOST)
     return max(1, min(most, most if batches is None else batches))
-
-
-def _watched(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def in_order(work: Callable[[Given], Result], items: Iterable[Given], streams: int) -> Generator[Result, None, None]:

@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from timm.data.readers.img_extensions import get_img_extensions
+from timm.data import get_img_extensions
 
 from fixefficientnet.errors import DataError
 

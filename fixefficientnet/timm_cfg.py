@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from fixefficientnet.manifest import TestTime, Variant
 
 if TYPE_CHECKING:
-    from timm.models._pretrained import PretrainedCfg
+    from timm.models import PretrainedCfg
 
 STEM = "conv_stem"
 CLASSIFIER = "classifier"
@@ -14,7 +14,7 @@ CLASSIFIER = "classifier"
 
 def pretrained_cfg(variant: Variant) -> "PretrainedCfg":
     """timm's description of a variant; its data config gives the same pixels as `model.preprocess`."""
-    from timm.models._pretrained import PretrainedCfg
+    from timm.models import PretrainedCfg
 
     weights = variant.weights
     cfg = PretrainedCfg(

@@ -1,5 +1,6 @@
 """create(): backbone, delta and preprocessing put together."""
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,11 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 import timm
 import torch
 from timm.models import adapt_input_conv
-from timm.models._efficientnet_builder import efficientnet_init_weights
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from fixefficientnet import checkpoint, delta, hub, manifest
+from fixefficientnet import checkpoint, delta, hub, manifest, networks
 from fixefficientnet.checkpoint import listed
 from fixefficientnet.delta import Delta, Head
 from fixefficientnet.errors import CheckpointError, MissingFileError, WeightsNotPublishedError
@@ -27,7 +26,7 @@ NUM_CLASSES = 1000
 Pretrained = bool | str | os.PathLike[str]
 
 if TYPE_CHECKING:
-    from timm.models._pretrained import PretrainedCfg
+    from timm.models import PretrainedCfg
 
     class ZooModel(nn.Module):
         """What `create` returns, as a type checker sees it: timm's own model and two attributes more."""
@@ -62,7 +61,7 @@ def create(
             tuned norm stays.
         in_chans: As in timm: the stem of pretrained weights is adapted.
         features_only: As in timm: a feature extractor (without the head that FixRes tunes).
-        device: Where to put the model.
+        device: Where to put the model; torch's default device if not given.
         dtype: Of its parameters and floating buffers.
         cache_dir: Hub cache to use instead of the user's.
         **timm_kwargs: Passed on to timm (drop_rate, drop_path_rate, out_indices, …).
@@ -111,20 +110,21 @@ def build(
     """Builds a variant in train mode, as timm does; see `create` for the arguments."""
     timm_kwargs = {key: value for key, value in timm_kwargs.items() if value is not None}
     timm_kwargs["pretrained_cfg"] = cfg or pretrained_cfg(variant)
+    if device is None:
+        device = torch.empty(0).device  # get_default_device sees no `with torch.device(…)` in older releases
     if pretrained in (False, None):
-        model = _timm_model(variant, device=device, dtype=dtype, **timm_kwargs)
+        with torch.device(device):
+            model = timm.create_model(variant.backbone.architecture, pretrained=False, **timm_kwargs)
     else:
         tuned = None if pretrained == "backbone" else _delta(variant, pretrained, cache_dir)
         if tuned and (test := delta.test_time(tuned, variant.test)) != variant.test:
             timm_kwargs["pretrained_cfg"] = with_test_time(timm_kwargs["pretrained_cfg"], test)
-        with _SkipInitialisation():
-            model = _timm_model(variant, **timm_kwargs, device="meta")
+        model = networks.without_weights(variant.backbone.architecture, **timm_kwargs)
         tensors = backbone_tensors(variant, cache_dir, model)
         if tuned is not None:
             tensors = delta.merge(tensors, tuned, HEAD)
         _assign(variant, tensors, model, features_only=bool(timm_kwargs.get("features_only")))
-        model = model.to(device, dtype)
-    return attach(model, variant)
+    return attach(model.to(device, dtype), variant)
 
 
 def attach(model: nn.Module, variant: Variant) -> nn.Module:
@@ -135,26 +135,6 @@ def attach(model: nn.Module, variant: Variant) -> nn.Module:
     model.preprocess = preprocess  # type: ignore[assignment]
     model.variant = variant  # type: ignore[assignment]
     return model
-
-
-class _SkipInitialisation(TorchFunctionMode):
-    """Leaves out the random initialisation of weights that a file replaces right after.
-
-    On the meta device it has no effect, but goes through Python decompositions that take most of the
-    time of building a network there.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", None) == "torch.nn.init" or func in _RANDOM_FILLS:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-_RANDOM_FILLS = frozenset({Tensor.normal_, Tensor.uniform_})
-
-
-def _timm_model(variant: Variant, **timm_kwargs: Any) -> nn.Module:
-    return timm.create_model(variant.backbone.architecture, pretrained=False, **timm_kwargs)
 
 
 def backbone_tensors(
@@ -169,8 +149,7 @@ def backbone_tensors(
     if path.suffix != ".safetensors":
         like = built.state_dict() if built else {}
         if [tensor.shape for tensor in like.values()] != [tensor.shape for tensor in tensors.values()]:
-            with _SkipInitialisation():
-                like = _timm_model(variant, device="meta").state_dict()
+            like = networks.without_weights(variant.backbone.architecture).state_dict()
         tensors = checkpoint.rename(tensors, like, path)
     return tensors
 
@@ -236,7 +215,7 @@ def _assign(variant: Variant, tensors: Mapping[str, Tensor], model: nn.Module, *
             raise CheckpointError(
                 f"{weights} have {source} in the shape {list(tensor.shape)}, the model has {list(target.shape)}."
             )
-        chosen[name] = tensor.to(target.dtype)
+        chosen[name] = tensor.to(target.dtype).contiguous()  # which safetensors wants, and legacy files are not always
     extra = set(tensors) - {source for source, _ in wanted.values()}
     if not features_only:
         extra = {name for name in extra if not name.startswith(f"{CLASSIFIER}.")}
@@ -246,7 +225,9 @@ def _assign(variant: Variant, tensors: Mapping[str, Tensor], model: nn.Module, *
     if reset:
         built = cast(Any, model)
         built.reset_classifier(model.num_classes)
-        efficientnet_init_weights(built.classifier)
+        bound = 1 / math.sqrt(built.num_classes)  # timm's own start for an EfficientNet
+        nn.init.uniform_(built.classifier.weight, -bound, bound)
+        nn.init.zeros_(built.classifier.bias)
 
 
 def _name_in_full_model(name: str) -> str:

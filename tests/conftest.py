@@ -28,16 +28,24 @@ import timm
 import tiny
 import torch
 from huggingface_hub.utils import _http
+from packaging.version import Version
 from torch import nn
 
 import fixefficientnet
 from fixefficientnet import delta, manifest
+
+try:
+    from timm.models import save_for_hf
+except ImportError:  # older releases keep it to themselves
+    from timm.models._hub import save_for_hf  # noqa: F401 - for the tests
 
 torch.set_num_threads(1)  # the networks are tiny and tests run side by side: more threads would wait for each other
 
 _http.time = SimpleNamespace(sleep=lambda seconds: None)  # it waits 23 seconds in all for a Hub that is not there
 
 ROOT = Path(__file__).resolve().parent.parent
+TIMM_HAS_LOCAL_DIR = Version(timm.__version__) >= Version("1.0.16")
+"""Whether timm loads a folder by local-dir:FOLDER."""
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -71,6 +79,14 @@ def put_in_cache(cache: Path, repository: str, filename: str, tensors: dict[str,
     (folder / "refs" / "main").write_text(COMMIT)
     safetensors.torch.save_file(tensors, path)
     return path
+
+
+def put_folder_in_cache(cache: Path, repository: str, folder: Path) -> None:
+    """Lays a folder of files into a Hub cache as a finished download of the branch main."""
+    place = cache / f"models--{repository.replace('/', '--')}"
+    shutil.copytree(folder, place / "snapshots" / COMMIT)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(COMMIT)
 
 
 def tuned_delta(model: nn.Module, key: str, seed: int = 1) -> delta.Delta:

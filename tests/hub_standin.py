@@ -150,7 +150,8 @@ class Hub:
             raise RefusedError(403, f"You don't have the rights to create a model under the namespace {name}")
         if name in self.repositories:
             raise RefusedError(409, "You already created this model repo", url=f"{self.endpoint}/{name}")
-        self.make(name, private=asked.get("visibility") == "private")
+        # the first before huggingface_hub 1.0
+        self.make(name, private=asked.get("private", False) or asked.get("visibility") == "private")
         return {"url": f"{self.endpoint}/{name}", "name": name}
 
     def _info(self, repository: Repository, name: str, revision: str | None = None) -> dict[str, Any]:

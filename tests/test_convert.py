@@ -1,5 +1,6 @@
 """A whole checkpoint to a delta and back, by the command line; plain timm, in a process of its own, is the judge."""
 
+import os
 import pickle
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import tuned_delta
+from conftest import TIMM_HAS_LOCAL_DIR, put_folder_in_cache, tuned_delta
 from safetensors.torch import load_file, save_file
 from tiny import cli
 
@@ -141,9 +142,10 @@ def test_the_preprocessing_goes_along(tuned, tmp_path: Path):
     assert (model.preprocess.size, model.preprocess.crop_pct) == (256, 0.9)
     assert delta.load(tmp_path / "d.safetensors").recipe["converted_from"] == "a.pth"
     cli("merge", "b0", "--delta", tmp_path / "d.safetensors", "-o", tmp_path / "folder")
-    plain = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True)
+    put_folder_in_cache(tmp_path / "hub", "me/merged", tmp_path / "folder")
+    plain = timm.create_model("hf-hub:me/merged", pretrained=True, cache_dir=tmp_path / "hub")
     config = timm.data.resolve_model_data_config(plain)
-    assert (config["input_size"], config["crop_pct"]) == ((3, 256, 256), 0.9)
+    assert (tuple(config["input_size"]), config["crop_pct"]) == ((3, 256, 256), 0.9)
     assert "No picture" in convert(tmp_path / "a.pth", "-o", tmp_path / "e.safetensors", "--crop-pct", 2, status=2)[1]
 
 
@@ -227,31 +229,38 @@ def test_a_target_that_cannot_be_written(tuned, tmp_path: Path, b0_delta: Path):
 
 PLAIN = """
 import sys, timm, torch
-model = timm.create_model(sys.argv[1], pretrained=sys.argv[1].startswith("local-dir:"), checkpoint_path=sys.argv[2])
+model = timm.create_model(sys.argv[1], pretrained=":" in sys.argv[1], checkpoint_path=sys.argv[2])
 assert "fixefficientnet" not in sys.modules
 config = timm.data.resolve_model_data_config(model)
 torch.save((model.eval()(torch.load(sys.argv[3])), config), sys.argv[4])
 """
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model.pth", "folder"])
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth", "folder", "repository"])
 def test_plain_timm_loads_what_was_merged(tmp_path: Path, b0_delta: Path, pictures, name: str):
     out, _ = cli("merge", "b0", "--delta", b0_delta, "-o", tmp_path / name)
     assert "timm.create_model(" in out
     torch.save(pictures, tmp_path / "pictures")
     model, file = "tf_efficientnet_b0", str(tmp_path / name)
-    if name == "folder":
-        model, file = f"local-dir:{file}", ""
+    if name in ("folder", "repository"):
+        if name == "repository":  # after its upload and download
+            put_folder_in_cache(tmp_path / "hub", "me/merged", tmp_path / name)
+            model, file = "hf-hub:me/merged", ""
+        elif TIMM_HAS_LOCAL_DIR:
+            model, file = f"local-dir:{file}", ""
+        else:
+            pytest.skip("timm knows no local-dir: yet")
         assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["config.json", "model.safetensors"]
     command = [sys.executable, "-c", PLAIN, model, file, str(tmp_path / "pictures"), str(tmp_path / "logits")]
-    subprocess.run(command, check=True, cwd=tmp_path)
+    offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run(command, check=True, cwd=tmp_path, env=os.environ | offline)
     logits, config = torch.load(tmp_path / "logits", weights_only=True)
     ours = fixefficientnet.create("b0", b0_delta)
     with torch.inference_mode():
         torch.testing.assert_close(logits, ours(pictures))
-    if name == "folder":
+    if name in ("folder", "repository"):
         test = ours.preprocess
-        assert (config["input_size"], config["crop_pct"]) == ((3, test.size, test.size), test.crop_pct)
+        assert (tuple(config["input_size"]), config["crop_pct"]) == ((3, test.size, test.size), test.crop_pct)
         assert (tuple(config["mean"]), tuple(config["std"])) == (test.mean, test.std)
         assert config["interpolation"] == test.interpolation
 

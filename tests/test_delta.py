@@ -14,7 +14,7 @@ import torch
 from conftest import lively, tuned_delta
 
 import fixefficientnet
-from fixefficientnet import delta, manifest, zoo
+from fixefficientnet import delta, manifest, networks, zoo
 from fixefficientnet.errors import (
     ChecksumError,
     DeltaFormatError,
@@ -33,12 +33,13 @@ darknet53 ghostnet_100 tresnet_m vovnet39a rexnet_100 hgnetv2_b0 convmixer_768_3
 @pytest.mark.parametrize("name", FAMILIES)
 def test_head_is_what_runs_last_before_the_pooling(name: str):
     """Against the order in which a forward pass really calls the modules."""
-    model = timm.create_model(name, device="meta").eval()
     called = []
+    model = networks.without_weights(name).eval()
     for path, module in model.named_modules():
         module.register_forward_hook(lambda module, i, o, path=path: called.append((path, module)))
-    model(torch.empty(1, *model.pretrained_cfg["input_size"], device="meta"))
-    pooling = max(i for i, (path, _) in enumerate(called) if path.endswith("global_pool"))
+    with torch.device("meta"):
+        model(torch.empty(1, *model.pretrained_cfg["input_size"]))
+    pooling = max(i for i, (path, _) in enumerate(called) if path.endswith(("global_pool", "pooling")))
     norms = [path for path, module in called[:pooling] if isinstance(module, torch.nn.BatchNorm2d)]
     classifier = [path for path, module in called if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)][-1]
     head = delta.find_head(model)
@@ -47,7 +48,7 @@ def test_head_is_what_runs_last_before_the_pooling(name: str):
 
 
 def test_head_leaves_shortcuts_out():
-    model = timm.create_model("resnet10t", device="meta")  # one block per stage, its shortcut registered last
+    model = networks.without_weights("resnet10t")  # one block per stage, its shortcut registered last
     assert delta.find_head(model).norm == "layer4.0.bn2"
 
 
@@ -59,7 +60,7 @@ def test_head_of_every_variant_is_the_zoos(key: str):
 @pytest.mark.parametrize("name", ["repvit_m0_9", "levit_128s"])
 def test_head_norm_is_never_one_after_the_pooling(name: str):
     """These pool without a module of that name, and have batch norms over pooled features or tokens."""
-    model = timm.create_model(name, device="meta")
+    model = networks.without_weights(name)
     try:
         norm = model.get_submodule(delta.find_head(model).norm)
     except UnsupportedModelError:
@@ -70,12 +71,12 @@ def test_head_norm_is_never_one_after_the_pooling(name: str):
 @pytest.mark.parametrize(("name", "said"), [("convnext_atto", "no batch norm"), ("vgg11", "no batch norm")])
 def test_models_without_batch_norm_are_refused(name: str, said: str):
     with pytest.raises(UnsupportedModelError, match=said):
-        delta.find_head(timm.create_model(name, device="meta"))
+        delta.find_head(networks.without_weights(name))
 
 
 def test_model_without_classifier_is_refused():
     with pytest.raises(UnsupportedModelError, match="no classifier"):
-        delta.find_head(timm.create_model("resnet18", device="meta", num_classes=0))
+        delta.find_head(networks.without_weights("resnet18", num_classes=0))
 
 
 def tiny(name: str = "test_efficientnet") -> torch.nn.Module:

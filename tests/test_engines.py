@@ -3,13 +3,14 @@
 import copy
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from conftest import ROOT
-from plain import logits, marks, network, save_run, stack
+from plain import bfloat16_error, logits, marks, network, save_run, stack
 from tiny import cli, make_data
 
 import fixefficientnet
@@ -25,7 +26,6 @@ ENGINES = ["onnx", "openvino", pytest.param("compile", marks=pytest.mark.slow)]
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where exported files are kept."""
     monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets"))
-    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
     return tmp_path / "assets"
 
 
@@ -57,15 +57,53 @@ def test_an_evaluation_is_the_same(run: Path, data: Path, tmp_path: Path, engine
     assert other["loss"] != eager["loss"]  # batches of the one are not taken for the other's
 
 
-@pytest.mark.skipif(not runtimes.openvino_has("bf16"), reason="this processor has no bfloat16")
-def test_openvino_in_half_precision_is_nearly_the_same(run: Path, data: Path, tmp_path: Path):
-    whole, half = (
-        evaluate(run, data, tmp_path, "--engine", "openvino", "--mixed-precision", precision)
-        for precision in ("no", "bf16")
+HALF = [
+    "eager",
+    pytest.param("openvino", marks=pytest.mark.skipif(not runtimes.openvino_has("bf16"), reason="no bf16")),
+]
+EXAMPLES = {"cat": "n02124075", "coffee": "n07920052", "hopper": "n02817516", "rocket": "n04008634"}
+"""Classes of ImageNet that the examples may be of."""
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The examples as a data set."""
+    folder = tmp_path_factory.mktemp("examples")
+    for name, wordnet_id in EXAMPLES.items():
+        (folder / wordnet_id).mkdir()
+        (folder / wordnet_id / f"{name}.jpg").write_bytes((ROOT / "examples" / f"{name}.jpg").read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lite0() -> tuple[torch.Tensor, float]:
+    """Its logits of the examples in float32, and how far they may be off in bfloat16."""
+    model = fixefficientnet.create("lite0", "backbone")
+    found = logits(model, [ROOT / "examples" / f"{name}.jpg" for name in EXAMPLES], model.preprocess)
+    return found, bfloat16_error(model, found)
+
+
+@pytest.mark.parametrize("engine", HALF)
+def test_an_evaluation_in_half_precision_is_nearly_the_same(
+    examples: Path, lite0: tuple[torch.Tensor, float], engine: str
+):
+    found = fixefficientnet.evaluate(
+        "lite0", examples, device="cpu", engine=engine, mixed_precision="bf16", workers=0, batch_size=4
     )
-    assert half["loss"] == pytest.approx(whole["loss"], rel=0.1)
-    assert half["loss"] != whole["loss"]
-    assert (half["precision"], half["engine"]) == ("bf16", "openvino")
+    expected, error = lite0
+    by_folder = [list(EXAMPLES).index(name) for name, _ in sorted(EXAMPLES.items(), key=lambda item: item[1])]
+    for judgement, row in zip(found.judgements, expected[by_folder], strict=True):
+        likeliest = row.topk(2)
+        if likeliest.values[0] - likeliest.values[1] > 2 * error:
+            assert judgement.guesses[0] == likeliest.indices[0]
+        loss = (row.logsumexp(0) - row[judgement.labels[0]]).item()
+        assert judgement.loss == pytest.approx(loss, abs=2 * error)
+        assert judgement.loss != pytest.approx(loss, abs=1e-4)  # else it was float32
+
+
+def test_engine_and_precision_are_told(examples: Path, tmp_path: Path):
+    row = evaluate("lite0", examples, tmp_path, "--mixed-precision", "bf16")
+    assert (row["precision"], row["engine"]) == ("bf16", "eager")
 
 
 def test_a_processor_without_half_precision_is_told_of(
@@ -89,24 +127,16 @@ def test_predictions_are_the_same(engine: str):
             assert two["probability"] == pytest.approx(one["probability"], rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "engine",
-    [
-        "eager",
-        pytest.param(
-            "openvino", marks=pytest.mark.skipif(not runtimes.openvino_has("bf16"), reason="no bfloat16 here")
-        ),
-    ],
-)
-def test_predictions_in_half_precision_are_nearly_the_same(engine: str):
-    def best(*options: str) -> list[tuple[str, float]]:
-        out, _ = cli("predict", ROOT / "examples", "--model", "lite0", "--json", "--engine", engine, *options)
-        return [(one["file"], one["labels"][0]["probability"]) for one in json.loads(out)["predictions"]]
-
-    whole, half = best(), best("--mixed-precision", "bf16")
-    assert [file for file, _ in half] == [file for file, _ in whole]
-    for (_, one), (_, two) in zip(whole, half, strict=True):
-        assert two == pytest.approx(one, abs=0.05) and two != one
+@pytest.mark.parametrize("engine", HALF)
+def test_predictions_in_half_precision_are_nearly_the_same(lite0: tuple[torch.Tensor, float], engine: str):
+    paths = [ROOT / "examples" / f"{name}.jpg" for name in EXAMPLES]
+    options = ["--json", "--engine", engine, "--mixed-precision", "bf16"]
+    found = json.loads(cli("predict", *paths, "--model", "lite0", *options)[0])["predictions"]
+    expected, error = lite0
+    for one, row in zip(found, expected.log_softmax(1), strict=True):
+        for label in one["labels"]:
+            difference = math.log(label["probability"]) - row[label["index"]].item()
+            assert abs(difference) < 2 * error and difference != 0
 
 
 def test_a_model_is_exported_once_per_content_and_size(

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import lively, put_in_cache, tuned_delta
+from conftest import lively, put_in_cache, save_for_hf, tuned_delta
 from torch import nn
 
 import fixefficientnet
@@ -45,7 +45,8 @@ def by_hand(cache: Path, key: str, delta_file: Path | None = None, **timm_kwargs
 def test_every_variant_has_its_backbones_keys_and_shapes(key: str):
     variant = fixefficientnet.info(key)
     ours = fixefficientnet.create(key, device="meta").state_dict()
-    timms = timm.create_model(variant.backbone.name, device="meta").state_dict()
+    with torch.device("meta"):
+        timms = timm.create_model(variant.backbone.name).state_dict()
     assert [(k, t.shape, t.dtype) for k, t in ours.items()] == [(k, t.shape, t.dtype) for k, t in timms.items()]
 
 
@@ -388,10 +389,9 @@ def test_rename_refuses_another_network():
 def test_large_backbone_loads_in_megabytes(tmp_path: Path):
     """A large backbone is mapped, not read: in a process of its own, peak memory hardly grows."""
     variant = fixefficientnet.info("b7")
-    tensors = {
-        k: torch.zeros(t.shape, dtype=t.dtype)
-        for k, t in timm.create_model("tf_efficientnet_b7", device="meta").state_dict().items()
-    }
+    with torch.device("meta"):
+        model = timm.create_model("tf_efficientnet_b7")
+    tensors = {k: torch.zeros(t.shape, dtype=t.dtype) for k, t in model.state_dict().items()}
     put_in_cache(tmp_path, variant.backbone.repository, variant.backbone.filename, tensors)
     code = f"""
 import resource, fixefficientnet, fixefficientnet.zoo
@@ -402,3 +402,26 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
     grown = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert grown < 120  # the file has 266 MB
+
+
+@pytest.mark.parametrize("key", ["lite0", "b0"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_classes": 7}, {"num_classes": 0}, {"in_chans": 1}, {"features_only": True}, {"dtype": torch.half}],
+)
+def test_whatever_is_created_can_be_saved(hub_cache: Path, tmp_path: Path, key: str, options: dict):
+    """The tensors of a file from TensorFlow lie in its order."""
+    model = fixefficientnet.create(key, "backbone", cache_dir=hub_cache, **options)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    safetensors.torch.save_model(model, str(tmp_path / "whole.safetensors"))
+    saved = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
+    if "features_only" not in options:
+        save_for_hf(model, str(tmp_path / "folder"), safe_serialization=True)
+        assert (tmp_path / "folder" / "model.safetensors").stat().st_size > 10_000
+
+
+def test_torchs_default_device_is_the_models(hub_cache: Path):
+    with torch.device("meta"):
+        models = [fixefficientnet.create("b0", pretrained, cache_dir=hub_cache) for pretrained in (False, "backbone")]
+    assert all(tensor.is_meta for model in models for tensor in model.state_dict().values())

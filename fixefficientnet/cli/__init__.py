@@ -9,7 +9,7 @@ import sys
 
 from rich.markup import escape
 
-from fixefficientnet import processes
+from fixefficientnet import processes, requirements
 from fixefficientnet.cli.app import app, err
 from fixefficientnet.errors import FixEfficientNetError
 
@@ -36,6 +36,7 @@ def main() -> None:
     before, thresholds = signal.signal(signal.SIGTERM, _end), gc.get_threshold()
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     try:
+        requirements.need(*requirements.MODELS, *requirements.COMMAND_LINE)
         app()
     except FixEfficientNetError as error:
         if not getattr(error, "said_elsewhere", False):

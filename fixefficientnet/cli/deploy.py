@@ -105,7 +105,10 @@ def merge(
     said = f"{test.size} pixels, crop_pct {test.crop_pct:g}, {test.interpolation}, mean {test.mean}, std {test.std}"
     how = f"timm.create_model('{name}', checkpoint_path='{output}')\nIts preprocessing is not in the file: {said}."
     if folder:
-        how = f"timm.create_model('local-dir:{output}', pretrained=True)\nIts preprocessing is in config.json: {said}."
+        how = (
+            f"timm.create_model('local-dir:{output}', pretrained=True)  # timm 1.0.16 or newer\n"
+            f"Its preprocessing is in config.json: {said}."
+        )
     whose = "the backbone's own weights" if weights == "backbone" else f"FixRes weights ({delta or 'published'})"
     out.print(escape(f"{output}: {row.title}, {whose}\n{how}"), soft_wrap=True)
 
@@ -138,10 +141,10 @@ def export(
 
     The number of pictures is free. Preprocessing is in the file's metadata, labels are beside it.
     """
-    from fixefficientnet import runtimes
+    from fixefficientnet import requirements, runtimes
 
     kind = runtimes.format_of(output, kind)
-    runtimes.need(*runtimes.PACKAGES.get(kind, ()))
+    requirements.need(*runtimes.PACKAGES.get(kind, ()))
     if eight_bit != bool(data):
         raise typer.BadParameter("--int8 takes its pictures from --data, and nothing else does.")
     from fixefficientnet import export as exporting

@@ -379,8 +379,6 @@ def _need_data(data: str) -> None:
 
 
 def _accelerator(device: str | None, mixed_precision: str) -> "Accelerator":
-    import torchmetrics  # noqa: F401 - else it would be missed only when all is evaluated
-
     from fixefficientnet import processes
 
     return processes.accelerator(device, mixed_precision)

@@ -13,12 +13,11 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 
-from fixefficientnet import __version__, hub
+from fixefficientnet import __version__, compat, hub
 from fixefficientnet.errors import FixEfficientNetError, PublishError
 from fixefficientnet.hub import HubFile
 
@@ -148,10 +147,10 @@ class OnHub:
                 advice = "Give the same command again."
                 state = unknown or state
             raise PublishError(f"{state}: {what} ({_reason(error)}). {advice}") from error
-        except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        except (compat.network_error(), OSError, ValueError, RuntimeError) as error:
             if isinstance(error, FixEfficientNetError):
                 raise
-            if isinstance(error, HTTPError):
+            if isinstance(error, compat.network_error()):
                 state = unknown or state
             raise PublishError(
                 f"{state}: {constants.ENDPOINT} was not reached to the end ({_reason(error)}). The same command, given "
@@ -274,6 +273,8 @@ def check_name(repository: str) -> None:
         PublishError: It is not organisation/name.
     """
     try:
+        if not repository.isascii() or not repository.isprintable():  # which huggingface_hub overlooked before 1.0
+            raise HFValidationError(f"Letters are A to Z and a to z: {repository!r}.")
         validate_repo_id(repository)
     except HFValidationError as error:
         raise PublishError(f"--repo: {error}") from None

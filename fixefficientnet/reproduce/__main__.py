@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fixefficientnet import manifest, processes
+from fixefficientnet import manifest, processes, requirements
 from fixefficientnet.cli.app import table
-from fixefficientnet.errors import FixEfficientNetError, RecipeError, UnknownVariantError
+from fixefficientnet.errors import FixEfficientNetError, OutdatedPackageError, RecipeError, UnknownVariantError
 
 EXTRA = "pip install 'fixefficientnet[reproduce]'"
 
@@ -204,10 +204,13 @@ def _print_plan(
 def main() -> None:
     """Runs the command; an error of this package becomes one message and status 1, a signal its own status."""
     try:
+        requirements.need(*requirements.MODELS, *requirements.COMMAND_LINE)
         app()
     except (FixEfficientNetError, OSError) as error:
         rank = processes.rank()
-        of_the_command = isinstance(error, RecipeError | UnknownVariantError)  # which all processes were given alike
+        of_the_command = isinstance(
+            error, OutdatedPackageError | RecipeError | UnknownVariantError
+        )  # which all processes were given alike
         if not getattr(error, "said_elsewhere", of_the_command and rank > 0):
             where = f" (process {rank})" if rank else ""
             text = str(error)

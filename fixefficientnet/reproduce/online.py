@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fixefficientnet import compat
 from fixefficientnet.data import Batch, Pictures, Task, load_batches
 from fixefficientnet.errors import DataError, RecipeError
 from fixefficientnet.preprocessing import FineTuningTransform, Preprocess, TrainingTransform
@@ -149,8 +150,7 @@ def _synchronise(network: Network) -> None:
         return norm.act(norm.drop(result)) if hasattr(norm, "act") else result
 
     norm.process_group = group
-    norm._check_input_dim = lambda inputs: None
-    norm._check_non_zero_input_channels = lambda inputs: None
+    compat.expect_any_device(norm)
     norm.forward = forward
 
 

@@ -4,14 +4,12 @@ from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fixefficientnet import compat, networks
 from fixefficientnet.cost import gmacs_of
 from fixefficientnet.reproduce import cached, network, online
 from fixefficientnet.reproduce.recipe import Recipe
@@ -68,8 +66,9 @@ def plan(recipe: Recipe, *, pictures: tuple[int, int] = IMAGENET, num_classes: i
     """
     train, validation = pictures
     recipe = replace(recipe, mixed_precision="no")  # the meta device has no autocast; memory is stated in float32
+    model = networks.without_weights(recipe.backbone.partition(".")[0], num_classes=num_classes)
     with torch.device("meta"):
-        net = network.prepare(timm.create_model(recipe.backbone.partition(".")[0], num_classes=num_classes), recipe)
+        net = network.prepare(model, recipe)
     base = recipe.stage == "base"
     work_size = recipe.train_size if base else recipe.test_size
     gmacs = {size: gmacs_of(net.model, size) for size in {recipe.train_size, work_size}}
@@ -170,22 +169,17 @@ def _short(number: float) -> str:
     return f"{number:.0f}"
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made within that are alive, and their most."""
+class _LiveBytes:
+    """Counts the bytes of all tensors it is shown that are alive, and their most."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._alive: MutableMapping[Any, int] = WeakIdKeyDictionary()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                self._alive[storage] = storage.nbytes()
+    def __call__(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._alive[storage] = storage.nbytes()
         self.peak = max(self.peak, sum(self._alive.values()))
-        return result
 
 
 def _peak_memory(net: network.Network, recipe: Recipe, size: int, step_pictures: int) -> int:
@@ -197,7 +191,7 @@ def _peak_memory(net: network.Network, recipe: Recipe, size: int, step_pictures:
     if recipe.method == "online":
         net.train(recipe)
         live = _LiveBytes()
-        with live, torch.set_grad_enabled(bool(net.trained)):
+        with compat.showing_results(live), torch.set_grad_enabled(bool(net.trained)):
             inputs = torch.empty(step_pictures, 3, size, size, device="meta")
             loss = F.cross_entropy(net.model(inputs), torch.zeros(step_pictures, dtype=torch.long, device="meta"))
             if net.trained:
@@ -206,6 +200,6 @@ def _peak_memory(net: network.Network, recipe: Recipe, size: int, step_pictures:
         net.model.eval()
         peak = live.peak
     live = _LiveBytes()
-    with live, torch.no_grad():
+    with compat.showing_results(live), torch.no_grad():
         net.model(torch.empty(recipe.forward_batch * views, 3, size, size, device="meta"))
     return fixed + max(peak, live.peak)

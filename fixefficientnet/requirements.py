@@ -1,0 +1,77 @@
+"""The oldest releases that this package runs with, held against what is installed.
+
+They stand in `pyproject.toml` alone. pip looks at them when it installs the package; nobody does for a checkout that
+torch.hub loads, or after an environment changed. Imports nothing outside the standard library.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import re
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+from fixefficientnet.errors import OutdatedPackageError
+
+MODELS = ("torch", "torchvision", "timm", "huggingface_hub", "safetensors", "numpy", "pillow")
+"""What every model needs."""
+COMMAND_LINE = ("typer", "rich")
+"""What the command line needs besides."""
+_MODULES = {"pillow": "PIL"}
+"""Modules with another name than the package's on PyPI."""
+
+
+def need(*packages: str) -> None:
+    """Makes sure that packages are there and new enough, before anything begins.
+
+    Args:
+        packages: By their names in `pyproject.toml`.
+
+    Raises:
+        ModuleNotFoundError: Names the first that is not there.
+        OutdatedPackageError: Names all that are older than what the tests pass with, and pip's command.
+    """
+    oldest = floors()
+    told, wanted = [], []
+    for package in packages:
+        if importlib.util.find_spec(_MODULES.get(package, package)) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+        floor = oldest.get(package, "0")
+        if _release(found := version(package)) < _release(floor):
+            told.append(f"{package} {floor} or newer ({found} is installed)")
+            wanted.append(f"'{package}>={floor}'")
+    if told:
+        raise OutdatedPackageError(
+            f"fixefficientnet needs {', '.join(told)}. Run: pip install --upgrade {' '.join(wanted)}"
+        )
+
+
+def version(package: str) -> str:
+    """The installed release of a package, also where another one brings it (onnxruntime-gpu, pillow-simd)."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return str(importlib.import_module(_MODULES.get(package, package)).__version__)
+
+
+@functools.cache
+def floors() -> dict[str, str]:
+    """The oldest release of each package, extras included: of the checkout, or of what pip installed."""
+    project = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    listed: list[str] = []
+    if project.is_file():
+        table = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+        listed = sum(table["optional-dependencies"].values(), table["dependencies"])
+    else:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # copied by hand: nothing to hold anything against
+            listed = metadata.requires("fixefficientnet") or []
+    found = (re.match(r"([\w.-]+)\s*>=\s*([\w.]+)", requirement) for requirement in listed)
+    return {match[1]: match[2] for match in found if match}
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers at its start: vendors' builds such as 2.6.0a0+ecf3bae count as the release that they are of."""
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    numbers = [int(number) for number in match[0].split(".")] if match else []
+    return tuple(numbers + [0] * (4 - len(numbers)))
