@@ -1,14 +1,51 @@
-"""torch.hub's door: one entrypoint per variant, made from the manifest's rows.
+"""torch.hub's entry points, one per variant, made from the manifest's rows.
 
 torch.hub.list(REPO), torch.hub.help(REPO, "fixefficientnet_b4_ns"), torch.hub.load(REPO, "fixefficientnet_b4_ns")
 """
 
+import hashlib as _hashlib
+import sys as _sys
+from pathlib import Path as _Path
 from typing import Any as _Any
 
+import fixefficientnet as _package
 from fixefficientnet.manifest import Variant as _Variant
 from fixefficientnet.manifest import load as _load
 
 dependencies = ["torch", "torchvision", "timm", "huggingface_hub", "safetensors"]
+
+
+def _digest(package: _Path) -> str:
+    """Of all that decides what a copy of the package does: code, manifest, recipes."""
+    files = {file.relative_to(package).as_posix(): file for file in package.rglob("*.py")}
+    for name in ("weights_manifest.json", "recipes.toml"):  # in an installed package, beside it in a checkout
+        files[name] = next((file for file in (package / name, package.parent / name) if file.is_file()), package)
+    digest = _hashlib.sha256()
+    for name, file in sorted(files.items()):
+        digest.update(name.encode() + b"\0" + _hashlib.sha256(file.read_bytes() if file.is_file() else b"").digest())
+    return digest.hexdigest()
+
+
+def _check_copy() -> None:
+    """Refuses to go on with another copy's code: Python imports a package once, whoever asks for it next.
+
+    Raises:
+        ImportError: The process has loaded another copy; says which.
+    """
+    own, loaded = _Path(__file__).resolve().parent, _Path(_package.__file__ or "").resolve().parent
+    wanted = _digest(own / "fixefficientnet")
+    # kept from the first time: torch.hub may since have put another revision in the same place
+    found = _package.__dict__.setdefault("_digest", wanted if loaded.parent == own else _digest(loaded))
+    if found != wanted:
+        raise ImportError(
+            f"This process has loaded fixefficientnet {_package.__version__} from {loaded.parent} already, and {own} "
+            "holds another one. Restart it (in a notebook, the kernel), and load from this one first."
+        )
+    if str(own) not in _sys.path[1:]:  # torch.hub takes its entry away again; processes that are spawned look here
+        _sys.path.append(str(own))
+
+
+_check_copy()
 
 
 def _entrypoint(variant: _Variant) -> _Any:

@@ -14,13 +14,13 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from fixefficientnet import manifest
-from fixefficientnet.errors import ManifestError
+from fixefficientnet import manifest, requirements
+from fixefficientnet.errors import ManifestError, OutdatedPackageError
 from fixefficientnet.manifest import Variant
 from fixefficientnet.timm_cfg import pretrained_cfg
 
 if TYPE_CHECKING:
-    from timm.models._pretrained import DefaultCfg, PretrainedCfg
+    from timm.models import DefaultCfg, PretrainedCfg
     from torch import nn
 
 __all__: list[str] = []  # timm adds the entrypoints' names
@@ -29,22 +29,27 @@ default_cfgs: dict[str, "DefaultCfg"] = {}  # timm looks its configs up here
 
 def register_with_timm() -> None:
     """Registers all variants now, or as soon as timm is imported."""
+    for finder in [finder for finder in sys.meta_path if _is_ours(finder)]:  # of a copy that was imported before
+        sys.meta_path.remove(finder)
+    finder = _AfterTimm()
+    sys.meta_path.insert(0, finder)  # before looking: another thread may be about to import timm
     if "timm" in sys.modules:
-        _register_or_warn()
-    else:
-        sys.meta_path.insert(0, _AfterTimm())
+        finder.registers()
 
 
-def _register_or_warn() -> None:
-    try:
-        _register()
-    except ManifestError as error:  # a slip in an environment variable must not break `import timm`
-        warnings.warn(f"The FixEfficientNet names are not registered with timm: {error}", stacklevel=2)
+def _is_ours(finder: object) -> bool:
+    """By name: reloading this module makes another class of it."""
+    return (type(finder).__module__, type(finder).__qualname__) == (__name__, _AfterTimm.__qualname__)
 
 
 def _register() -> None:
-    from timm.models import generate_default_cfgs, register_model
+    import timm  # noqa: F401 - waits for another thread that is importing it, which importing timm.models would not
 
+    try:
+        from timm.models import generate_default_cfgs, is_model, register_model
+    except ImportError:
+        requirements.need("timm")  # an old one lacks these
+        raise
     by_architecture: dict[str, list[Variant]] = defaultdict(list)
     for variant in manifest.load().values():
         by_architecture[variant.architecture].append(variant)
@@ -53,7 +58,10 @@ def _register() -> None:
         siblings = sorted(variants, key=lambda variant: variant is not default)
         cfgs: dict[str, Any] = {f"{v.timm_name}{'*' if v is default else ''}": pretrained_cfg(v) for v in siblings}
         default_cfgs.update(generate_default_cfgs(cfgs))
-        register_model(_entrypoint(architecture, siblings))
+        with warnings.catch_warnings():
+            if is_model(architecture):  # after a reload; timm warns of names that are taken
+                warnings.simplefilter("ignore", UserWarning)
+            register_model(_entrypoint(architecture, siblings))
 
 
 def _names_other_weights(cfg: "PretrainedCfg", variant: Variant) -> bool:
@@ -73,6 +81,7 @@ def _entrypoint(architecture: str, siblings: list[Variant]) -> Any:
         cache_dir: str | None = None,
         **kwargs: Any,
     ) -> "nn.Module":
+        requirements.need(*requirements.MODELS)
         import timm
         from timm.models import resolve_pretrained_cfg
 
@@ -95,22 +104,35 @@ def _entrypoint(architecture: str, siblings: list[Variant]) -> Any:
 
 
 class _AfterTimm(importlib.abc.MetaPathFinder):
-    """Finds timm as the other finders do, and registers the variants when its import has ended."""
+    """Finds timm as the finders behind it do, and registers the variants when its import has ended."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != "timm":
+        finders = list(sys.meta_path)
+        if name != "timm" or self not in finders:
             return None
-        others = [finder for finder in sys.meta_path if finder is not self]
-        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        # only those behind it: two such finders that asked all others would ask each other for ever
+        behind = finders[finders.index(self) + 1 :]
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in behind)), None)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
-                _register_or_warn()
+            self.registers()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
+
+    def registers(self) -> None:
+        """Registers the variants, unless that is done."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+            _register_or_warn()
+
+
+def _register_or_warn() -> None:
+    try:
+        _register()
+    except (ManifestError, OutdatedPackageError) as error:  # neither may break `import timm`
+        warnings.warn(f"The FixEfficientNet names are not registered with timm: {error}", stacklevel=2)

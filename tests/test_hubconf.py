@@ -17,7 +17,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("torch")
     target = home / "hub" / "org_fixeffnet_main"
     shutil.copytree(ROOT / "fixefficientnet", target / "fixefficientnet")
-    for name in ("hubconf.py", "weights_manifest.json"):
+    for name in ("hubconf.py", "weights_manifest.json", "recipes.toml", "pyproject.toml"):
         shutil.copy(ROOT / name, target)
     return target
 

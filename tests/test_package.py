@@ -1,10 +1,13 @@
 """What pip installs from a wheel and from an sdist works outside the checkout."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -83,3 +86,29 @@ def test_fine_tuning_without_its_extra_says_what_to_install():
     assert done.returncode == 1
     assert "pip install 'fixefficientnet[reproduce]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def private_names(path: Path) -> Iterator[str]:
+    """Names of other libraries that begin with an underscore: imported, or looked up on what is not one's own."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("fixefficientnet"):
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [part for alias in node.names for part in alias.name.split(".")]
+        elif isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id in OWN):
+            names = [node.attr]
+        else:
+            continue
+        yield from (f"{path.name}:{node.lineno}: {name}" for name in names if PRIVATE.fullmatch(name))
+
+
+OWN = ("self", "cls")
+PRIVATE = re.compile(r"_(?!_)(?!exit|replace|asdict)\w+")
+"""os._exit and a named tuple's methods are documented."""
+
+
+def test_private_names_of_other_libraries_stand_in_one_module():
+    package = ROOT / "fixefficientnet"
+    found = [name for path in package.rglob("*.py") if path.name != "compat.py" for name in private_names(path)]
+    assert found == []
+    assert list(private_names(package / "compat.py"))
