@@ -44,7 +44,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         with _naming(path, name):
             yield temporary
-            with temporary.open("rb") as stream:
+            with temporary.open("r+b") as stream:  # Windows writes out only what may be written
                 os.fsync(stream.fileno())
             temporary.chmod(0o644)
             temporary.replace(path)

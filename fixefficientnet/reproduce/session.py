@@ -1,7 +1,6 @@
 """What all parts of a run share: the processes, how to stop, what could not be read."""
 
 import contextlib
-import fcntl
 import os
 import secrets
 import signal
@@ -185,6 +184,12 @@ class Session:
 
         def take() -> str:
             nonlocal file
+            try:
+                import fcntl
+            except ImportError:
+                raise RunError(
+                    "Fine-tuning locks its folder as Unix does, which this system cannot: on Windows, run it in WSL."
+                ) from None
             folder.mkdir(parents=True, exist_ok=True)
             file = path.open("a+")
             try:
