@@ -185,10 +185,11 @@ def torchvisions(task: Task, way: str) -> dict[str, Any]:
     from torchvision import models
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import InterpolationMode
-    from torchvision.transforms._presets import ImageClassification
 
-    model = models.get_model(f"efficientnet_{task.variant}", weights=None).eval().to(task.device)
-    transform = ImageClassification(crop_size=task.size, resize_size=task.size, interpolation=InterpolationMode.BICUBIC)
+    name = f"efficientnet_{task.variant}"
+    model = models.get_model(name, weights=None).eval().to(task.device)
+    preset = models.get_model_weights(name).DEFAULT.transforms
+    transform = preset(crop_size=task.size, resize_size=task.size, interpolation=InterpolationMode.BICUBIC)
     dataset = ImageFolder(task.folder, transform)
     return _loop(task, model, lambda: loader(task, dataset))
 

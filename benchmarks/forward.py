@@ -109,7 +109,9 @@ def _ahead(model: Any, pictures: Any) -> Callable[[Any], Any]:
 
     import torch
 
-    with torch.no_grad(), torch._inductor.config.patch(freezing=True), tempfile.TemporaryDirectory() as folder:
+    from fixefficientnet import compat
+
+    with torch.no_grad(), compat.freezing(), tempfile.TemporaryDirectory() as folder:
         exported = torch.export.export(model, (pictures,))
         path = torch._inductor.aoti_compile_and_package(exported, package_path=f"{folder}/model.pt2")
         loaded: Callable[[Any], Any] = torch._inductor.aoti_load_package(path)
