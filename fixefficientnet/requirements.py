@@ -22,8 +22,9 @@ _MODULES = {"pillow": "PIL"}
 """Modules with another name than the package's on PyPI."""
 
 
+@functools.cache
 def need(*packages: str) -> None:
-    """Makes sure that packages are there and new enough, before anything begins.
+    """Makes sure that packages are there and new enough, before anything begins; looks once, if all is well.
 
     Args:
         packages: By their names in `pyproject.toml`.

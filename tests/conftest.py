@@ -32,7 +32,7 @@ from packaging.version import Version
 from torch import nn
 
 import fixefficientnet
-from fixefficientnet import delta, manifest
+from fixefficientnet import delta, manifest, requirements
 
 try:
     from timm.models import save_for_hf
@@ -105,6 +105,12 @@ def tuned_delta(model: nn.Module, key: str, seed: int = 1) -> delta.Delta:
     )
     model.load_state_dict(base)
     return found
+
+
+@pytest.fixture(autouse=True)
+def _packages_are_looked_at_again() -> None:
+    """What was found installed is remembered; tests take packages away."""
+    requirements.need.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 from conftest import lively
@@ -41,6 +42,18 @@ def marks(logits: torch.Tensor, labels: Sequence[int], best: int = 1) -> str:
     """Per picture: are there fewer than `best` classes that the network finds more likely than the label?"""
     right = logits.gather(1, torch.tensor(labels)[:, None])
     return "".join("01"[int(better) < best] for better in (logits > right).sum(1))
+
+
+def assert_nearly(found: object, expected: object) -> None:
+    """The same but for rounding, which the number of threads and the place of a picture in its batch decide."""
+    if isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    elif isinstance(expected, dict):
+        assert isinstance(found, dict) and found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_nearly(found[key], value)
+    else:
+        assert found == expected
 
 
 def network(num_classes: int, pictures: Sequence[Path], labels: Sequence[int], test: TestTime = TEST) -> nn.Module:

@@ -30,10 +30,26 @@ def cli(*arguments: str | Path, stdin: bytes | None = None, status: int = 0, cwd
 def test_list_fits_80_columns_and_has_every_variant():
     out, _ = cli("list")
     assert max(map(len, out.splitlines())) <= 80
-    rows = [re.split(r"\s*│\s*", line)[1:-1] for line in out.splitlines() if line.startswith("│")]
+    rows = [re.split(r"\s*[│|]\s*", line)[1:-1] for line in out.splitlines()]  # lines, or what stands for them
+    rows = [row for row in rows if row and row[0] in manifest.load()]
     assert [row[0] for row in rows] == list(manifest.load())
     assert rows[4] == ["b4", "19.3M", "512", "83.3", "84.0", "not published yet"]
     assert rows[-1][-1] == "none (backbone only)"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252"])
+@pytest.mark.parametrize("command", ["fixefficientnet predict", "fixefficientnet.reproduce", "fixefficientnet list"])
+def test_a_terminal_of_another_encoding_is_shown_what_it_can_show(encoding: str, command: str):
+    module, *more = command.split()
+    help_ = [] if more == ["list"] else ["--help"]
+    done = subprocess.run(
+        [sys.executable, "-m", module, *more, *help_],
+        env=os.environ | {"PYTHONIOENCODING": encoding, "COLUMNS": "80"},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"b4_ns" in done.stdout or b"--device" in done.stdout
 
 
 def test_list_as_json_and_filtered():

@@ -32,7 +32,7 @@ def elsewhere(tmp_path: Path) -> dict[str, str]:
     folder = tmp_path / "hidden"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(HIDDEN + "multiprocessing.set_start_method('spawn')\n")
-    return {"PYTHONPATH": str(folder)}
+    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
 
 
 def run(*arguments: object, env: dict[str, str], status: int = 0) -> tuple[str, str]:

@@ -50,7 +50,7 @@ def test_sdist_holds_what_a_packager_needs(sdist: Path):
 
 def test_wheel_from_the_sdist_works_outside_the_checkout(sdist: Path, tmp_path: Path):
     with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path, filter="data")
+        archive.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     (source,) = tmp_path.glob("fixefficientnet-*")
     wheel = build(source, "wheel", tmp_path / "wheel")
     with zipfile.ZipFile(wheel) as archive:

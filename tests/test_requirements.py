@@ -35,7 +35,7 @@ def outdated(folder: Path, **releases: str) -> dict[str, str]:
         place = folder / f"{name}-{release}.dist-info"
         place.mkdir(parents=True)
         (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {release}\n")
-    return {"PYTHONPATH": str(folder)}
+    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
 
 
 def last_line(code: str, env: dict[str, str], cwd: Path = ROOT) -> str:

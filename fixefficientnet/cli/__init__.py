@@ -10,7 +10,7 @@ import sys
 from rich.markup import escape
 
 from fixefficientnet import processes, requirements
-from fixefficientnet.cli.app import app, err
+from fixefficientnet.cli.app import app, err, show_what_can_be_shown
 from fixefficientnet.errors import FixEfficientNetError
 
 # the modules add their commands, which stand in this order in --help
@@ -36,6 +36,7 @@ def main() -> None:
     before, thresholds = signal.signal(signal.SIGTERM, _end), gc.get_threshold()
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     try:
+        show_what_can_be_shown()
         requirements.need(*requirements.MODELS, *requirements.COMMAND_LINE)
         app()
     except FixEfficientNetError as error:

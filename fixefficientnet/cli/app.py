@@ -1,6 +1,8 @@
 """What the commands share: the application, where it speaks, JSON."""
 
+import io
 import json
+import sys
 from typing import Annotated
 
 import typer
@@ -30,6 +32,13 @@ Fast = Annotated[
     bool,
     typer.Option("--fast-preprocessing", help="From JPEG to tensor in half the time, with slightly other pixels."),
 ]
+
+
+def show_what_can_be_shown() -> None:
+    """Shows a question mark for each letter that a terminal's encoding lacks, where Python would end with an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="replace")
 
 
 def print_json(value: object) -> None:

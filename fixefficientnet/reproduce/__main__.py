@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fixefficientnet import manifest, processes, requirements
-from fixefficientnet.cli.app import table
+from fixefficientnet.cli.app import show_what_can_be_shown, table
 from fixefficientnet.errors import FixEfficientNetError, OutdatedPackageError, RecipeError, UnknownVariantError
 
 EXTRA = "pip install 'fixefficientnet[reproduce]'"
@@ -204,6 +204,7 @@ def _print_plan(
 def main() -> None:
     """Runs the command; an error of this package becomes one message and status 1, a signal its own status."""
     try:
+        show_what_can_be_shown()
         requirements.need(*requirements.MODELS, *requirements.COMMAND_LINE)
         app()
     except (FixEfficientNetError, OSError) as error:
