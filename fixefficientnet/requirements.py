@@ -27,7 +27,7 @@ def need(*packages: str) -> None:
     """Makes sure that packages are there and new enough, before anything begins; looks once, if all is well.
 
     Args:
-        packages: By their names in `pyproject.toml`.
+        packages: By their names on PyPI, with _ for -.
 
     Raises:
         ModuleNotFoundError: Names the first that is not there.
@@ -58,17 +58,20 @@ def version(package: str) -> str:
 
 @functools.cache
 def floors() -> dict[str, str]:
-    """The oldest release of each package, extras included: of the checkout, or of what pip installed."""
-    project = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    """The oldest release of each package, extras included, with _ for - in its name.
+
+    They are the checkout's, or those of what pip installed.
+    """
+    file = Path(__file__).resolve().parent.parent / "pyproject.toml"
     listed: list[str] = []
-    if project.is_file():
-        table = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
-        listed = sum(table["optional-dependencies"].values(), table["dependencies"])
+    project = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {}) if file.is_file() else {}
+    if project.get("name") == "fixefficientnet":  # and not what somebody left beside an installed package
+        listed = sum(project["optional-dependencies"].values(), project["dependencies"])
     else:
         with contextlib.suppress(metadata.PackageNotFoundError):  # copied by hand: nothing to hold anything against
             listed = metadata.requires("fixefficientnet") or []
     found = (re.match(r"([\w.-]+)\s*>=\s*([\w.]+)", requirement) for requirement in listed)
-    return {match[1]: match[2] for match in found if match}
+    return {match[1].replace("-", "_"): match[2] for match in found if match}
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from fixefficientnet import requirements
+
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
     done = subprocess.run(
@@ -71,6 +73,9 @@ def test_wheel_from_the_sdist_works_outside_the_checkout(sdist: Path, tmp_path: 
     (tmp_path / "cat.jpg").write_bytes((ROOT / "examples" / "cat.jpg").read_bytes())
     out = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
     assert out.splitlines() == [f"{site / 'fixefficientnet' / '__init__.py'} 21", "Egyptian cat"]
+    floors = "from fixefficientnet import requirements; print(sorted(requirements.floors().items()))"
+    out = run(sys.executable, "-c", floors, cwd=tmp_path, PYTHONPATH=str(site))  # from the wheel's metadata
+    assert out.strip() == str(sorted(requirements.floors().items()))
     command = site / "bin" / "fixefficientnet"
     assert "b4_ns" in run(sys.executable, command, "list", cwd=tmp_path, PYTHONPATH=str(site))
     plan = run(sys.executable, "-m", "fixefficientnet.reproduce", "b2", "--plan", cwd=tmp_path, PYTHONPATH=str(site))
