@@ -107,6 +107,11 @@ def tuned_delta(model: nn.Module, key: str, seed: int = 1) -> delta.Delta:
     return found
 
 
+def python_path(folder: Path) -> str:
+    """PYTHONPATH with a folder in front of what it has."""
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
 @pytest.fixture(autouse=True)
 def _packages_are_looked_at_again() -> None:
     """What was found installed is remembered; tests take packages away."""

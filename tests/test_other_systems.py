@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, python_path
 from tiny import make_data
 
 HIDDEN = """
@@ -32,7 +32,7 @@ def elsewhere(tmp_path: Path) -> dict[str, str]:
     folder = tmp_path / "hidden"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(HIDDEN + "multiprocessing.set_start_method('spawn')\n")
-    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+    return {"PYTHONPATH": python_path(folder)}
 
 
 def run(*arguments: object, env: dict[str, str], status: int = 0) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, python_path
 
 from fixefficientnet import requirements
 
@@ -71,14 +71,16 @@ def test_wheel_from_the_sdist_works_outside_the_checkout(sdist: Path, tmp_path: 
         "print(f.predict('cat.jpg')[0].labels[0].name)"
     )
     (tmp_path / "cat.jpg").write_bytes((ROOT / "examples" / "cat.jpg").read_bytes())
-    out = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
+    out = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=python_path(site))
     assert out.splitlines() == [f"{site / 'fixefficientnet' / '__init__.py'} 21", "Egyptian cat"]
     floors = "from fixefficientnet import requirements; print(sorted(requirements.floors().items()))"
-    out = run(sys.executable, "-c", floors, cwd=tmp_path, PYTHONPATH=str(site))  # from the wheel's metadata
+    out = run(sys.executable, "-c", floors, cwd=tmp_path, PYTHONPATH=python_path(site))  # from the wheel's metadata
     assert out.strip() == str(sorted(requirements.floors().items()))
     command = site / "bin" / "fixefficientnet"
-    assert "b4_ns" in run(sys.executable, command, "list", cwd=tmp_path, PYTHONPATH=str(site))
-    plan = run(sys.executable, "-m", "fixefficientnet.reproduce", "b2", "--plan", cwd=tmp_path, PYTHONPATH=str(site))
+    assert "b4_ns" in run(sys.executable, command, "list", cwd=tmp_path, PYTHONPATH=python_path(site))
+    plan = run(
+        sys.executable, "-m", "fixefficientnet.reproduce", "b2", "--plan", cwd=tmp_path, PYTHONPATH=python_path(site)
+    )
     assert "39,711,744 forward passes" in plan  # which needs the packaged recipes.toml
 
 

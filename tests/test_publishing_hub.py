@@ -12,7 +12,7 @@ from pathlib import Path
 import hub_standin
 import pytest
 import tiny
-from conftest import ROOT
+from conftest import ROOT, python_path
 from hub_standin import DROP, DROP_AFTER, TOKEN, Hub, Repository
 from huggingface_hub import constants, file_download
 
@@ -120,7 +120,7 @@ def test_whole_command_in_its_own_process_keeps_no_token(desk: Desk, hub_cache: 
         "HF_HOME": str(home),
         "HF_TOKEN": TOKEN,
         "HF_HUB_DISABLE_XET": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": python_path(ROOT),
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "fixefficientnet", "publish", str(desk.runs / "b0"), "--repo", NAME, "--private"]

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, python_path
 from packaging.requirements import Requirement
 from packaging.version import Version
 from tiny import cli
@@ -40,7 +40,7 @@ def outdated(folder: Path, **releases: str) -> dict[str, str]:
         place = folder / f"{name}-{release}.dist-info"
         place.mkdir(parents=True)
         (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {release}\n")
-    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+    return {"PYTHONPATH": python_path(folder)}
 
 
 def last_line(code: str, env: dict[str, str], cwd: Path = ROOT) -> str:
@@ -173,7 +173,7 @@ def test_a_pyproject_that_somebody_left_beside_the_package_is_not_ours(tmp_path:
     shutil.copytree(ROOT / "fixefficientnet", tmp_path / "fixefficientnet")
     (tmp_path / "pyproject.toml").write_text("[tool.other]\n")
     code = "from fixefficientnet import requirements; print(requirements.__file__, requirements.floors())"
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    env = os.environ | {"PYTHONPATH": python_path(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, cwd="/")
     assert done.stdout.startswith(f"{tmp_path}/fixefficientnet/requirements.py {{")
 
