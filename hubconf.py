@@ -18,11 +18,13 @@ dependencies = ["torch", "torchvision", "timm", "huggingface_hub", "safetensors"
 def _digest(package: _Path) -> str:
     """Of all that decides what a copy of the package does: code, manifest, recipes."""
     files = {file.relative_to(package).as_posix(): file for file in package.rglob("*.py")}
+    files = {name: file for name, file in files.items() if not name.startswith(".") and "/." not in name}
     for name in ("weights_manifest.json", "recipes.toml"):  # in an installed package, beside it in a checkout
         files[name] = next((file for file in (package / name, package.parent / name) if file.is_file()), package)
     digest = _hashlib.sha256()
     for name, file in sorted(files.items()):
-        digest.update(name.encode() + b"\0" + _hashlib.sha256(file.read_bytes() if file.is_file() else b"").digest())
+        content = file.read_bytes().replace(b"\r\n", b"\n") if file.is_file() else b""
+        digest.update(name.encode() + b"\0" + _hashlib.sha256(content).digest())
     return digest.hexdigest()
 
 
@@ -30,7 +32,8 @@ def _check_copy() -> None:
     """Refuses to go on with another copy's code: Python imports a package once, whoever asks for it next.
 
     Raises:
-        ImportError: The process has loaded another copy; says which.
+        ImportError: The process has loaded another copy; says which. A copy that was imported directly is taken to be
+            what lies on disk now.
     """
     own, loaded = _Path(__file__).resolve().parent, _Path(_package.__file__ or "").resolve().parent
     wanted = _digest(own / "fixefficientnet")

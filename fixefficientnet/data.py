@@ -309,7 +309,7 @@ def _named(kind: str, name: str, split: str, root: str | None) -> Any:
         if isinstance(error, AttributeError) and "'names'" in str(error):
             installed = requirements.version("timm")
             hint = f" Its labels have no names, which timm reads since 1.0.31; {installed} is installed."
-        raise DataError(f"{kind}/{name} ({split}) cannot be opened: {error}.{hint}") from error
+        raise DataError(f"{kind}/{name} ({split}) cannot be opened: {str(error).rstrip('.')}.{hint}") from error
     return getattr(dataset, "reader", dataset)
 
 

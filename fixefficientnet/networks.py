@@ -25,7 +25,8 @@ def without_weights(architecture: str, **timm_kwargs: Any) -> nn.Module:
         with torch.device("meta"), _SkipInitialisation():
             return timm.create_model(architecture, pretrained=False, **timm_kwargs)
     except (NotImplementedError, RuntimeError, TypeError):  # older releases of timm read some values back
-        return timm.create_model(architecture, pretrained=False, **timm_kwargs).to("meta")
+        with torch.random.fork_rng(devices=[]):
+            return timm.create_model(architecture, pretrained=False, **timm_kwargs).to("meta")
 
 
 class _SkipInitialisation(TorchFunctionMode):

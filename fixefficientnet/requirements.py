@@ -8,8 +8,7 @@ import contextlib
 import functools
 import importlib.util
 import re
-import tomllib
-from importlib import metadata
+import sys
 from pathlib import Path
 
 from fixefficientnet.errors import OutdatedPackageError
@@ -36,10 +35,10 @@ def need(*packages: str) -> None:
     oldest = floors()
     told, wanted = [], []
     for package in packages:
-        if importlib.util.find_spec(_MODULES.get(package, package)) is None:
+        if not _is_there(package):
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
-        floor = oldest.get(package, "0")
-        if _release(found := version(package)) < _release(floor):
+        floor, found = oldest.get(package, "0"), version(package)
+        if _release(found) < _release(floor):
             told.append(f"{package} {floor} or newer ({found} is installed)")
             wanted.append(f"'{package}>={floor}'")
     if told:
@@ -48,12 +47,31 @@ def need(*packages: str) -> None:
         )
 
 
+def need_for_command_line() -> None:
+    """Ends the process with one error where something that the command line needs is too old."""
+    try:
+        need(*MODELS, *COMMAND_LINE)
+    except OutdatedPackageError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
 def version(package: str) -> str:
     """The installed release of a package, also where another one brings it (onnxruntime-gpu, pillow-simd)."""
+    from importlib import metadata  # which takes a while, and listing models needs none of it
+
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found: str | None = metadata.version(package)
+        if found:  # None where the folder of a removed package was left behind
+            return found
+    return str(getattr(importlib.import_module(_MODULES.get(package, package)), "__version__", "unknown"))
+
+
+def _is_there(package: str) -> bool:
     try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return str(importlib.import_module(_MODULES.get(package, package)).__version__)
+        return importlib.util.find_spec(_MODULES.get(package, package)) is not None
+    except ValueError:  # imported, by whoever put it there without a spec
+        return True
 
 
 @functools.cache
@@ -62,9 +80,14 @@ def floors() -> dict[str, str]:
 
     They are the checkout's, or those of what pip installed.
     """
+    import tomllib
+    from importlib import metadata
+
     file = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    project = {}
+    with contextlib.suppress(OSError, ValueError):
+        project = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {})
     listed: list[str] = []
-    project = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {}) if file.is_file() else {}
     if project.get("name") == "fixefficientnet":  # and not what somebody left beside an installed package
         listed = sum(project["optional-dependencies"].values(), project["dependencies"])
     else:
@@ -74,8 +97,11 @@ def floors() -> dict[str, str]:
     return {match[1].replace("-", "_"): match[2] for match in found if match}
 
 
-def _release(version: str) -> tuple[int, ...]:
-    """The numbers at its start: vendors' builds such as 2.6.0a0+ecf3bae count as the release that they are of."""
-    match = re.match(r"\d+(?:\.\d+)*", version)
-    numbers = [int(number) for number in match[0].split(".")] if match else []
-    return tuple(numbers + [0] * (4 - len(numbers)))
+def _release(version: str) -> tuple[float, ...]:
+    """The numbers at its start: vendors' builds such as 2.6.0a0+ecf3bae count as the release that they are of.
+
+    What tells no release ("unknown", "0+unknown") counts as the newest.
+    """
+    match = re.match(r"(?:\d+!)?(\d+(?:\.\d+)*)(?!\+unknown)", version)
+    numbers = [float(number) for number in match[1].split(".")] if match else [float("inf")]
+    return tuple(numbers + [0.0] * (4 - len(numbers)))

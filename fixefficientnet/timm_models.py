@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fixefficientnet import manifest, requirements
-from fixefficientnet.errors import ManifestError, OutdatedPackageError
+from fixefficientnet.errors import ManifestError
 from fixefficientnet.manifest import Variant
 from fixefficientnet.timm_cfg import pretrained_cfg
 
@@ -44,12 +44,8 @@ def _is_ours(finder: object) -> bool:
 
 def _register() -> None:
     import timm  # noqa: F401 - waits for another thread that is importing it, which importing timm.models would not
+    from timm.models import generate_default_cfgs, is_model, register_model
 
-    try:
-        from timm.models import generate_default_cfgs, is_model, register_model
-    except ImportError:
-        requirements.need("timm")  # an old one lacks these
-        raise
     by_architecture: dict[str, list[Variant]] = defaultdict(list)
     for variant in manifest.load().values():
         by_architecture[variant.architecture].append(variant)
@@ -104,24 +100,19 @@ def _entrypoint(architecture: str, siblings: list[Variant]) -> Any:
 
 
 class _AfterTimm(importlib.abc.MetaPathFinder):
-    """Finds timm as the finders behind it do, and registers the variants when its import has ended."""
+    """Finds timm as the finders behind it do, and registers the variants when its models have been imported."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         finders = list(sys.meta_path)
-        if name != "timm" or self not in finders:
+        # timm.models too: another thread may have asked for timm just before this finder was there
+        if name not in ("timm", "timm.models") or self not in finders:
             return None
         # only those behind it: two such finders that asked all others would ask each other for ever
         behind = finders[finders.index(self) + 1 :]
-        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in behind)), None)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            self.registers()
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        asked = (finder.find_spec(name, path, target) for finder in behind if hasattr(finder, "find_spec"))
+        spec = next(filter(None, asked), None)
+        if spec is not None and hasattr(spec.loader, "exec_module"):
+            spec.loader = _Loading(spec.loader, self)
         return spec
 
     def registers(self) -> None:
@@ -131,8 +122,34 @@ class _AfterTimm(importlib.abc.MetaPathFinder):
             _register_or_warn()
 
 
+class _Loading(importlib.abc.Loader):
+    """A loader, unchanged but for what comes after it; the module never sees this one."""
+
+    def __init__(self, own: Any, finder: _AfterTimm):
+        self._own, self._finder = own, finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        made: ModuleType | None = self._own.create_module(spec)
+        return made
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__:
+            module.__spec__.loader = self._own
+        module.__loader__ = self._own
+        self._own.exec_module(module)
+        self._finder.registers()
+
+
 def _register_or_warn() -> None:
+    """Whatever goes wrong with these names, it may break neither `import timm` nor `import fixefficientnet`."""
     try:
-        _register()
-    except (ManifestError, OutdatedPackageError) as error:  # neither may break `import timm`
+        try:
+            _register()
+        except (AttributeError, ImportError, TypeError):
+            requirements.need("timm")  # an old one lacks what registering takes
+            raise
+    except (AttributeError, ImportError, ManifestError, TypeError) as error:
         warnings.warn(f"The FixEfficientNet names are not registered with timm: {error}", stacklevel=2)

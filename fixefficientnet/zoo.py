@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import timm
 import torch
 from timm.models import adapt_input_conv
@@ -120,10 +121,11 @@ def build(
         if tuned and (test := delta.test_time(tuned, variant.test)) != variant.test:
             timm_kwargs["pretrained_cfg"] = with_test_time(timm_kwargs["pretrained_cfg"], test)
         model = networks.without_weights(variant.backbone.architecture, **timm_kwargs)
-        tensors = backbone_tensors(variant, cache_dir, model)
-        if tuned is not None:
-            tensors = delta.merge(tensors, tuned, HEAD)
-        _assign(variant, tensors, model, features_only=bool(timm_kwargs.get("features_only")))
+        with torch.device("cpu"):  # whatever the caller's default
+            tensors = backbone_tensors(variant, cache_dir, model)
+            if tuned is not None:
+                tensors = delta.merge(tensors, tuned, HEAD)
+            _assign(variant, tensors, model, features_only=bool(timm_kwargs.get("features_only")))
     return attach(model.to(device, dtype), variant)
 
 
@@ -215,7 +217,7 @@ def _assign(variant: Variant, tensors: Mapping[str, Tensor], model: nn.Module, *
             raise CheckpointError(
                 f"{weights} have {source} in the shape {list(tensor.shape)}, the model has {list(target.shape)}."
             )
-        chosen[name] = tensor.to(target.dtype).contiguous()  # which safetensors wants, and legacy files are not always
+        chosen[name] = _contiguous(tensor).to(target.dtype)
     extra = set(tensors) - {source for source, _ in wanted.values()}
     if not features_only:
         extra = {name for name in extra if not name.startswith(f"{CLASSIFIER}.")}
@@ -228,6 +230,14 @@ def _assign(variant: Variant, tensors: Mapping[str, Tensor], model: nn.Module, *
         bound = 1 / math.sqrt(built.num_classes)  # timm's own start for an EfficientNet
         nn.init.uniform_(built.classifier.weight, -bound, bound)
         nn.init.zeros_(built.classifier.bias)
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    """As safetensors wants it, and legacy files are not always.
+
+    By NumPy: torch would copy with OpenMP's threads, and where these have begun, processes that are forked hang.
+    """
+    return tensor if tensor.is_contiguous() else torch.from_numpy(np.ascontiguousarray(tensor.numpy()))
 
 
 def _name_in_full_model(name: str) -> str:

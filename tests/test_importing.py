@@ -114,6 +114,59 @@ assert not failures, failures
     python(code + NAMES)
 
 
+@pytest.mark.parametrize("kind", ["no exec_module", "slots", "no find_spec", "wrapped"])
+def test_finders_and_loaders_of_others(kind: str):
+    """What stands behind this package's finder may be of any make."""
+    code = f"""
+import warnings; warnings.simplefilter("ignore")
+import importlib.machinery, sys
+kind = {kind!r}
+
+class Loader:
+    __slots__ = ("own",)
+    def __init__(self, own):
+        self.own = own
+    def create_module(self, spec):
+        return self.own.create_module(spec)
+    def exec_module(self, module):
+        self.own.exec_module(module)
+
+class Proxy:
+    def __init__(self, own):
+        object.__setattr__(self, "own", own)
+    def __getattr__(self, name):
+        return getattr(self.own, name)
+    def __setattr__(self, name, value):
+        setattr(self.own, name, value)
+    def exec_module(self, module):
+        self.own.exec_module(module)
+
+class Legacy:
+    def __init__(self, own):
+        self.own = own
+    def load_module(self, name):
+        return self.own.load_module(name)
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if name == "timm":
+            make = {{"wrapped": Proxy, "slots": Loader, "no exec_module": Legacy}}[kind]
+            spec.loader = make(spec.loader)
+        return spec
+
+class Old:
+    def find_module(self, name, path=None):
+        return None
+
+sys.meta_path.insert(0, Old() if kind == "no find_spec" else Finder)
+import fixefficientnet
+import timm
+"""
+    python(code + NAMES)
+
+
 def test_an_import_of_timm_that_fails_may_be_tried_again(tmp_path: Path):
     (tmp_path / "timm").mkdir()
     (tmp_path / "timm" / "__init__.py").write_text("raise ImportError('broken')")
@@ -220,7 +273,7 @@ def test_processes_get_a_model(tmp_path: Path, method: str):
         + f"""
 if __name__ == "__main__":
     import fixefficientnet
-    print(ask({method!r}, fixefficientnet.create("lite0")))
+    print(ask({method!r}, fixefficientnet.create("lite0", "backbone")))
 """
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, cwd=tmp_path)

@@ -124,7 +124,6 @@ def test_an_old_python_is_told_of():
         (["evaluate", "lite0", "--data", "nowhere"], "torchmetrics", ""),
         (["export", "lite0", "-o", "{}/a.onnx"], "onnxruntime", ""),
         (["predict", "examples/cat.jpg", "--engine", "openvino"], "openvino", ""),
-        (["list"], "typer", ""),
     ],
 )
 def test_extras_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], package: str, module: str):
@@ -137,12 +136,39 @@ def test_extras_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: li
     assert not list(tmp_path.glob("*.onnx"))
 
 
-@pytest.mark.parametrize("found", ["2.6.0a0+ecf3bae40a.nv25.1", "99", "10.0.0.dev20260101+cu130", "2.6.0+cu124"])
+@pytest.mark.parametrize(
+    "found",
+    ["2.6.0a0+ecf3bae40a.nv25.1", "99", "10.0.0.dev20260101+cu130", "2.6.0+cu124", "1!2.7", "0+unknown", "unknown"],
+)
 def test_vendors_builds_count_as_their_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: str):
     outdated(tmp_path, torch=found)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert requirements.version("torch") == found
     requirements.need("torch")
+
+
+def test_a_folder_that_a_removed_package_left_tells_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "numpy-1.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import numpy
+
+    assert requirements.version("numpy") == numpy.__version__
+
+
+def test_a_module_without_a_spec_is_there(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys.modules["torchvision"], "__spec__", None)
+    requirements.need("torchvision")
+
+
+@pytest.mark.parametrize("command", ["fixefficientnet.cli", "fixefficientnet.reproduce.__main__"])
+def test_a_command_line_package_that_cannot_even_be_imported_is_told_of(tmp_path: Path, command: str):
+    """Of these, old releases lack what is asked of them when the commands are declared."""
+    (tmp_path / "typer.py").write_text("raise AttributeError('of an old release')")
+    said = last_line(f"from {command} import main; main()", outdated(tmp_path, typer="0.4.0"))
+    assert said == (
+        f"Error: fixefficientnet needs typer {FLOORS['typer']} or newer (0.4.0 is installed). "
+        f"Run: pip install --upgrade 'typer>={FLOORS['typer']}'"
+    )
 
 
 def test_a_module_that_another_distribution_brings_tells_its_release(monkeypatch: pytest.MonkeyPatch):

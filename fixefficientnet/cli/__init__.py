@@ -7,9 +7,12 @@ import gc
 import signal
 import sys
 
+from fixefficientnet import processes, requirements
+
+requirements.need_for_command_line()  # before these are imported: old ones may fail at that
+
 from rich.markup import escape
 
-from fixefficientnet import processes, requirements
 from fixefficientnet.cli.app import app, err, show_what_can_be_shown
 from fixefficientnet.errors import FixEfficientNetError
 
@@ -37,7 +40,6 @@ def main() -> None:
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     try:
         show_what_can_be_shown()
-        requirements.need(*requirements.MODELS, *requirements.COMMAND_LINE)
         app()
     except FixEfficientNetError as error:
         if not getattr(error, "said_elsewhere", False):

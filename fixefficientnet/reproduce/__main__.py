@@ -5,14 +5,17 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+from fixefficientnet import manifest, processes, requirements
+
+requirements.need_for_command_line()  # before these are imported: old ones may fail at that
+
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fixefficientnet import manifest, processes, requirements
 from fixefficientnet.cli.app import show_what_can_be_shown, table
-from fixefficientnet.errors import FixEfficientNetError, OutdatedPackageError, RecipeError, UnknownVariantError
+from fixefficientnet.errors import FixEfficientNetError, RecipeError, UnknownVariantError
 
 EXTRA = "pip install 'fixefficientnet[reproduce]'"
 
@@ -205,13 +208,10 @@ def main() -> None:
     """Runs the command; an error of this package becomes one message and status 1, a signal its own status."""
     try:
         show_what_can_be_shown()
-        requirements.need(*requirements.MODELS, *requirements.COMMAND_LINE)
         app()
     except (FixEfficientNetError, OSError) as error:
         rank = processes.rank()
-        of_the_command = isinstance(
-            error, OutdatedPackageError | RecipeError | UnknownVariantError
-        )  # which all processes were given alike
+        of_the_command = isinstance(error, RecipeError | UnknownVariantError)  # which all processes were given alike
         if not getattr(error, "said_elsewhere", of_the_command and rank > 0):
             where = f" (process {rank})" if rank else ""
             text = str(error)
