@@ -48,9 +48,9 @@ def need(*packages: str) -> None:
 
 
 def need_for_command_line() -> None:
-    """Ends the process with one error where something that the command line needs is too old."""
+    """Ends the process with one error where what the command line is made of is too old."""
     try:
-        need(*MODELS, *COMMAND_LINE)
+        need(*COMMAND_LINE)
     except OutdatedPackageError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)

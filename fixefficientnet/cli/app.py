@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fixefficientnet import __version__, processes
+from fixefficientnet import __version__, processes, requirements
 
 app = typer.Typer(
     help="FixEfficientNet: pretrained EfficientNets, tuned for their test size by FixRes.",
@@ -64,8 +64,10 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand not in ("list", "info"):  # which need no model
+        requirements.need(*requirements.MODELS)

@@ -208,6 +208,7 @@ def main() -> None:
     """Runs the command; an error of this package becomes one message and status 1, a signal its own status."""
     try:
         show_what_can_be_shown()
+        requirements.need(*requirements.MODELS)
         app()
     except (FixEfficientNetError, OSError) as error:
         rank = processes.rank()
