@@ -118,15 +118,15 @@ def test_an_old_python_is_told_of():
 
 
 @pytest.mark.parametrize(
-    ("command", "package", "module"),
+    ("command", "package"),
     [
-        (["evaluate", "lite0", "--data", "nowhere"], "accelerate", ""),
-        (["evaluate", "lite0", "--data", "nowhere"], "torchmetrics", ""),
-        (["export", "lite0", "-o", "{}/a.onnx"], "onnxruntime", ""),
-        (["predict", "examples/cat.jpg", "--engine", "openvino"], "openvino", ""),
+        (["evaluate", "lite0", "--data", "nowhere"], "accelerate"),
+        (["evaluate", "lite0", "--data", "nowhere"], "torchmetrics"),
+        (["export", "lite0", "-o", "{}/a.onnx"], "onnxruntime"),
+        (["predict", "examples/cat.jpg", "--engine", "openvino"], "openvino"),
     ],
 )
-def test_extras_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], package: str, module: str):
+def test_extras_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], package: str):
     outdated(tmp_path, **{package: "0.0.1"})
     monkeypatch.syspath_prepend(str(tmp_path))
     _, err = cli(*(part.format(tmp_path) for part in command), status=1)
