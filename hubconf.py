@@ -77,7 +77,7 @@ def _entrypoint(variant: _Variant) -> _Any:
         **kwargs: num_classes, in_chans, features_only, device, dtype, cache_dir, and timm's own.
 
     Returns:
-        timm's model in eval mode, with `preprocess` (picture -> float32 [3, {test.size}, {test.size}]),
+        timm's model in eval mode, with `preprocess` (image -> float32 [3, {test.size}, {test.size}]),
         `variant` and `pretrained_cfg`.
     """
     return build

@@ -1,6 +1,6 @@
 r"""Runs benchmarks on this machine.
 
-    python -m benchmarks all --pictures DIR --train DIR --checkpoint FILE \
+    python -m benchmarks all --images DIR --train DIR --checkpoint FILE \
       --json docs/results/speed.json
     python -m benchmarks load start --json docs/results/speed.json
     python -m benchmarks.tables docs/results/speed.json

@@ -1,6 +1,6 @@
-"""What each way to be faster does to top-1: Lite0, 1 and 2, whose weights are at hand, at their test sizes.
+"""What each setup to be faster does to top-1: Lite0, 1 and 2, whose weights are at hand, at their test sizes.
 
-python -m benchmarks accuracy --pictures FOLDER
+python -m benchmarks accuracy --images FOLDER
 """
 
 import argparse
@@ -25,7 +25,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 ON_CUDA = {
-    **{way: how for way, how in WAYS.items() if "openvino" not in way and way != "onnx"},
+    **{setup: how for setup, how in WAYS.items() if "openvino" not in setup and setup != "onnx"},
     "eager in fp16": {"mixed_precision": "fp16"},
     "compile": {"engine": "compile"},
 }
@@ -35,32 +35,32 @@ def child(given: dict[str, Any]) -> dict[str, Any]:
     import fixefficientnet
 
     found = fixefficientnet.evaluate(**given)
-    return {"right": found.right, "pictures": found.pictures}
+    return {"correct": found.correct, "images": found.images}
 
 
-def _runs(way: str) -> bool:
-    return "openvino in bf16" not in way or machine.has_bf16()
+def _runs(setup: str) -> bool:
+    return "openvino in bf16" not in setup or machine.has_bf16()
 
 
 def rows(options: argparse.Namespace) -> list[machine.Row]:
-    """One per variant and way."""
+    """One per variant and setup."""
     made = []
     for variant in ("lite0", "lite1", "lite2"):
-        ways = ON_CUDA if options.device == "cuda" else {way: how for way, how in WAYS.items() if _runs(way)}
-        given = {"model": f"{variant}:backbone", "data": str(options.pictures), "device": options.device}
+        setups = ON_CUDA if options.device == "cuda" else {setup: how for setup, how in WAYS.items() if _runs(setup)}
+        given = {"model": f"{variant}:backbone", "data": str(options.images), "device": options.device}
         found = machine.in_turns(
-            ways,
+            setups,
             1,
-            lambda way: machine.fresh(NAME, {**given, **ways[way]}),  # noqa: B023
+            lambda setup: machine.fresh(NAME, {**given, **setups[setup]}),  # noqa: B023
             f"accuracy of {variant}:",
         )
-        exact = found["eager"][0]["right"]
-        for way, (taken,) in found.items():
-            pairs = list(zip(exact, taken["right"], strict=True))
-            row = {"benchmark": NAME, "variant": variant, "way": way, "pictures": taken["pictures"]}
+        exact = found["eager"][0]["correct"]
+        for setup, (taken,) in found.items():
+            pairs = list(zip(exact, taken["correct"], strict=True))
+            row = {"benchmark": NAME, "variant": variant, "setup": setup, "images": taken["images"]}
             row |= {
                 "rounds": 1,
-                "right": taken["right"].count("1"),
+                "correct": taken["correct"].count("1"),
                 "won": pairs.count(("0", "1")),
                 "lost": pairs.count(("1", "0")),
             }

@@ -2,7 +2,7 @@
 
     python -m benchmarks cost
 
-Billions of multiply-adds are counted; seconds and memory are measured, of one picture's forward pass in PyTorch, in
+Billions of multiply-adds are counted; seconds and memory are measured, of one image's forward pass in PyTorch, in
 fresh processes with random weights that take turns, of which the fastest counts. Memory is the growth of the process's
 peak, weights included, the median of the rounds. Variants of one architecture and size share what was measured.
 """
@@ -31,13 +31,13 @@ def child(given: dict[str, Any]) -> dict[str, Any]:
     device: str = given["device"]
     before = machine.forget_peak()
     model = timm.create_model(given["architecture"]).eval().to(memory_format=torch.channels_last).to(device)
-    picture = torch.rand(1, 3, given["size"], given["size"]).to(memory_format=torch.channels_last).to(device)
+    image = torch.rand(1, 3, given["size"], given["size"]).to(memory_format=torch.channels_last).to(device)
     seconds: list[float] = []
     with torch.inference_mode():
-        model(picture)
+        model(image)
         while sum(seconds) < LONG_ENOUGH:
             start = machine.settled(device)
-            model(picture)
+            model(image)
             seconds.append(machine.settled(device) - start)
     megabytes = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else machine.grown_since(before)
     return {"seconds": min(seconds), "megabytes": megabytes}
@@ -46,7 +46,7 @@ def child(given: dict[str, Any]) -> dict[str, Any]:
 def rows(options: argparse.Namespace) -> list[machine.Row]:
     """One per variant."""
     import fixefficientnet
-    from fixefficientnet import cost
+    from fixefficientnet.evaluation import cost
 
     variants = [fixefficientnet.info(key) for key in options.variants or fixefficientnet.list_models()]
     sizes: dict[str, set[int]] = {}
@@ -75,7 +75,7 @@ def rows(options: argparse.Namespace) -> list[machine.Row]:
         row: machine.Row = {
             "benchmark": NAME,
             "variant": variant.key,
-            "way": "fixefficientnet",
+            "setup": "fixefficientnet",
             "family": variant.family,
         }
         paper = variant.paper
@@ -96,11 +96,11 @@ def base_size(variant: "Variant") -> int:
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> "Figure":
-    """The paper's top-1 against what a picture costs: from each base model an arrow to what FixRes makes of it."""
+    """The paper's top-1 against what an image costs: from each base model an arrow to what FixRes makes of it."""
     from fixefficientnet.evaluation import figures
 
     figure, axes = figures.panels(2, width=9, height=4.4)
-    for axis, what, title in zip(axes, ("gmacs", "seconds"), ("GMACs per picture", "seconds per picture"), strict=True):
+    for axis, what, title in zip(axes, ("gmacs", "seconds"), ("GMACs per image", "seconds per image"), strict=True):
         for family, (name, colour) in figures.FAMILIES.items():
             mine = [row for row in rows if row["family"] == family]
             places = {

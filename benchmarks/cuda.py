@@ -1,6 +1,6 @@
 r"""The same list on a GPU.
 
-    python -m benchmarks.cuda --pictures DIR --train DIR --checkpoint FILE \
+    python -m benchmarks.cuda --images DIR --train DIR --checkpoint FILE \
       --json speed-cuda.json
     python -m benchmarks.tables speed-cuda.json
 

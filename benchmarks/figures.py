@@ -2,7 +2,7 @@
 
     python -m benchmarks.figures
 
-A test fails when a committed figure shows other data than these, or is drawn another way.
+A test fails when a committed figure shows other data than these, or is drawn in another style.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import cost, finetune_runs
 from fixefficientnet.evaluation import figures
-from fixefficientnet.evaluation.results import from_csv
+from fixefficientnet.evaluation.tables import from_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,9 +4,9 @@
 
 FOLDER has train/ and val/ in it, with a folder per class; the checkpoint is a network trained on it, as
 `python -m fixefficientnet.reproduce lite0 --stage base` leaves it (docs/finetuning.md). Steps run in fresh processes
-that take turns, on the same pictures, batches, loading process and threads. The others time the command itself, from
+that take turns, on the same images, batches, loading process and threads. The others time the command itself, from
 its start to its report: cached and online beside the accuracy that they reach; one and two processes; both methods over
-more pictures (those of the folder, linked as often as it takes), the step over larger pictures and batches.
+more images (those of the folder, linked as often as it takes), the step over larger images and batches.
 """
 
 import argparse
@@ -43,7 +43,7 @@ KINDS = {
 
 
 def plain(given: dict[str, Any]) -> dict[str, Any]:
-    """The method as it is described, in the simplest way."""
+    """The method as it is described, in the simplest setup."""
     import random
 
     import timm
@@ -66,8 +66,8 @@ def plain(given: dict[str, Any]) -> dict[str, Any]:
             transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
         ]
     )
-    pictures = datasets.ImageFolder(Path(given["data"], "train"), transform)
-    model: Any = timm.create_model(given["model"], num_classes=len(pictures.classes)).eval()
+    images = datasets.ImageFolder(Path(given["data"], "train"), transform)
+    model: Any = timm.create_model(given["model"], num_classes=len(images.classes)).eval()
     layout = torch.channels_last if given["side"] == PLAIN_CHANNELS_LAST else torch.contiguous_format
     model.requires_grad_(False).to(given["device"], memory_format=layout)
     trained = [*model.bn2.parameters(), *model.classifier.parameters()]
@@ -78,7 +78,7 @@ def plain(given: dict[str, Any]) -> dict[str, Any]:
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
     workers = machine.loading_processes(given["device"])
     loader = torch.utils.data.DataLoader(
-        pictures,
+        images,
         given["batch"],
         shuffle=True,
         drop_last=True,
@@ -105,18 +105,18 @@ def ours(given: dict[str, Any]) -> dict[str, Any]:
     from accelerate import Accelerator
     from rich.console import Console
 
-    from fixefficientnet.data import open_pictures
+    from fixefficientnet.data.dataset import open_dataset
     from fixefficientnet.reproduce import network, online
     from fixefficientnet.reproduce import recipe as recipes
     from fixefficientnet.reproduce.checkpoints import Checkpoints
     from fixefficientnet.reproduce.log import Log
     from fixefficientnet.reproduce.session import Session
 
-    pictures = open_pictures(given["data"], "train")
+    images = open_dataset(given["data"], "train")
     subject = recipes.subject_of_backbone(given["model"])
     settings = [f"test_size={given['size']}", "epochs=1", f"batch_size={given['batch']}"]
     recipe = recipes.resolve(subject, {}, settings)
-    model: Any = timm.create_model(given["model"], num_classes=len(pictures.classes))
+    model: Any = timm.create_model(given["model"], num_classes=len(images.classes))
     net = network.prepare(model.to(given["device"], memory_format=torch.channels_last), recipe)
     with tempfile.TemporaryDirectory() as place:
         log = Log(Path(place), enabled=True, console=Console(quiet=True))
@@ -126,28 +126,28 @@ def ours(given: dict[str, Any]) -> dict[str, Any]:
         checkpoints = Checkpoints(Path(place) / "state.safetensors", {}, 1000, 600)
         before = machine.forget_peak()
         start = machine.settled(given["device"])
-        done = online.tune(session, net, pictures, recipe, checkpoints)
+        done = online.tune(session, net, images, recipe, checkpoints)
         return found(given, done["forwards"], start, before)
 
 
-def found(given: dict[str, Any], pictures: int, start: float, before: float) -> dict[str, Any]:
+def found(given: dict[str, Any], images: int, start: float, before: float) -> dict[str, Any]:
     import torch
 
     seconds = machine.settled(given["device"]) - start
     on_cuda = given["device"] == "cuda"
     megabytes = torch.cuda.max_memory_allocated() / 2**20 if on_cuda else machine.grown_since(before)
-    return {"pictures_per_second": pictures / seconds, "megabytes": megabytes}
+    return {"images_per_second": images / seconds, "megabytes": megabytes}
 
 
 def child(given: dict[str, Any]) -> dict[str, Any]:
     return plain(given) if given["side"].startswith(PLAIN) else ours(given)
 
 
-def links(folder: Path, pictures: int, to: Path) -> Path:
-    """A data set of so many training pictures, as often there as it takes, and one per class to measure on."""
+def links(folder: Path, images: int, to: Path) -> Path:
+    """A dataset of so many training images, as often there as it takes, and one per class to measure on."""
     kinds = [sorted(kind.iterdir()) for kind in sorted((folder / "train").iterdir())]
     every = [path for turn in itertools.zip_longest(*kinds) for path in turn if path]  # all classes come early
-    for number, path in zip(range(pictures), itertools.cycle(every), strict=False):
+    for number, path in zip(range(images), itertools.cycle(every), strict=False):
         link = to / "train" / path.parent.name / f"{number}{path.suffix}"
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path.resolve())
@@ -201,22 +201,29 @@ def steps(options: argparse.Namespace, data: Path) -> list[machine.Row]:
             f"step at {size} in batches of {batch}:",
         )
         for side, taken in findings.items():
-            medians = {name: machine.median(taken, name) for name in ("pictures_per_second", "megabytes")}
-            row = {"benchmark": NAME, "part": "step", "way": side, "size": size, "batch_size": batch, "rounds": rounds}
+            medians = {name: machine.median(taken, name) for name in ("images_per_second", "megabytes")}
+            row = {
+                "benchmark": NAME,
+                "part": "step",
+                "setup": side,
+                "size": size,
+                "batch_size": batch,
+                "rounds": rounds,
+            }
             made.append({**row, **medians})
     return made
 
 
 def methods(options: argparse.Namespace) -> list[machine.Row]:
-    """Each method's run: forward passes per picture, seconds from start to report, accuracy."""
+    """Each method's run: forward passes per image, seconds from start to report, accuracy."""
     made: list[machine.Row] = []
     for name, arguments in KINDS.items():
         print(f"method: {name}", file=sys.stderr, flush=True)
         done = command(options, options.train, arguments, size=METHODS_SIZE)
         report = done["report"]
-        row = {"benchmark": NAME, "part": "methods", "way": name, "size": METHODS_SIZE, "rounds": 1}
+        row = {"benchmark": NAME, "part": "methods", "setup": name, "size": METHODS_SIZE, "rounds": 1}
         row["seconds"] = done["seconds"]
-        row["forwards_per_picture"] = report["forwards"] / report["train_pictures"]
+        row["forwards_per_image"] = report["forwards"] / report["train_images"]
         for which in ("base_at_test", "tuned"):
             row |= {f"{which}_{key}": report["measured"][which][key] for key in ("top1", "top1_low", "top1_high")}
         made.append(row)
@@ -230,22 +237,22 @@ def _may_be_two(options: argparse.Namespace) -> bool:
 
 
 def growth(options: argparse.Namespace) -> list[machine.Row]:
-    """Both methods over more pictures; one process and two."""
+    """Both methods over more images; one process and two."""
     made: list[machine.Row] = []
     kinds = {name: KINDS[name] for name in ("cached, 2 views", "online, 1 epoch")}
-    for pictures in (1000, 2000, 4000):
+    for images in (1000, 2000, 4000):
         with tempfile.TemporaryDirectory(prefix="fixefficientnet-finetune-") as temporary:
-            data = links(options.train, pictures, Path(temporary))
-            for processes in (1, 2) if pictures == 2000 and _may_be_two(options) else (1,):
+            data = links(options.train, images, Path(temporary))
+            for processes in (1, 2) if images == 2000 and _may_be_two(options) else (1,):
                 for name, arguments in kinds.items():
-                    print(f"growth: {pictures}, {name}, {processes}", file=sys.stderr, flush=True)
+                    print(f"growth: {images}, {name}, {processes}", file=sys.stderr, flush=True)
                     done = command(options, data, arguments, processes=processes)
                     made.append(
                         {
                             "benchmark": NAME,
                             "part": "growth",
-                            "way": name,
-                            "pictures": pictures,
+                            "setup": name,
+                            "images": images,
                             "processes": processes,
                             "rounds": 1,
                             "seconds": done["seconds"],
@@ -258,6 +265,6 @@ def growth(options: argparse.Namespace) -> list[machine.Row]:
 def rows(options: argparse.Namespace) -> list[machine.Row]:
     """Steps, methods, growth."""
     with tempfile.TemporaryDirectory(prefix="fixefficientnet-finetune-") as temporary:
-        pictures = 1000 if options.device == "cpu" else 32000  # enough for its start not to count
-        made = steps(options, links(options.train, pictures, Path(temporary)))
+        images = 1000 if options.device == "cpu" else 32000  # enough for its start not to count
+        made = steps(options, links(options.train, images, Path(temporary)))
     return made + growth(options) + methods(options)

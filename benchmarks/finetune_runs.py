@@ -4,7 +4,7 @@
     python -m benchmarks.figures
 
 Runs that differ in their seed alone are one row. Intervals are 95% (Wilson), tests are McNemar's exact one on the
-same pictures; where there are several seeds, both are of the run of middling accuracy.
+same images; where there are several seeds, both are of the run of middling accuracy.
 """
 
 import argparse
@@ -14,11 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fixefficientnet._internal.files import write_atomically
 from fixefficientnet.evaluation import journal
 from fixefficientnet.evaluation.outcome import Evaluation
-from fixefficientnet.evaluation.results import as_csv, from_csv
 from fixefficientnet.evaluation.statistics import compare
-from fixefficientnet.files import write_atomically
+from fixefficientnet.evaluation.tables import as_csv, from_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +34,7 @@ class Kind(NamedTuple):
 
 
 def read(folder: Path) -> tuple[dict[int, Evaluation], dict[Kind, list[Evaluation]], dict[Kind, float]]:
-    """Untuned evaluations by size, tuned ones by kind of run, forwards per picture."""
+    """Untuned evaluations by size, tuned ones by kind of run, forwards per image."""
     untuned: dict[int, Evaluation] = {}
     tuned: dict[Kind, list[Evaluation]] = defaultdict(list)
     forwards: dict[Kind, float] = {}
@@ -48,7 +48,7 @@ def read(folder: Path) -> tuple[dict[int, Evaluation], dict[Kind, list[Evaluatio
         untuned[recipe["test_size"]] = found["base_at_test"]
         kind = Kind(recipe["method"], recipe["tune"], recipe["epochs"], recipe["test_size"])
         tuned[kind].append(found["tuned"])
-        forwards[kind] = report["forwards"] / report["train_pictures"]
+        forwards[kind] = report["forwards"] / report["train_images"]
     return dict(sorted(untuned.items())), dict(sorted(tuned.items())), forwards
 
 
@@ -65,7 +65,7 @@ def rows(
         line = {**kind._asdict(), "forwards": round(forwards, 2), "seeds": len(found)}
         line |= {"top1": sum(top1) / len(top1), "lowest": min(top1), "highest": max(top1), "low": low, "high": high}
         for name, other in (("this", untuned[kind.size]), ("best", best)):
-            pair = compare(other.right, one.right)
+            pair = compare(other.correct, one.correct)
             line |= {f"won_{name}": pair.only_second, f"lost_{name}": pair.only_first, f"p_{name}": pair.p}
         return line | {"best_size": best.size}
 
@@ -79,7 +79,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     short["bn"] = ", norm alone"
     best = rows[0]["best_size"]
     lines = [
-        f"|  | size | forwards per picture | top-1 | 95% interval | against untuned at this size | against \
+        f"|  | size | forwards per image | top-1 | 95% interval | against untuned at this size | against \
 untuned at {best} |"
     ]
     lines.append("| --- " * 7 + "|")

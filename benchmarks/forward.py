@@ -51,9 +51,9 @@ def folded(model: Any) -> Any:
             setattr(modules[parent], leaf, nn.Sequential(module.drop, module.act))  # type: ignore[arg-type]
             before = None
     with torch.inference_mode():
-        picture = torch.rand(1, 3, 64, 64, device=next(model.parameters()).device)
-        logits = original(picture)  # random weights make them tiny
-        torch.testing.assert_close(model(picture), logits, rtol=0, atol=1e-3 * logits.abs().max().item())
+        image = torch.rand(1, 3, 64, 64, device=next(model.parameters()).device)
+        logits = original(image)  # random weights make them tiny
+        torch.testing.assert_close(model(image), logits, rtol=0, atol=1e-3 * logits.abs().max().item())
     return model
 
 
@@ -63,79 +63,86 @@ def child(given: dict[str, Any]) -> dict[str, Any]:
     import timm
     import torch
 
-    from fixefficientnet import engines, streams
-    from fixefficientnet.evaluation.models import of_module
+    from fixefficientnet._internal.threads import map_in_threads
+    from fixefficientnet.models import from_module
+    from fixefficientnet.runtimes import engines
 
-    way: str = given["way"]
+    setup: str = given["setup"]
     device: str = given["device"]
-    size, at_once = SIZES[given["variant"]], given["streams"]
+    size, threads = SIZES[given["variant"]], given["threads"]
     torch.manual_seed(0)
     model: Any = timm.create_model(f"tf_efficientnet_{given['variant']}").eval().to(device)
-    pictures = torch.rand(BATCH[device], 3, size, size, device=device)
+    images = torch.rand(BATCH[device], 3, size, size, device=device)
     with torch.inference_mode():
-        expected = model(pictures)
+        expected = model(images)
     run: Callable[[Any], Any] = model
     with contextlib.ExitStack() as stack:
-        if way in ENGINES:
-            engine, precision = ENGINES[way]
-            opened = of_module(model)
-            test = opened.at(size, 1.0)
-            stack.enter_context(engines.running(opened, test, engine, streams=at_once, precision=precision))
-        elif way == AHEAD:
-            run = _ahead(model, pictures)
+        if setup in ENGINES:
+            engine, precision = ENGINES[setup]
+            loaded = from_module(model)
+            test = loaded.at(size, 1.0)
+            stack.enter_context(engines.running(loaded, test, engine, threads=threads, precision=precision))
+        elif setup == AHEAD:
+            run = _ahead(model, images)
         else:
-            run = folded(model) if way == FOLDED else model
-            if "channels last" in way:
+            run = folded(model) if setup == FOLDED else model
+            if "channels last" in setup:
                 run = run.to(memory_format=torch.channels_last)  # type: ignore[attr-defined]
-                pictures = pictures.contiguous(memory_format=torch.channels_last)
+                images = images.contiguous(memory_format=torch.channels_last)
 
         @torch.inference_mode()
         def once(_: int) -> Any:
-            with torch.autocast(device, torch.bfloat16, enabled=way.endswith(", bf16") and way not in ENGINES):
-                return run(pictures).float()
+            with torch.autocast(device, torch.bfloat16, enabled=setup.endswith(", bf16") and setup not in ENGINES):
+                return run(images).float()
 
-        list(streams.in_order(once, range(2 * at_once), at_once))
+        list(map_in_threads(once, range(2 * threads), threads))
         rounds = 0
         start = machine.settled(device)
         while (seconds := machine.settled(device) - start) < LONG_ENOUGH:
-            *others, logits = streams.in_order(once, range(4 * at_once), at_once)
+            *others, logits = map_in_threads(once, range(4 * threads), threads)
             rounds += 1 + len(others)
         off = ((logits - expected).abs().max() / expected.abs().max()).item()
-    return {"pictures_per_second": rounds * BATCH[device] / seconds, "largest_difference": off}
+    return {"images_per_second": rounds * BATCH[device] / seconds, "largest_difference": off}
 
 
-def _ahead(model: Any, pictures: Any) -> Callable[[Any], Any]:
+def _ahead(model: Any, images: Any) -> Callable[[Any], Any]:
     import tempfile
 
     import torch
 
-    from fixefficientnet import compat
+    from fixefficientnet._internal import compat
 
     with torch.no_grad(), compat.freezing(), tempfile.TemporaryDirectory() as folder:
-        exported = torch.export.export(model, (pictures,))
+        exported = torch.export.export(model, (images,))
         path = torch._inductor.aoti_compile_and_package(exported, package_path=f"{folder}/model.pt2")
         loaded: Callable[[Any], Any] = torch._inductor.aoti_load_package(path)
         return loaded
 
 
 def rows(options: argparse.Namespace) -> list[machine.Row]:
-    """One per variant, number of streams and way."""
-    from fixefficientnet.streams import MOST
+    """One per variant, number of streams and setup."""
+    from fixefficientnet._internal.threads import MOST
 
     made = []
     on_cuda = options.device == "cuda"
-    every = ON_CUDA if on_cuda else [way for way in WAYS if way != "OpenVINO, bf16" or machine.has_bf16()]
+    every = ON_CUDA if on_cuda else [setup for setup in WAYS if setup != "OpenVINO, bf16" or machine.has_bf16()]
     for variant in ("b0", "b4"):
-        for at_once in (1,) if on_cuda else dict.fromkeys((1, min(options.threads, MOST))):
-            given = {"variant": variant, "streams": at_once, "device": options.device}
+        for threads in (1,) if on_cuda else dict.fromkeys((1, min(options.threads, MOST))):
+            given = {"variant": variant, "threads": threads, "device": options.device}
             found = machine.in_turns(
-                [way for way in every if at_once == 1 or way not in ONE_BATCH],
+                [setup for setup in every if threads == 1 or setup not in ONE_BATCH],
                 options.rounds,
-                lambda way: machine.fresh(NAME, {**given, "way": way}),  # noqa: B023
-                f"forward of {variant}, {at_once} at once:",
+                lambda setup: machine.fresh(NAME, {**given, "setup": setup}),  # noqa: B023
+                f"forward of {variant}, {threads} at once:",
             )
-            for way, findings in found.items():
-                row = {"benchmark": NAME, "variant": variant, "size": SIZES[variant], "way": way, "streams": at_once}
+            for setup, findings in found.items():
+                row = {
+                    "benchmark": NAME,
+                    "variant": variant,
+                    "size": SIZES[variant],
+                    "setup": setup,
+                    "threads": threads,
+                }
                 medians = {name: machine.median(findings, name) for name in findings[0]}
-                made.append({**row, **medians, "spread": machine.spread(findings, "pictures_per_second")})
+                made.append({**row, **medians, "spread": machine.spread(findings, "images_per_second")})
     return made

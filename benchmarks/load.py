@@ -6,9 +6,9 @@ Both sides read the backbone from one Hub cache, offline, in fresh processes tha
 counts; imports are done before the clock starts. Ours also checks and applies a FixRes delta. The weights are random;
 the Lite variants have no delta, and ours reads their real weights from the package that ships them.
 
-Cold: the file has been dropped from the page cache; the clock runs until the first picture (64 pixels) is through, as
+Cold: the file has been dropped from the page cache; the clock runs until the first image (64 pixels) is through, as
 our weights are read when first used. Warm: once more in the same process. Memory: growth of the process's peak, cold;
-on CUDA too, as what differs are the copies on the way there.
+on CUDA too, as what differs are the copies on the setup there.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def child(given: dict[str, Any]) -> dict[str, Any]:
 
     variant = fixefficientnet.info(given["variant"])
     device: str = given["device"]
-    picture = torch.zeros(1, 3, 64, 64, device=device)
+    image = torch.zeros(1, 3, 64, 64, device=device)
 
     def load() -> Any:
         if given["side"] == "timm":
@@ -84,7 +84,7 @@ def child(given: dict[str, Any]) -> dict[str, Any]:
         return fixefficientnet.create(variant.key, variant.usual_weights, device=device)
 
     with torch.inference_mode():
-        timm.create_model("test_efficientnet").eval().to(device)(picture)  # whatever a first model imports or sets up
+        timm.create_model("test_efficientnet").eval().to(device)(image)  # whatever a first model imports or sets up
     found = {}
     for state in ("cold", "warm"):
         if state == "cold":
@@ -95,7 +95,7 @@ def child(given: dict[str, Any]) -> dict[str, Any]:
         model = load()
         found[f"{state}_create"] = machine.settled(device) - start
         with torch.inference_mode():
-            model(picture)
+            model(image)
         found[state] = machine.settled(device) - start
         found[f"{state}_megabytes"] = machine.grown_since(before)
         del model
@@ -121,7 +121,7 @@ def rows(options: argparse.Namespace) -> list[machine.Row]:
             side: {name: machine.median(findings, name) for name in findings[0]} for side, findings in found.items()
         }
         every += [
-            {"benchmark": NAME, "variant": key, "way": side, **ready["sizes"], **values}
+            {"benchmark": NAME, "variant": key, "setup": side, **ready["sizes"], **values}
             for side, values in medians.items()
         ]
     return every

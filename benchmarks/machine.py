@@ -71,14 +71,14 @@ def commit() -> str:
 
 
 def in_turns(
-    ways: Iterable[str], rounds: int, take: Callable[[str], dict[str, Any]], say: str = ""
+    setups: Iterable[str], rounds: int, take: Callable[[str], dict[str, Any]], say: str = ""
 ) -> dict[str, list[dict[str, Any]]]:
-    """Each way's findings of so many rounds; a round takes each way once, every second one backwards."""
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    """Each setup's findings of so many rounds; a round takes each setup once, every second one backwards."""
+    found: dict[str, list[dict[str, Any]]] = {setup: [] for setup in setups}
     for number in range(rounds):
-        for way in reversed(found) if number % 2 else found:
-            print(f"{say} {way}, {number + 1} of {rounds}", file=sys.stderr, flush=True)
-            found[way].append(take(way))
+        for setup in reversed(found) if number % 2 else found:
+            print(f"{say} {setup}, {number + 1} of {rounds}", file=sys.stderr, flush=True)
+            found[setup].append(take(setup))
     return found
 
 
@@ -93,7 +93,7 @@ def spread(findings: Iterable[Mapping[str, Any]], name: str) -> float:
     return float(max(values) / min(values) - 1)
 
 
-def pictures_in(folder: Path) -> list[Path]:
+def images_in(folder: Path) -> list[Path]:
     """The files in a folder's classes, or in those of its val/."""
     from timm.data import get_img_extensions
 
@@ -101,7 +101,7 @@ def pictures_in(folder: Path) -> list[Path]:
     endings = get_img_extensions()  # type: ignore[no-untyped-call]
     found = sorted(path for path in place.glob("*/*") if path.suffix.lower() in endings)
     if not found:
-        raise DataError(f"{place} has no folders with pictures in them, one per class.")
+        raise DataError(f"{place} has no folders with images in them, one per class.")
     return found
 
 
@@ -121,9 +121,9 @@ def settled(device: str) -> float:
 
 def has_bf16() -> bool:
     """Whether OpenVINO computes in bfloat16 on this processor."""
-    from fixefficientnet import runtimes
+    from fixefficientnet.runtimes import formats
 
-    return runtimes.openvino_has("bf16")
+    return formats.openvino_has("bf16")
 
 
 def kilobytes(name: str) -> int:

@@ -1,11 +1,11 @@
 """From JPEG to tensor: the test-time preprocessing alone, on one core, against timm's transform and torchvision's.
 
-    python -m benchmarks preprocess --pictures FOLDER
+    python -m benchmarks preprocess --images FOLDER
 
-Every way takes the same files (from the page cache) to the same float32 tensor [3, S, S], in one process, in turns; the
-median of the rounds counts. "torchvision v2" is its present transforms on Pillow's pictures; "on tensors" decodes and
+Every setup takes the same files (from the page cache) to the same float32 tensor [3, S, S], in one process, in turns;
+the median of the rounds counts. "torchvision v2" is its present transforms on Pillow's images; "on tensors" decodes and
 resizes with torchvision itself, whose pixels are a little others; so are those of our fast mode. Pixels are compared
-with torchvision v2's on every picture.
+with torchvision v2's on every image.
 """
 
 import argparse
@@ -21,10 +21,10 @@ NAME = "preprocess"
 CASES = (("224, crop_pct 0.875", 224, 0.875), ("320", 320, 1.0), ("472", 472, 1.0))
 REFERENCE = "torchvision v2"
 STD = 0.5
-"""Of B0's normalisation: what a tensor's 1 is of a picture's 255."""
+"""Of B0's normalisation: what a tensor's 1 is of an image's 255."""
 
 
-def ways_of(size: int, crop_pct: float) -> dict[str, Callable[[str], Any]]:
+def setups_of(size: int, crop_pct: float) -> dict[str, Callable[[str], Any]]:
     import torch
     from PIL import Image
     from timm.data import create_transform
@@ -40,12 +40,12 @@ def ways_of(size: int, crop_pct: float) -> dict[str, Callable[[str], Any]]:
     )
     squares = [v2.Resize(int(size / crop_pct), InterpolationMode.BICUBIC), v2.CenterCrop(size)]
     floats = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(test.mean), list(test.std))]
-    on_pictures, on_tensors = v2.Compose([*squares, v2.ToImage(), *floats]), v2.Compose([*squares, *floats])
+    on_images, on_tensors = v2.Compose([*squares, v2.ToImage(), *floats]), v2.Compose([*squares, *floats])
     return {
         "fixefficientnet": Preprocess.of(test),
         "fixefficientnet, fast": FastPreprocess.of(test),
         "timm": lambda path: timms(Image.open(path).convert("RGB")),
-        REFERENCE: lambda path: on_pictures(Image.open(path).convert("RGB")),
+        REFERENCE: lambda path: on_images(Image.open(path).convert("RGB")),
         "torchvision v2, on tensors": lambda path: on_tensors(decode_image(path, ImageReadMode.RGB)),
     }
 
@@ -54,43 +54,43 @@ def child(given: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     paths: list[str] = given["paths"]
-    ways = ways_of(given["size"], given["crop_pct"])
-    differences = dict.fromkeys(ways, 0.0)
+    setups = setups_of(given["size"], given["crop_pct"])
+    differences = dict.fromkeys(setups, 0.0)
     for path in paths:
-        tensors = {way: transform(path) for way, transform in ways.items()}
-        for way, tensor in tensors.items():
+        tensors = {setup: transform(path) for setup, transform in setups.items()}
+        for setup, tensor in tensors.items():
             off = (torch.as_tensor(tensor) - tensors[REFERENCE]).abs().max().item() * STD * 255
-            differences[way] = max(differences[way], off)
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+            differences[setup] = max(differences[setup], off)
+    seconds: dict[str, list[float]] = {setup: [] for setup in setups}
     for _ in range(given["rounds"]):
-        for way, transform in ways.items():
+        for setup, transform in setups.items():
             start = time.perf_counter()
             for path in paths:
                 transform(path)
-            seconds[way].append(time.perf_counter() - start)
+            seconds[setup].append(time.perf_counter() - start)
     return {"seconds": seconds, "differences": differences}
 
 
 def rows(options: argparse.Namespace) -> list[machine.Row]:
-    """One per size and way."""
+    """One per size and setup."""
     import statistics
 
-    paths = [str(path) for path in machine.pictures_in(options.pictures)[:200]]
+    paths = [str(path) for path in machine.images_in(options.images)[:200]]
     every = []
     for case, size, crop_pct in CASES:
         given = {"paths": paths, "size": size, "crop_pct": crop_pct, "rounds": options.rounds}
         found = machine.fresh(NAME, given, {"OMP_NUM_THREADS": "1"})
-        rates = {way: len(paths) / statistics.median(seconds) for way, seconds in found["seconds"].items()}
+        rates = {setup: len(paths) / statistics.median(seconds) for setup, seconds in found["seconds"].items()}
         every += [
             {
                 "benchmark": NAME,
                 "case": case,
-                "way": way,
-                "pictures": len(paths),
-                "pictures_per_second": rate,
+                "setup": setup,
+                "images": len(paths),
+                "images_per_second": rate,
                 "times_timm": rate / rates["timm"],
-                "largest_difference": found["differences"][way],  # of 255
+                "largest_difference": found["differences"][setup],  # of 255
             }
-            for way, rate in rates.items()
+            for setup, rate in rates.items()
         ]
     return every

@@ -11,17 +11,17 @@ from typing import Any
 
 from benchmarks import machine, tables
 from fixefficientnet import manifest
+from fixefficientnet._internal.files import write_atomically
 from fixefficientnet.errors import FixEfficientNetError, UnknownVariantError
-from fixefficientnet.files import write_atomically
 
 BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "start": ("imports, first predictions, whole evaluations", ("pictures",)),
-    "preprocess": ("from JPEG to tensor", ("pictures",)),
-    "accuracy": ("what the faster ways do to top-1", ("pictures",)),
-    "load": ("a model and its first picture", ()),
+    "start": ("imports, first predictions, whole evaluations", ("images",)),
+    "preprocess": ("from JPEG to tensor", ("images",)),
+    "accuracy": ("what the faster setups do to top-1", ("images",)),
+    "load": ("a model and its first image", ()),
     "cost": ("each variant at its size and at the base model's", ()),
     "forward": ("the forward pass alone, in each form", ()),
-    "classify": ("from a folder of pictures to labels", ("pictures",)),
+    "classify": ("from a folder of images to labels", ("images",)),
     "finetune": ("steps, methods, growth", ("train", "checkpoint")),
 }
 """What each measures, and the options that it needs."""
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace, names: list[str] | None = None) -> None:
         options.variants = options.variants and [manifest.find(key).key for key in options.variants]
     except UnknownVariantError as error:
         raise SystemExit(f"--variants: {error}") from None
-    for option in ("pictures", "train", "checkpoint"):
+    for option in ("images", "train", "checkpoint"):
         path = getattr(options, option)
         if path and not path.exists():
             raise SystemExit(f"--{option}: there is no {path}.")
@@ -111,13 +111,13 @@ def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
         epilog="\n".join(["The benchmarks, and what they need:", *every]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--pictures", type=Path, help="folder with one folder per WordNet id, or val/ with these")
+    made.add_argument("--images", type=Path, help="folder with one folder per WordNet id, or val/ with these")
     made.add_argument("--train", type=Path, help="folder with train/ and val/, one folder per class in each")
     made.add_argument("--checkpoint", type=Path, help="a network trained on these at 128 pixels")
     made.add_argument("--variants", nargs="+", metavar="VARIANT", help="cost, load and classify: only these")
     made.add_argument("--threads", type=_one_or_more, default=2, help="cores to run on and to compute with (2)")
     made.add_argument(
-        "--rounds", type=_one_or_more, default=3, help="each way so often, in turns; the median counts (3)"
+        "--rounds", type=_one_or_more, default=3, help="each setup so often, in turns; the median counts (3)"
     )
     made.add_argument("--json", type=Path, help="write the figures to this file; else tables are printed")
     return made

@@ -1,9 +1,9 @@
 """What a user waits for before anything happens, and for whole commands: imports, the command line, a first prediction.
 
-    python -m benchmarks start --pictures FOLDER
+    python -m benchmarks start --images FOLDER
 
 Wall time of whole processes in turns, the median of the rounds. The peers are scripts that do the same with timm, from
-the same file of weights: of `predict`, one that classifies the same picture; of `evaluate`, one that measures top-1 on
+the same file of weights: of `predict`, one that classifies the same image; of `evaluate`, one that measures top-1 on
 the same folder, with one loading process. What `--engine onnx` exports is kept from before; on CUDA, it has no part.
 """
 
@@ -47,18 +47,18 @@ names = ImageNetInfo().label_names()
 classes = torch.tensor([names.index(name) for name in dataset.reader.class_to_idx])
 config = resolve_data_config({"input_size": (3, 256, 256), "crop_pct": 1.0}, model=model)
 loader = create_loader(dataset, batch_size=2, num_workers=1, device=device, **config)
-right = 0
+correct = 0
 with torch.inference_mode():
     for inputs, targets in loader:
-        right += (model(inputs.to(device)).argmax(1).cpu() == classes[targets.cpu()]).sum().item()
-print(f"{right} of {len(dataset)}")
+        correct += (model(inputs.to(device)).argmax(1).cpu() == classes[targets.cpu()]).sum().item()
+print(f"{correct} of {len(dataset)}")
 """
 
 
-def commands(weights: Path, pictures: Path, temporary: Path, device: str) -> dict[str, list[str]]:
-    every = machine.pictures_in(pictures)
+def commands(weights: Path, images: Path, temporary: Path, device: str) -> dict[str, list[str]]:
+    every = machine.images_in(images)
     count, folder = len(every), every[0].parent.parent
-    evaluate = ["evaluate", "lite0", "--data", str(pictures), "-o", str(temporary / "evaluations")]
+    evaluate = ["evaluate", "lite0", "--data", str(images), "-o", str(temporary / "evaluations")]
     ours = [sys.executable, "-m", "fixefficientnet"]
     made = {
         BARE: [sys.executable, "-c", ""],
@@ -68,7 +68,7 @@ def commands(weights: Path, pictures: Path, temporary: Path, device: str) -> dic
         "fixefficientnet list": [*ours, "list"],
         "fixefficientnet predict cat.jpg": [*ours, "predict", str(EXAMPLE)],
         "the same prediction with timm": [sys.executable, "-c", TIMM_PREDICTS, str(EXAMPLE), str(weights)],
-        f"fixefficientnet evaluate, {count} pictures": [*ours, *evaluate],
+        f"fixefficientnet evaluate, {count} images": [*ours, *evaluate],
         ONNX: [*ours, *evaluate, "--engine", "onnx"],
         "the same evaluation with timm": [sys.executable, "-c", TIMM_EVALUATES, str(folder), str(weights)],
     }
@@ -89,7 +89,7 @@ def rows(options: argparse.Namespace) -> list[machine.Row]:
         weights = Path(temporary) / "lite0.safetensors"
         state = fixefficientnet.create("lite0", "backbone").state_dict()
         safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights)
-        every = commands(weights, options.pictures.resolve(), Path(temporary), options.device)
+        every = commands(weights, options.images.resolve(), Path(temporary), options.device)
         env = {**os.environ, "HF_ASSETS_CACHE": f"{temporary}/assets"}
 
         def take(name: str) -> dict[str, Any]:
@@ -104,6 +104,6 @@ def rows(options: argparse.Namespace) -> list[machine.Row]:
         found = machine.in_turns(every, options.rounds, take, "start:")
     seconds = {name: machine.median(findings, "seconds") for name, findings in found.items()}
     return [
-        {"benchmark": NAME, "way": name, "seconds": value, "beyond_bare": value - seconds[BARE]}
+        {"benchmark": NAME, "setup": name, "seconds": value, "beyond_bare": value - seconds[BARE]}
         for name, value in seconds.items()
     ]

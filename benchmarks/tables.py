@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.classify import LOADING, OUR_BATCH
 from benchmarks.finetune import OURS, PLAIN
-from fixefficientnet.files import write_atomically
+from fixefficientnet._internal.files import write_atomically
 
 Rows = Sequence[Mapping[str, Any]]
 FLOAT32 = tuple(f"{OURS}, {engine}" for engine in ("compile", "onnx", "openvino"))
@@ -64,9 +64,7 @@ def machine(found: Mapping[str, Any]) -> str:
     noted = [row for row in found["rows"] if row["rounds"] > 1 and "spread" in row]
     if spreads := sorted(row["spread"] for row in noted):
         usual, most = spreads[len(spreads) // 2], spreads[-1]
-        said += (
-            f"\nOf {' and '.join(in_order(row['benchmark'] for row in noted))}, a way's slowest round took {usual:.0%}"
-        )
+        said += f"\nOf {' and '.join(in_order(row['benchmark'] for row in noted))}, the slowest round took {usual:.0%}"
         said += f" longer than its fastest (the median of {len(spreads)}; at most {most:.0%})."
     return said
 
@@ -80,35 +78,35 @@ def classify(rows: Rows) -> str:
     for variant, size in in_order((row["variant"], row["size"]) for row in rows):
         mine = [row for row in rows if row["variant"] == variant]
         batches = in_order(row["batch_size"] for row in mine)
-        header = [f"{variant} at {size}: pictures/s (times timm)", *(f"batches of {batch}" for batch in batches)]
-        header += ["guesses as timm's, the fewest"]
+        header = [f"{variant} at {size}: images/s (times timm)", *(f"batches of {batch}" for batch in batches)]
+        header += ["predictions as timm's, the fewest"]
         lines = []
-        for way in in_order(row["way"] for row in mine):
-            of_way = {row["batch_size"]: row for row in mine if row["way"] == way}
-            line = [way]
+        for setup in in_order(row["setup"] for row in mine):
+            of_setup = {row["batch_size"]: row for row in mine if row["setup"] == setup}
+            line = [setup]
             for batch in batches:
-                row = of_way.get(batch)
-                line.append(f"{row['pictures_per_second']:.1f} ({row['times_timm']:.2f})" if row else "-")
-            same = [row["same_guesses"] for row in of_way.values() if row["same_guesses"] is not None]
-            lines.append([*line, f"{min(same)} of {mine[0]['pictures']}" if same else "-"])
+                row = of_setup.get(batch)
+                line.append(f"{row['images_per_second']:.1f} ({row['times_timm']:.2f})" if row else "-")
+            same = [row["same_predictions"] for row in of_setup.values() if row["same_predictions"] is not None]
+            lines.append([*line, f"{min(same)} of {mine[0]['images']}" if same else "-"])
         tables.append(markdown(header, lines))
     return "\n\n".join(filter(None, (*tables, _exporting(rows))))
 
 
 def _exporting(rows: Rows) -> str:
-    """What an exported file costs, and after how many pictures it has paid."""
+    """What an exported file costs, and after how many images it has paid."""
     networks = in_order((row["variant"], row["size"]) for row in rows)
     lines = []
-    for way in in_order(row["way"] for row in rows if row["way"] in FLOAT32 and row.get("exporting_seconds")):
-        seconds, pictures = [], []
+    for setup in in_order(row["setup"] for row in rows if row["setup"] in FLOAT32 and row.get("exporting_seconds")):
+        seconds, images = [], []
         for variant, _ in networks:
             mine = [row for row in rows if row["variant"] == variant]
-            exporting = max(row["exporting_seconds"] for row in mine if row["way"] == way)
+            exporting = max(row["exporting_seconds"] for row in mine if row["setup"] == setup)
             batch = usual(row["batch_size"] for row in mine)
-            rates = [one(mine, way=each, batch_size=batch)["pictures_per_second"] for each in (OURS, way)]
+            rates = [one(mine, setup=each, batch_size=batch)["images_per_second"] for each in (OURS, setup)]
             seconds.append(f"{exporting:.1f} s")
-            pictures.append(f"{exporting / (1 / rates[0] - 1 / rates[1]):.0f}" if rates[1] > rates[0] else "never")
-        lines += [[f"{way}: exporting", *seconds], [f"{way}: pictures until it has paid", *pictures]]
+            images.append(f"{exporting / (1 / rates[0] - 1 / rates[1]):.0f}" if rates[1] > rates[0] else "never")
+        lines += [[f"{setup}: exporting", *seconds], [f"{setup}: images until it has paid", *images]]
     return (
         markdown(["once per model and size", *(f"{variant} at {size}" for variant, size in networks)], lines)
         if lines
@@ -118,12 +116,12 @@ def _exporting(rows: Rows) -> str:
 
 def preprocess(rows: Rows) -> str:
     cases = in_order(row["case"] for row in rows)
-    header = ["pictures/s (times timm)", *cases, "largest difference, of 255"]
+    header = ["images/s (times timm)", *cases, "largest difference, of 255"]
     lines = []
-    for way in in_order(row["way"] for row in rows):
-        mine = [one(rows, way=way, case=case) for case in cases]
-        rates = [f"{row['pictures_per_second']:.0f} ({row['times_timm']:.2f})" for row in mine]
-        lines.append([way, *rates, f"{max(row['largest_difference'] for row in mine):.0f}"])
+    for setup in in_order(row["setup"] for row in rows):
+        mine = [one(rows, setup=setup, case=case) for case in cases]
+        rates = [f"{row['images_per_second']:.0f} ({row['times_timm']:.2f})" for row in mine]
+        lines.append([setup, *rates, f"{max(row['largest_difference'] for row in mine):.0f}"])
     return markdown(header, lines)
 
 
@@ -131,27 +129,29 @@ def accuracy(rows: Rows) -> str:
     variants = in_order(row["variant"] for row in rows)
 
     def cell(row: Mapping[str, Any]) -> str:
-        return f"{row['right']} (+{row['won']} -{row['lost']})"
+        return f"{row['correct']} (+{row['won']} -{row['lost']})"
 
-    header = [f"right, of {rows[0]['pictures']} pictures (against eager)", *variants]
-    ways = in_order(row["way"] for row in rows)
-    return markdown(header, ([way, *(cell(one(rows, way=way, variant=key)) for key in variants)] for way in ways))
+    header = [f"correct, of {rows[0]['images']} images (against eager)", *variants]
+    setups = in_order(row["setup"] for row in rows)
+    return markdown(
+        header, ([setup, *(cell(one(rows, setup=setup, variant=key)) for key in variants)] for setup in setups)
+    )
 
 
 def forward(rows: Rows) -> str:
-    cases = in_order((row["variant"], row["size"], row["streams"]) for row in rows)
-    header = ["pictures/s (times plain, one batch at a time)"]
+    cases = in_order((row["variant"], row["size"], row["threads"]) for row in rows)
+    header = ["images/s (times plain, one batch at a time)"]
     header += [f"{key} at {size}, {'one at a time' if n == 1 else 'several at once'}" for key, size, n in cases]
     header += ["largest difference, relative"]
     lines = []
-    for way in in_order(row["way"] for row in rows):
-        line = [way]
+    for setup in in_order(row["setup"] for row in rows):
+        line = [setup]
         for key, _, count in cases:
-            mine = [row for row in rows if (row["way"], row["variant"], row["streams"]) == (way, key, count)]
-            plain = one(rows, way="plain", variant=key, streams=1)["pictures_per_second"]
-            rate = mine[0]["pictures_per_second"] if mine else 0
+            mine = [row for row in rows if (row["setup"], row["variant"], row["threads"]) == (setup, key, count)]
+            plain = one(rows, setup="plain", variant=key, threads=1)["images_per_second"]
+            rate = mine[0]["images_per_second"] if mine else 0
             line.append(f"{rate:.1f} ({rate / plain:.2f})" if mine else "-")
-        lines.append([*line, f"{max(row['largest_difference'] for row in rows if row['way'] == way):.0e}"])
+        lines.append([*line, f"{max(row['largest_difference'] for row in rows if row['setup'] == setup):.0e}"])
     return markdown(header, lines)
 
 
@@ -160,7 +160,7 @@ def load(rows: Rows) -> str:
     header += ["to download, MB", "with the backbone there"]
     lines = []
     for key in in_order(row["variant"] for row in rows):
-        timm, ours = (one(rows, variant=key, way=way) for way in ("timm", OURS))
+        timm, ours = (one(rows, variant=key, setup=setup) for setup in ("timm", OURS))
         line = [key]
         for name in ("warm", "cold"):
             line += [f"{timm[name]:.2f}", f"{ours[name]:.2f}", f"{timm[name] / ours[name]:.1f}"]
@@ -172,15 +172,15 @@ def load(rows: Rows) -> str:
 
 def start(rows: Rows) -> str:
     header = ["", "seconds", "beyond the bare interpreter"]
-    return markdown(header, ([row["way"], f"{row['seconds']:.2f}", f"{row['beyond_bare']:.2f}"] for row in rows))
+    return markdown(header, ([row["setup"], f"{row['seconds']:.2f}", f"{row['beyond_bare']:.2f}"] for row in rows))
 
 
 def finetune(rows: Rows) -> str:
     parts = {part: [row for row in rows if row["part"] == part] for part in ("step", "methods", "growth")}
     steps = markdown(
-        ["step of Lite0", "size", "batch", "pictures/s", "growth of peak memory, MiB"],
+        ["step of Lite0", "size", "batch", "images/s", "growth of peak memory, MiB"],
         (
-            [row["way"], row["size"], row["batch_size"], f"{row['pictures_per_second']:.1f}", f"{row['megabytes']:.0f}"]
+            [row["setup"], row["size"], row["batch_size"], f"{row['images_per_second']:.1f}", f"{row['megabytes']:.0f}"]
             for row in parts["step"]
         ),
     )
@@ -192,22 +192,22 @@ def finetune(rows: Rows) -> str:
     methods = markdown(
         [
             f"method, at {untuned['size']}",
-            "forward passes per picture",
+            "forward passes per image",
             "seconds, evaluations included",
             "top-1 (95% interval)",
         ],
         [
             ["untuned", "0", "-", accuracy(untuned, "base_at_test")],
             *(
-                [row["way"], f"{row['forwards_per_picture']:.2f}", f"{row['seconds']:.0f}", accuracy(row, "tuned")]
+                [row["setup"], f"{row['forwards_per_image']:.2f}", f"{row['seconds']:.0f}", accuracy(row, "tuned")]
                 for row in parts["methods"]
             ),
         ],
     )
     growth = markdown(
-        ["whole command, at 160", "pictures", "processes", "seconds", "largest process, MiB"],
+        ["whole command, at 160", "images", "processes", "seconds", "largest process, MiB"],
         (
-            [row["way"], row["pictures"], row["processes"], f"{row['seconds']:.0f}", f"{row['megabytes']:.0f}"]
+            [row["setup"], row["images"], row["processes"], f"{row['seconds']:.0f}", f"{row['megabytes']:.0f}"]
             for row in parts["growth"]
         ),
     )
@@ -215,7 +215,7 @@ def finetune(rows: Rows) -> str:
 
 
 def cost(rows: Rows) -> str:
-    header = ["", "size", "GMACs", "MiB", "pictures/s", "times the base's time", "paper's top-1"]
+    header = ["", "size", "GMACs", "MiB", "images/s", "times the base's time", "paper's top-1"]
     header += ["base models' in the same time"]
     lines = []
     for row in rows:
@@ -254,52 +254,52 @@ def summary(found: Mapping[str, Any]) -> str:
     lines: list[list[str]] = []
 
     def add(what: str, ours: float, theirs: float, unit: str, digits: int, peer: str = "timm") -> None:
-        times = ours / theirs if unit == "pictures/s" else theirs / ours
+        times = ours / theirs if unit == "images/s" else theirs / ours
         lines.append([what, f"{ours:.{digits}f} {unit}", f"{theirs:.{digits}f} {unit} ({peer})", f"{times:.2f}"])
 
     cases = in_order((row["variant"], row["size"], row["batch_size"]) for row in of["classify"])
     batches = {usual(case[2] for case in cases)} if cases else set()
     for variant, size, batch in (case for case in cases if case[2] in batches):
         mine = [row for row in of["classify"] if (row["variant"], row["batch_size"]) == (variant, batch)]
-        timm = one(mine, way="timm")["pictures_per_second"]
-        default = one(mine, way=OURS)["pictures_per_second"]
+        timm = one(mine, setup="timm")["images_per_second"]
+        default = one(mine, setup=OURS)["images_per_second"]
         what = f"folder to labels, {variant} at {size}, batches of {batch}"
-        add(f"{what}, default engine", default, timm, "pictures/s", 1)
-        best = max((row for row in mine if row["way"] in TIMM_FLOAT32), key=lambda row: float(row["times_timm"]))
-        if best["way"] != "timm":
+        add(f"{what}, default engine", default, timm, "images/s", 1)
+        best = max((row for row in mine if row["setup"] in TIMM_FLOAT32), key=lambda row: float(row["times_timm"]))
+        if best["setup"] != "timm":
             add(
-                "the same, against timm's fastest way",
+                "the same, against timm's fastest setup",
                 default,
-                best["pictures_per_second"],
-                "pictures/s",
+                best["images_per_second"],
+                "images/s",
                 1,
-                best["way"],
+                best["setup"],
             )
-        if engines := [row for row in mine if row["way"] in FLOAT32]:
+        if engines := [row for row in mine if row["setup"] in FLOAT32]:
             best = max(engines, key=lambda row: float(row["times_timm"]))
-            engine = best["way"].rpartition(", ")[2]
-            add(f"{what}, --engine {engine}", best["pictures_per_second"], timm, "pictures/s", 1)
+            engine = best["setup"].rpartition(", ")[2]
+            add(f"{what}, --engine {engine}", best["images_per_second"], timm, "images/s", 1)
     tensors = "torchvision v2, on tensors"
-    for way, name, peer in ((OURS, "the same pixels", "timm"), (f"{OURS}, fast", "--fast-preprocessing", tensors)):
+    for setup, name, peer in ((OURS, "the same pixels", "timm"), (f"{OURS}, fast", "--fast-preprocessing", tensors)):
         if mine := [row for row in of["preprocess"] if row["case"] == "320"]:
-            ours, theirs = (one(mine, way=each)["pictures_per_second"] for each in (way, peer))
-            add(f"JPEG to tensor at 320, {name}, one core", ours, theirs, "pictures/s", 0, peer)
+            ours, theirs = (one(mine, setup=each)["images_per_second"] for each in (setup, peer))
+            add(f"JPEG to tensor at 320, {name}, one core", ours, theirs, "images/s", 0, peer)
     for key in ("b0", "b8", "l2"):
         if mine := [row for row in of["load"] if row["variant"] == key]:
-            timm, ours = (one(mine, way=way) for way in ("timm", OURS))
-            add(f"create {key} and first picture, warm", ours["warm"], timm["warm"], "s", 2)
+            timm, ours = (one(mine, setup=setup) for setup in ("timm", OURS))
+            add(f"create {key} and first image, warm", ours["warm"], timm["warm"], "s", 2)
             add("the same, memory", ours["cold_megabytes"], timm["cold_megabytes"], "MiB", 0)
     if of["start"]:
-        seconds = {row["way"]: row["seconds"] for row in of["start"]}
+        seconds = {row["setup"]: row["seconds"] for row in of["start"]}
         first = seconds["fixefficientnet predict cat.jpg"], seconds["the same prediction with timm"]
         add("first prediction, from the command line", *first, "s", 2)
-        for way in (way for way in seconds if "evaluat" in way and "timm" not in way):
-            what = way.replace(f"{OURS} evaluate", "a whole evaluation, from the command line")
-            add(what, seconds[way], seconds["the same evaluation with timm"], "s", 1)
+        for setup in (setup for setup in seconds if "evaluat" in setup and "timm" not in setup):
+            what = setup.replace(f"{OURS} evaluate", "a whole evaluation, from the command line")
+            add(what, seconds[setup], seconds["the same evaluation with timm"], "s", 1)
     steps = [row for row in of["finetune"] if row["part"] == "step" and (row["size"], row["batch_size"]) == (160, 64)]
     if steps:
-        ours, plain = (one(steps, way=way)["pictures_per_second"] for way in (OURS, PLAIN))
-        add("FixRes step, Lite0 at 160", ours, plain, "pictures/s", 1, "plain PyTorch loop")
+        ours, plain = (one(steps, setup=setup)["images_per_second"] for setup in (OURS, PLAIN))
+        add("FixRes step, Lite0 at 160", ours, plain, "images/s", 1, "plain PyTorch loop")
     return markdown(["", "fixefficientnet", "peer", "times as good"], lines)
 
 

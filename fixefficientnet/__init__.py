@@ -11,12 +11,12 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from fixefficientnet._version import __version__
 
 if sys.version_info < (3, 11):  # noqa: UP036 - pip looks at this, torch.hub does not
     raise ImportError(f"fixefficientnet {__version__} needs Python 3.11 or newer; this is {sys.version.split()[0]}.")
 
-from fixefficientnet import requirements
+from fixefficientnet._internal import requirements
 from fixefficientnet.errors import (
     CheckpointError,
     ChecksumError,
@@ -27,10 +27,10 @@ from fixefficientnet.errors import (
     DownloadError,
     EvaluationError,
     FixEfficientNetError,
+    ImageError,
     ManifestError,
     MissingFileError,
     OutdatedPackageError,
-    PictureError,
     RecipeError,
     RunError,
     UnknownVariantError,
@@ -57,10 +57,10 @@ __all__ = [
     "DownloadError",
     "EvaluationError",
     "FixEfficientNetError",
+    "ImageError",
     "ManifestError",
     "MissingFileError",
     "OutdatedPackageError",
-    "PictureError",
     "RecipeError",
     "RunError",
     "UnknownVariantError",

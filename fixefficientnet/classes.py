@@ -1,4 +1,4 @@
-"""Class numbers: a data set's classes in the model's numbering, subsets of them, ReaL's further labels."""
+"""Class numbers: a dataset's classes in the model's numbering, subsets of them, ReaL's further labels."""
 
 import functools
 import re
@@ -8,7 +8,7 @@ from pathlib import PurePath
 
 from timm.data import ImageNetInfo, RealLabelsImagenet
 
-from fixefficientnet.checkpoint import listed
+from fixefficientnet._internal.checkpoint_file import listed
 from fixefficientnet.errors import DataError
 
 IMAGENET = 1000
@@ -32,16 +32,16 @@ def imagenet_order() -> tuple[str, ...]:
 def mapping(
     names: tuple[str, ...], num_classes: int | None, what: str, *, numbered: bool = False
 ) -> tuple[tuple[str, ...], dict[int, int]]:
-    """Maps a data set's classes to a model's.
+    """Maps a dataset's classes to a model's.
 
     Args:
-        names: Of the data set's classes, by its own index; some may be missing.
-        num_classes: Of the model; None: as many as the data set has.
-        what: The data set, for messages.
+        names: Of the dataset's classes, by its own index; some may be missing.
+        num_classes: Of the model; None: as many as the dataset has.
+        what: The dataset, for messages.
         numbered: Whether names that are numbers from 0 to 999 may be those of ImageNet's classes.
 
     Returns:
-        Names by the model's index, and the model's index of each of the data set's; empty where they are the same.
+        Names by the model's index, and the model's index of each of the dataset's; empty where they are the same.
 
     Raises:
         DataError: WordNet ids that are not ImageNet-1k's, or another number of classes than the model's.
@@ -92,13 +92,13 @@ class Subset:
 
 
 def real_labels(files: Sequence[str]) -> list[list[int]]:
-    """ReaL labels (Beyer et al., 2020, arXiv 2006.07159; timm's copy) of pictures of ImageNet's validation set.
+    """ReaL labels (Beyer et al., 2020, arXiv 2006.07159; timm's copy) of images of ImageNet's validation set.
 
     Args:
-        files: Names of the pictures, which end in ILSVRC2012_val_00000001.JPEG and the like.
+        files: Names of the images, which end in ILSVRC2012_val_00000001.JPEG and the like.
 
     Returns:
-        The classes that count as right, per picture; some pictures have none.
+        The classes that count as correct, per image; some images have none.
 
     Raises:
         DataError: A name is none of ImageNet's validation set.
@@ -108,7 +108,7 @@ def real_labels(files: Sequence[str]) -> list[list[int]]:
     names = [PurePath(file).name for file in files]
     if unknown := [file for file, name in zip(files, names, strict=True) if name not in known]:
         raise DataError(
-            "ReaL labels are of ImageNet's validation pictures, by file name (ILSVRC2012_val_00000001.JPEG): there "
+            "ReaL labels are of ImageNet's validation images, by file name (ILSVRC2012_val_00000001.JPEG): there "
             f"are none of {listed(unknown)}."
         )
     return [known[name] for name in names]

@@ -20,14 +20,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from fixefficientnet.checkpoint import listed
+from fixefficientnet._internal.checkpoint_file import listed
+from fixefficientnet._internal.files import write_atomically
 from fixefficientnet.errors import (
     ChecksumError,
     DeltaFormatError,
     DeltaMismatchError,
     UnsupportedModelError,
 )
-from fixefficientnet.files import write_atomically
 from fixefficientnet.manifest import INTERPOLATIONS, TestTime, Triple
 
 FORMAT = "fixefficientnet-delta"
@@ -327,7 +327,7 @@ def test_time(delta: Delta, usual: TestTime) -> TestTime:
 
 
 def is_sound(test: TestTime) -> bool:
-    """Whether pictures can be shown that way."""
+    """Whether images can be shown that way."""
     sound = 0 < test.size < 2**16 and 0 < test.crop_pct <= 1 and min(test.std) > 0
     return sound and test.interpolation in INTERPOLATIONS
 

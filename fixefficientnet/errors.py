@@ -60,12 +60,12 @@ class UnsupportedModelError(FixEfficientNetError, ValueError):
     """FixRes does not know where to find the classifier or the last batch norm of this model."""
 
 
-class PictureError(FixEfficientNetError, ValueError):
-    """A picture cannot be opened or is too large; names it."""
+class ImageError(FixEfficientNetError, ValueError):
+    """An image cannot be opened or is too large; names it."""
 
 
 class DataError(FixEfficientNetError, ValueError):
-    """A data set cannot be used: not there, no classes, other classes than the model's, unreadable pictures."""
+    """A dataset cannot be used: not there, no classes, other classes than the model's, unreadable images."""
 
 
 class EvaluationError(FixEfficientNetError, RuntimeError):

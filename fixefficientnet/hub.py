@@ -28,9 +28,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import WeakFileLock
 
-from fixefficientnet import __version__
+from fixefficientnet._internal.files import write_atomically
+from fixefficientnet._version import __version__
 from fixefficientnet.errors import ChecksumError, DownloadError, ManifestError
-from fixefficientnet.files import write_atomically
 from fixefficientnet.manifest import Backbone, relative_filename
 
 T = TypeVar("T")
@@ -166,12 +166,12 @@ def _verified(file: HubFile, cache_dir: PathLike | None, inspect: Callable[[Path
 
     `inspect` gives the result and its sha256, computed afresh or as remembered.
     """
-    with contextlib.suppress(FileNotFoundError):  # another process may be mending the same bad copy
+    with contextlib.suppress(FileNotFoundError):  # another process may be replacing the same bad copy
         result, found = inspect(_download(file, cache_dir), False)
         if file.sha256 in (None, found):
             return result
     try:
-        return _mended(file, cache_dir, inspect)
+        return _replaced(file, cache_dir, inspect)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
@@ -180,7 +180,7 @@ def _verified(file: HubFile, cache_dir: PathLike | None, inspect: Callable[[Path
         ) from error
 
 
-def _mended(file: HubFile, cache_dir: PathLike | None, inspect: Callable[[Path, bool], tuple[T, str]]) -> T:
+def _replaced(file: HubFile, cache_dir: PathLike | None, inspect: Callable[[Path, bool], tuple[T, str]]) -> T:
     lock = _repository_folder(file, cache_dir) / ".fixefficientnet.lock"
     with WeakFileLock(lock):  # processes that meet the same bad copy must not delete each other's fresh one
         path = _download(file, cache_dir)

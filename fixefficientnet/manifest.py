@@ -16,9 +16,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fixefficientnet.errors import ManifestError, UnknownVariantError
+
+if TYPE_CHECKING:
+    from timm.models import PretrainedCfg
 
 SCHEMA_VERSION = 1
 OVERLAY_VARIABLE = "FIXEFFICIENTNET_MANIFEST"
@@ -27,6 +30,9 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 PREFIX = "fixefficientnet"
 DEFAULT_MODEL = "lite0"
 """What `predict` runs when it is not told: its weights need no Hub."""
+
+STEM, CLASSIFIER = "conv_stem", "classifier"
+"""timm's names of the first and the last layer of an EfficientNet."""
 
 Triple = tuple[float, float, float]
 
@@ -97,6 +103,17 @@ class TestTime:
     mean: Triple
     std: Triple
 
+    def timm_fields(self) -> dict[str, Any]:
+        """The same as fields of timm's `PretrainedCfg`."""
+        return {
+            "input_size": (3, self.size, self.size),
+            "pool_size": (-(-self.size // 32),) * 2,
+            "crop_pct": self.crop_pct,
+            "interpolation": self.interpolation,
+            "mean": self.mean,
+            "std": self.std,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
@@ -129,7 +146,7 @@ class Measured:
     """Accuracy that was measured with the published weights, in per cent, and on what."""
 
     dataset: str
-    pictures: int
+    images: int
     top1: float
     top5: float
 
@@ -211,6 +228,25 @@ class Variant:
     def usual_weights(self) -> bool | str:
         """What `predict` takes for `pretrained` when it is not told: "backbone" where nothing else exists."""
         return "backbone" if self.backbone_only else True
+
+    def pretrained_cfg(self) -> "PretrainedCfg":
+        """timm's description of this variant; its data config gives the same pixels as `model.preprocess`."""
+        from timm.models import PretrainedCfg
+
+        weights = self.weights
+        return PretrainedCfg(
+            hf_hub_id=weights.repository if weights else None,
+            hf_hub_filename=weights.filename if weights else None,
+            architecture=self.architecture,
+            tag=self.backbone.tag,
+            first_conv=STEM,
+            classifier=CLASSIFIER,
+            license=weights.license if weights else self.backbone.license,
+            paper_ids="arXiv:2003.08237",
+            paper_name="Fixing the train-test resolution discrepancy: FixEfficientNet",
+            origin_url="https://github.com/facebookresearch/FixRes",
+            **self.test.timm_fields(),
+        )
 
     def aliases(self) -> set[str]:
         """All names that mean this variant, in the normal form of `find`."""
@@ -471,10 +507,10 @@ def _weights(value: object, where: str, folder: Path | None) -> Weights:
     local = "path" in fields
     measured = fields.get("measured")
     if measured is not None:
-        inner = _object(measured, f"{where}.measured", {"dataset", "pictures", "top1", "top5"})
+        inner = _object(measured, f"{where}.measured", {"dataset", "images", "top1", "top5"})
         measured = Measured(
             dataset=_text(inner["dataset"], f"{where}.measured.dataset"),
-            pictures=_whole(inner["pictures"], f"{where}.measured.pictures"),
+            images=_whole(inner["images"], f"{where}.measured.images"),
             top1=_number(inner["top1"], f"{where}.measured.top1", 0, 100),
             top5=_number(inner["top5"], f"{where}.measured.top5", 0, 100),
         )

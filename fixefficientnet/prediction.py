@@ -1,4 +1,4 @@
-"""Pictures in, ranked labels out."""
+"""Images in, ranked labels out."""
 
 import contextlib
 import functools
@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 
-from fixefficientnet import manifest, streams
-from fixefficientnet.errors import PictureError, UnsupportedModelError
-from fixefficientnet.modes import in_eval_mode
-from fixefficientnet.preprocessing import PictureSource, open_picture
+from fixefficientnet import manifest
+from fixefficientnet._internal.modes import in_eval_mode
+from fixefficientnet._internal.threads import BATCH_SIZE, default_threads, map_in_threads
+from fixefficientnet.errors import ImageError, UnsupportedModelError
+from fixefficientnet.preprocessing import ImageSource, open_image
 from fixefficientnet.zoo import Pretrained, create
 
 if TYPE_CHECKING:
@@ -41,121 +42,121 @@ class Label:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """A picture's best labels, best first."""
+    """An image's best labels, best first."""
 
-    picture: PictureSource
+    image: ImageSource
     labels: tuple[Label, ...]
 
 
-_Drawn = tuple[PictureSource, torch.Tensor | PictureError | None]
-"""A picture, and what came of it if that is known."""
+_Drawn = tuple[ImageSource, torch.Tensor | ImageError | None]
+"""An image, and what came of it if that is known."""
 
 
 def predict(
-    pictures: PictureSource | Iterable[PictureSource],
+    images: ImageSource | Iterable[ImageSource],
     model: "str | ZooModel" = manifest.DEFAULT_MODEL,
     *,
     pretrained: Pretrained | None = None,
     topk: int = 5,
     batch_size: int | None = None,
-    at_once: int | None = None,
+    threads: int | None = None,
     device: torch.device | str | None = None,
-    on_error: Callable[[PictureSource, PictureError], None] | None = None,
+    on_error: Callable[[ImageSource, ImageError], None] | None = None,
 ) -> list[Prediction]:
-    """Classifies pictures; each is turned upright by its EXIF orientation first.
+    """Classifies images; each is turned upright by its EXIF orientation first.
 
     Args:
-        pictures: One picture or several: PIL images, paths, or encoded files' bytes.
+        images: One image or several: PIL images, paths, or encoded files' bytes.
         model: A variant's name, or a model from `create`.
         pretrained: As in `create`, for a variant's name. None: True, or "backbone" for the lite family,
             which has no FixRes weights.
         topk: How many labels each.
-        batch_size: Pictures per forward pass; None: 16, or 2 on a CPU.
-        at_once: How many batches a CPU computes at once, by threads that share its cores out. None: as many as it has
+        batch_size: Images per forward pass; None: 16, or 2 on a CPU.
+        threads: How many threads of a CPU compute a batch each; they share its cores. None: as many as it has
             cores for; 1 is for a model that keeps something between the layers of a forward pass.
         device: Where to run: the model is moved there. None: where it is.
-        on_error: Called with a picture that cannot be used and the reason, instead of raising.
+        on_error: Called with an image that cannot be used and the reason, instead of raising.
 
     Returns:
-        One prediction per usable picture, in order.
+        One prediction per usable image, in order.
 
     Raises:
-        PictureError: A picture cannot be used and there is no `on_error`.
+        ImageError: An image cannot be used and there is no `on_error`.
         UnsupportedModelError: The model gives features instead of logits.
-        ValueError: `topk`, `batch_size` or `at_once` is below 1.
+        ValueError: `topk`, `batch_size` or `threads` is below 1.
     """
-    if isinstance(pictures, Image.Image | str | bytes | os.PathLike):
-        pictures = [pictures]
-    elif hasattr(pictures, "read"):
-        raise TypeError("An open file is no picture: give its path, or its bytes (file.read()).")
+    if isinstance(images, Image.Image | str | bytes | os.PathLike):
+        images = [images]
+    elif hasattr(images, "read"):
+        raise TypeError("An open file is no image: give its path, or its bytes (file.read()).")
     if isinstance(model, str):
         model = create(model, manifest.find(model).usual_weights if pretrained is None else pretrained)
     return list(
-        stream(pictures, model, topk=topk, batch_size=batch_size, at_once=at_once, device=device, on_error=on_error)
+        stream(images, model, topk=topk, batch_size=batch_size, threads=threads, device=device, on_error=on_error)
     )
 
 
 def stream(
-    pictures: Iterable[PictureSource],
+    images: Iterable[ImageSource],
     model: "ZooModel",
     *,
     topk: int = 5,
     batch_size: int | None = None,
-    at_once: int | None = None,
+    threads: int | None = None,
     device: torch.device | str | None = None,
-    on_error: Callable[[PictureSource, PictureError], None] | None = None,
+    on_error: Callable[[ImageSource, ImageError], None] | None = None,
 ) -> Iterator[Prediction]:
     """The same as `predict`, batch by batch, for a model from `create`: in eval mode until all are drawn."""
-    for name, value in (("topk", topk), ("batch_size", batch_size), ("at_once", at_once)):
+    for name, value in (("topk", topk), ("batch_size", batch_size), ("threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be 1 or more, is {value}.")
     if device is not None:
         model = model.to(device)
-    at_once = at_once or streams.number(model)
-    batch_size = batch_size or (streams.BATCH_SIZE if next(model.parameters()).device.type == "cpu" else 16)
-    batches = _batches(pictures, batch_size, model)
-    done = streams.in_order(lambda batch: _classify(batch, model, topk), batches, at_once)
+    threads = threads or default_threads(model)
+    batch_size = batch_size or (BATCH_SIZE if next(model.parameters()).device.type == "cpu" else 16)
+    batches = _batches(images, batch_size, model)
+    done = map_in_threads(lambda batch: _classify(batch, model, topk), batches, threads)
     with in_eval_mode(model), contextlib.closing(done):
         for predictions, failed in done:
-            for picture, error in failed:
+            for image, error in failed:
                 if on_error is None:
                     raise error
-                on_error(picture, error)
+                on_error(image, error)
             yield from predictions
 
 
-def _batches(pictures: Iterable[PictureSource], size: int, model: "ZooModel") -> Iterator[list[_Drawn]]:
+def _batches(images: Iterable[ImageSource], size: int, model: "ZooModel") -> Iterator[list[_Drawn]]:
     """Batches of what is drawn; a PIL image is used at once, as its owner may close it, or draw another into it."""
 
     def drawn() -> Iterator[_Drawn]:
-        for picture in pictures:
-            yield picture, _preprocessed(picture, model) if isinstance(picture, Image.Image) else None
+        for image in images:
+            yield image, _preprocessed(image, model) if isinstance(image, Image.Image) else None
 
     every = drawn()
     while batch := list(itertools.islice(every, size)):
         yield batch
 
 
-def _preprocessed(picture: PictureSource, model: "ZooModel") -> torch.Tensor | PictureError:
+def _preprocessed(image: ImageSource, model: "ZooModel") -> torch.Tensor | ImageError:
     try:
-        return model.preprocess(open_picture(picture, upright=True))
-    except PictureError as error:
+        return model.preprocess(open_image(image, upright=True))
+    except ImageError as error:
         return error
 
 
 @torch.inference_mode()
 def _classify(
     batch: list[_Drawn], model: "ZooModel", topk: int
-) -> tuple[list[Prediction], list[tuple[PictureSource, PictureError]]]:
+) -> tuple[list[Prediction], list[tuple[ImageSource, ImageError]]]:
     """What the usable ones are, and why the others are not."""
-    usable: list[tuple[PictureSource, torch.Tensor]] = []
-    failed: list[tuple[PictureSource, PictureError]] = []
-    for picture, known in batch:
-        found = _preprocessed(picture, model) if known is None else known
-        if isinstance(found, PictureError):
-            failed.append((picture, found))
+    usable: list[tuple[ImageSource, torch.Tensor]] = []
+    failed: list[tuple[ImageSource, ImageError]] = []
+    for image, known in batch:
+        found = _preprocessed(image, model) if known is None else known
+        if isinstance(found, ImageError):
+            failed.append((image, found))
         else:
-            usable.append((picture, found))
+            usable.append((image, found))
     if not usable:
         return [], failed
     parameter = next(model.parameters())
@@ -167,8 +168,8 @@ def _classify(
     best = probabilities.topk(min(topk, probabilities.shape[1]), dim=1)
     names = names_of(probabilities.shape[1])
     predictions = [
-        Prediction(picture, tuple(Label(i, names[i][0], names[i][1], p) for i, p in zip(indices, values, strict=True)))
-        for (picture, _), indices, values in zip(usable, best.indices.tolist(), best.values.tolist(), strict=True)
+        Prediction(image, tuple(Label(i, names[i][0], names[i][1], p) for i, p in zip(indices, values, strict=True)))
+        for (image, _), indices, values in zip(usable, best.indices.tolist(), best.values.tolist(), strict=True)
     ]
     return predictions, failed
 

@@ -1,4 +1,4 @@
-"""From a picture to the network's input: at test time, in FixRes fine-tuning, in training."""
+"""From an image to the network's input: at test time, in FixRes fine-tuning, in training."""
 
 import contextlib
 import hashlib
@@ -18,23 +18,23 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from fixefficientnet import manifest
-from fixefficientnet.errors import PictureError
+from fixefficientnet.errors import ImageError
 from fixefficientnet.manifest import TestTime
 
 PIXEL_LIMIT = 2**27
-"""Above so many pixels after resizing (a very narrow picture), only the part that the crop keeps is resized."""
+"""Above so many pixels after resizing (a very narrow image), only the part that the crop keeps is resized."""
 
 _WARNINGS = threading.Lock()
 """What warnings are shown is the process's: threads that changed it at once would leave their changes behind."""
 
-PictureSource = Image.Image | str | os.PathLike[str] | bytes
+ImageSource = Image.Image | str | os.PathLike[str] | bytes
 
 
 class Preprocess(TestTime):
     """The test-time transform of the released FixEfficientNet evaluation, as a callable.
 
     Resize the shorter side to `int(size / crop_pct)` with Pillow, centre crop, scale to [0, 1], normalise.
-    A picture is never turned by its EXIF orientation, as in the original.
+    An image is never turned by its EXIF orientation, as in the original.
     """
 
     @classmethod
@@ -42,22 +42,22 @@ class Preprocess(TestTime):
         """The transform that a manifest row describes."""
         return cls(**asdict(test))
 
-    def __call__(self, picture: PictureSource) -> Tensor:
-        """Transforms one picture.
+    def __call__(self, image: ImageSource) -> Tensor:
+        """Transforms one image.
 
         Args:
-            picture: A PIL image of any mode, a path, or an encoded file's bytes.
+            image: A PIL image of any mode, a path, or an encoded file's bytes.
 
         Returns:
             float32 [3, size, size], normalised RGB.
 
         Raises:
-            PictureError: It cannot be opened, or is above the pixel limit (see `open_picture`).
+            ImageError: It cannot be opened, or is above the pixel limit (see `open_image`).
         """
-        return self.normalise(self.crop(open_picture(picture)))
+        return self.normalise(self.crop(open_image(image)))
 
     def crop(self, image: Image.Image) -> Image.Image:
-        """The first two steps: an RGB picture to the square of `size` pixels that the network is shown."""
+        """The first two steps: an RGB image to the square of `size` pixels that the network is shown."""
         short, long = self._resized(image)
         if image.width > image.height and short * long <= PIXEL_LIMIT:
             # Pillow resizes along the rows first, then along the columns, with whole values in between: one by one is
@@ -76,7 +76,7 @@ class Preprocess(TestTime):
         short, long = self._resized(image)
         mode = InterpolationMode(self.interpolation)
         if short * long > PIXEL_LIMIT:
-            # a line of pixels would become a picture of gigabytes: resize only what the crop keeps
+            # a line of pixels would become an image of gigabytes: resize only what the crop keeps
             # (equal but for rounding)
             side = min(image.size) * self.size / short
             left, top = (image.width - side) / 2, (image.height - side) / 2
@@ -92,7 +92,7 @@ class Preprocess(TestTime):
         return resized, int(resized * long / short)
 
     def normalise(self, image: Image.Image) -> Tensor:
-        """The last step: an RGB picture of any size to float32 [3, H, W]."""
+        """The last step: an RGB image of any size to float32 [3, H, W]."""
         return self._normalised(_pixels(image))
 
     def _normalised(self, pixels: Tensor) -> Tensor:
@@ -103,16 +103,16 @@ class Preprocess(TestTime):
 
 
 class FastPreprocess(Preprocess):
-    """Nearly the same in half the time: torchvision resizes tensors of whole values, where Pillow resizes pictures.
+    """Nearly the same in half the time: torchvision resizes tensors of whole values, where Pillow resizes images.
 
     Of a photo, a few values in a thousand differ, by 2 of 255 at most (docs/speed.md).
     """
 
-    def __call__(self, picture: PictureSource) -> Tensor:
-        """Transforms one picture; as `Preprocess` does."""
+    def __call__(self, image: ImageSource) -> Tensor:
+        """Transforms one image; as `Preprocess` does."""
         from torchvision.transforms.v2 import functional as v2  # which takes a while, and few need it
 
-        image = open_picture(picture)
+        image = open_image(image)
         short, long = self._resized(image)
         if short * long > PIXEL_LIMIT:
             return super().__call__(image)
@@ -121,7 +121,7 @@ class FastPreprocess(Preprocess):
 
 
 def _pixels(image: Image.Image) -> Tensor:
-    """An RGB picture's pixels, copied: uint8 [3, H, W]; the channels of each lie together."""
+    """An RGB image's pixels, copied: uint8 [3, H, W]; the channels of each lie together."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -130,11 +130,11 @@ class FineTuningTransform:
     """FixRes's augmentation: test-time-like, at the test size (FixRes paper; FixEfficientNet note).
 
     Resize as at test time, mirror, jitter the colours a little, and crop at a height of the centre, at a
-    horizontal offset drawn uniformly from all that the picture's width allows.
+    horizontal offset drawn uniformly from all that the image's width allows.
 
     Attributes:
         test: The test-time transform.
-        seed: With epoch and picture index, decides every draw.
+        seed: With epoch and image index, decides every draw.
         hflip: Probability of mirroring.
         color_jitter: Most relative change of brightness, contrast and saturation, each.
     """
@@ -144,11 +144,11 @@ class FineTuningTransform:
     hflip: float
     color_jitter: float
 
-    def __call__(self, picture: Image.Image, epoch: int, index: int) -> Tensor:
-        """Transforms one RGB picture: float32 [3, size, size]."""
+    def __call__(self, image: Image.Image, epoch: int, index: int) -> Tensor:
+        """Transforms one RGB image: float32 [3, size, size]."""
         size = self.test.size
         with _draws_of(self.seed, epoch, index):
-            image = self.test.resize(picture)
+            image = self.test.resize(image)
             image = transforms.RandomHorizontalFlip(self.hflip)(image)
             image = transforms.ColorJitter(*[self.color_jitter] * 3)(image)
             left = int(torch.randint(image.width - size + 1, (1,)))
@@ -158,7 +158,7 @@ class FineTuningTransform:
 
 @dataclass(frozen=True, slots=True)
 class Views:
-    """The fixed views of a picture that features are computed from.
+    """The fixed views of an image that features are computed from.
 
     The first is the test-time transform's, the second its mirror image, any further one a draw of the
     fine-tuning augmentation.
@@ -171,10 +171,10 @@ class Views:
     count: int
     augmented: FineTuningTransform
 
-    def __call__(self, picture: Image.Image, epoch: int, index: int) -> Tensor:
-        """Transforms one RGB picture: float32 [count, 3, size, size]; `epoch` makes no difference."""
-        plain = self.augmented.test(picture)
-        drawn = [self.augmented(picture, view, index) for view in range(2, self.count)]
+    def __call__(self, image: Image.Image, epoch: int, index: int) -> Tensor:
+        """Transforms one RGB image: float32 [count, 3, size, size]; `epoch` makes no difference."""
+        plain = self.augmented.test(image)
+        drawn = [self.augmented(image, view, index) for view in range(2, self.count)]
         return torch.stack([plain, plain.flip(-1), *drawn][: self.count])
 
 
@@ -184,7 +184,7 @@ class TrainingTransform:
 
     Attributes:
         train: The test-time transform of the train size: size, interpolation, mean and std count.
-        seed: With epoch and picture index, decides every draw.
+        seed: With epoch and image index, decides every draw.
         hflip: Probability of mirroring.
     """
 
@@ -192,11 +192,11 @@ class TrainingTransform:
     seed: int
     hflip: float
 
-    def __call__(self, picture: Image.Image, epoch: int, index: int) -> Tensor:
-        """Transforms one RGB picture: float32 [3, size, size]."""
+    def __call__(self, image: Image.Image, epoch: int, index: int) -> Tensor:
+        """Transforms one RGB image: float32 [3, size, size]."""
         mode = InterpolationMode(self.train.interpolation)
         with _draws_of(self.seed, epoch, index):
-            image = transforms.RandomResizedCrop(self.train.size, interpolation=mode)(picture)
+            image = transforms.RandomResizedCrop(self.train.size, interpolation=mode)(image)
             return self.train.normalise(transforms.RandomHorizontalFlip(self.hflip)(image))
 
 
@@ -225,46 +225,46 @@ def preprocess(name: str) -> Preprocess:
     return Preprocess.of(manifest.find(name).test)
 
 
-def open_picture(picture: PictureSource, *, upright: bool = False) -> Image.Image:
-    """Opens a picture as RGB: the first frame, alpha dropped, 16-bit values scaled to 8.
+def open_image(image: ImageSource, *, upright: bool = False) -> Image.Image:
+    """Opens an image as RGB: the first frame, alpha dropped, 16-bit values scaled to 8.
 
     Args:
-        picture: A PIL image of any mode, a path, or an encoded file's bytes.
+        image: A PIL image of any mode, a path, or an encoded file's bytes.
         upright: Whether to turn it as its EXIF orientation says.
 
     Raises:
         TypeError: It is none of these.
-        PictureError: Missing, not a picture, truncated, or above Pillow's own limit of
+        ImageError: Missing, not an image, truncated, or above Pillow's own limit of
             `PIL.Image.MAX_IMAGE_PIXELS` (89,478,485) pixels; raise that limit to allow more.
     """
     try:
-        image = picture if isinstance(picture, Image.Image) else _open(picture)
+        opened = image if isinstance(image, Image.Image) else _open(image)
         limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and image.width * image.height > limit:
-            raise PictureError(
-                f"{_name(picture)} has {image.width} x {image.height} pixels, the limit is {limit:,} "
+        if limit is not None and opened.width * opened.height > limit:
+            raise ImageError(
+                f"{_name(image)} has {opened.width} x {opened.height} pixels, the limit is {limit:,} "
                 "(PIL.Image.MAX_IMAGE_PIXELS, which may be raised)."
             )
-        if not (image.width and image.height):
-            raise PictureError(f"{_name(picture)} has no pixels.")
-        return _rgb(_upright(image) if upright else image, image.format)
+        if not (opened.width and opened.height):
+            raise ImageError(f"{_name(image)} has no pixels.")
+        return _rgb(_upright(opened) if upright else opened, opened.format)
     except UnidentifiedImageError:
-        raise PictureError(f"{_name(picture)} is not a picture that Pillow can read.") from None
+        raise ImageError(f"{_name(image)} is not an image that Pillow can read.") from None
     except Image.DecompressionBombError as error:
-        raise PictureError(f"{_name(picture)} is too large: {error}") from None
-    except (PictureError, MemoryError, TypeError):
+        raise ImageError(f"{_name(image)} is too large: {error}") from None
+    except (ImageError, MemoryError, TypeError):
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise PictureError(f"{_name(picture)} cannot be read: {reason}") from error
+        raise ImageError(f"{_name(image)} cannot be read: {reason}") from error
 
 
-def _open(picture: str | os.PathLike[str] | bytes) -> Image.Image:
-    if not isinstance(picture, str | bytes | os.PathLike):
-        raise TypeError(f"A picture is a PIL image, a path or an encoded file's bytes, not {type(picture).__name__}.")
+def _open(image: str | os.PathLike[str] | bytes) -> Image.Image:
+    if not isinstance(image, str | bytes | os.PathLike):
+        raise TypeError(f"An image is a PIL image, a path or an encoded file's bytes, not {type(image).__name__}.")
     with _WARNINGS, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked right after
-        return Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
+        return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -276,7 +276,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image, kind: str | None) -> Image.Image:
-    """As Pillow converts, but for 16-bit values, which it clips at 255: that leaves a white picture."""
+    """As Pillow converts, but for 16-bit values, which it clips at 255: that leaves a white image."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     # 32 bits wide, of which files fill 16; older releases of Pillow open PNG files of 16 bits so
@@ -288,7 +288,7 @@ def _rgb(image: Image.Image, kind: str | None) -> Image.Image:
     return image.convert("RGB")
 
 
-def _name(picture: PictureSource) -> str:
-    if isinstance(picture, Image.Image):
-        return str(getattr(picture, "filename", "")) or "The PIL image"
-    return f"The picture of {len(picture)} bytes" if isinstance(picture, bytes) else str(picture)
+def _name(image: ImageSource) -> str:
+    if isinstance(image, Image.Image):
+        return str(getattr(image, "filename", "")) or "The PIL image"
+    return f"The image of {len(image)} bytes" if isinstance(image, bytes) else str(image)

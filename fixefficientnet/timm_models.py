@@ -14,10 +14,10 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from fixefficientnet import manifest, requirements
+from fixefficientnet import manifest
+from fixefficientnet._internal import requirements
 from fixefficientnet.errors import ManifestError
 from fixefficientnet.manifest import Variant
-from fixefficientnet.timm_cfg import pretrained_cfg
 
 if TYPE_CHECKING:
     from timm.models import DefaultCfg, PretrainedCfg
@@ -52,7 +52,7 @@ def _register() -> None:
     for architecture, variants in by_architecture.items():
         default = manifest.find(architecture)  # what the name means without a tag
         siblings = sorted(variants, key=lambda variant: variant is not default)
-        cfgs: dict[str, Any] = {f"{v.timm_name}{'*' if v is default else ''}": pretrained_cfg(v) for v in siblings}
+        cfgs: dict[str, Any] = {f"{v.timm_name}{'*' if v is default else ''}": v.pretrained_cfg() for v in siblings}
         default_cfgs.update(generate_default_cfgs(cfgs))
         with warnings.catch_warnings():
             if is_model(architecture):  # after a reload; timm warns of names that are taken
@@ -62,7 +62,7 @@ def _register() -> None:
 
 def _names_other_weights(cfg: "PretrainedCfg", variant: Variant) -> bool:
     """Whether timm was told of other weights than the manifest's row has."""
-    own = pretrained_cfg(variant)
+    own = variant.pretrained_cfg()
     hub = (cfg.hf_hub_id, cfg.hf_hub_filename) != (own.hf_hub_id, own.hf_hub_filename)
     return bool(hub or cfg.source or cfg.file or cfg.url or cfg.state_dict)
 

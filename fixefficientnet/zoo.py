@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,13 +13,13 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from fixefficientnet import checkpoint, delta, hub, manifest, networks
-from fixefficientnet.checkpoint import listed
+from fixefficientnet import delta, hub
+from fixefficientnet._internal import checkpoint_file, meta_device
+from fixefficientnet._internal.checkpoint_file import listed
 from fixefficientnet.delta import Delta, Head
 from fixefficientnet.errors import CheckpointError, MissingFileError, WeightsNotPublishedError
-from fixefficientnet.manifest import Variant
+from fixefficientnet.manifest import CLASSIFIER, STEM, Variant, find
 from fixefficientnet.preprocessing import Preprocess
-from fixefficientnet.timm_cfg import CLASSIFIER, STEM, pretrained_cfg, with_test_time
 
 HEAD = Head(norm="bn2", classifier=CLASSIFIER)
 """Where every EfficientNet has the two modules that FixRes tunes: conv_head → bn2 → global_pool → classifier."""
@@ -69,7 +70,7 @@ def create(
 
     Returns:
         timm's EfficientNet, float32 [N, in_chans, H, W] → [N, num_classes], with three attributes:
-        `preprocess` (picture → float32 [3, S, S]), `variant` (the manifest's row) and `pretrained_cfg`
+        `preprocess` (image → float32 [3, S, S]), `variant` (the manifest's row) and `pretrained_cfg`
         (from which `timm.data.resolve_model_data_config` gives the same preprocessing).
 
     Raises:
@@ -85,7 +86,7 @@ def create(
     if refused := {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cfg"} & timm_kwargs.keys():
         raise TypeError(f"create() takes no {', '.join(sorted(refused))}; timm.create_model does.")
     model = build(
-        manifest.find(name),
+        find(name),
         pretrained,
         cache_dir=cache_dir,
         num_classes=num_classes,
@@ -110,7 +111,7 @@ def build(
 ) -> nn.Module:
     """Builds a variant in train mode, as timm does; see `create` for the arguments."""
     timm_kwargs = {key: value for key, value in timm_kwargs.items() if value is not None}
-    timm_kwargs["pretrained_cfg"] = cfg or pretrained_cfg(variant)
+    timm_kwargs["pretrained_cfg"] = cfg or variant.pretrained_cfg()
     if device is None:
         device = torch.empty(0).device  # get_default_device sees no `with torch.device(…)` in older releases
     if pretrained in (False, None):
@@ -119,8 +120,8 @@ def build(
     else:
         tuned = None if pretrained == "backbone" else _delta(variant, pretrained, cache_dir)
         if tuned and (test := delta.test_time(tuned, variant.test)) != variant.test:
-            timm_kwargs["pretrained_cfg"] = with_test_time(timm_kwargs["pretrained_cfg"], test)
-        model = networks.without_weights(variant.backbone.architecture, **timm_kwargs)
+            timm_kwargs["pretrained_cfg"] = replace(timm_kwargs["pretrained_cfg"], **test.timm_fields())
+        model = meta_device.without_weights(variant.backbone.architecture, **timm_kwargs)
         with torch.device("cpu"):  # whatever the caller's default
             tensors = backbone_tensors(variant, cache_dir, model)
             if tuned is not None:
@@ -147,12 +148,12 @@ def backbone_tensors(
     A package's file has other names: `built`, where it is the whole network, knows timm's.
     """
     path = hub.backbone_file(variant.backbone, cache_dir)
-    tensors = checkpoint.read(path)
+    tensors = checkpoint_file.read(path)
     if path.suffix != ".safetensors":
         like = built.state_dict() if built else {}
         if [tensor.shape for tensor in like.values()] != [tensor.shape for tensor in tensors.values()]:
-            like = networks.without_weights(variant.backbone.architecture).state_dict()
-        tensors = checkpoint.rename(tensors, like, path)
+            like = meta_device.without_weights(variant.backbone.architecture).state_dict()
+        tensors = checkpoint_file.rename(tensors, like, path)
     return tensors
 
 

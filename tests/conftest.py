@@ -32,7 +32,8 @@ from packaging.version import Version
 from torch import nn
 
 import fixefficientnet
-from fixefficientnet import delta, manifest, requirements
+from fixefficientnet import delta, manifest
+from fixefficientnet._internal import requirements
 
 try:
     from timm.models import save_for_hf
@@ -143,9 +144,9 @@ def b0_delta(hub_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished_runs(hub_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of finished runs of the zoo: `b0` and `b0_ns`; `other`, of b0 with another seed. Not to be changed."""
     folder = tmp_path_factory.mktemp("finished")
-    pictures = tiny.make_data(folder / "data", ("n01440764", "n02124075", "n07920052"), train=4, val=2)
-    place = ["--data", str(pictures), "--output", str(folder), "--method", "cached", "-j", "0"]
-    # enough epochs for some pictures to be right: an accuracy of 0 is none that a manifest takes
+    images = tiny.make_data(folder / "data", ("n01440764", "n02124075", "n07920052"), train=4, val=2)
+    place = ["--data", str(images), "--output", str(folder), "--method", "cached", "-j", "0"]
+    # enough epochs for some images to be correct: an accuracy of 0 is none that a manifest takes
     sizes = ["--train-size", "32", "--test-size", "48", "--set", "epochs=6", "--set", "batch_size=4"]
     for which in (["b0*"], ["b0", "--experiment", "other", "--set", "seed=1"]):
         tiny.run([*which, *place, *sizes], folder / "said.txt", HF_HUB_CACHE=str(hub_cache), OMP_NUM_THREADS="1")
@@ -153,6 +154,6 @@ def finished_runs(hub_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture
-def pictures() -> torch.Tensor:
-    """Two random pictures at a size that keeps tests fast."""
+def images() -> torch.Tensor:
+    """Two random images at a size that keeps tests fast."""
     return torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(7)) * 2 - 1

@@ -1,4 +1,4 @@
-"""A network that can be measured, and what plain PyTorch makes of pictures with it."""
+"""A network that can be measured, and what plain PyTorch makes of images with it."""
 
 import json
 import math
@@ -19,8 +19,8 @@ from fixefficientnet.manifest import TestTime
 TEST = TestTime(48, 0.875, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def stack(pictures: Iterable[Path], test: TestTime = TEST) -> torch.Tensor:
-    """Pictures as a network is shown them at test time."""
+def stack(images: Iterable[Path], test: TestTime = TEST) -> torch.Tensor:
+    """Images as a network is shown them at test time."""
     transform = transforms.Compose(
         [
             transforms.Resize(int(test.size / test.crop_pct), transforms.InterpolationMode.BICUBIC),
@@ -29,23 +29,23 @@ def stack(pictures: Iterable[Path], test: TestTime = TEST) -> torch.Tensor:
             transforms.Normalize(test.mean, test.std),
         ]
     )
-    return torch.stack([transform(Image.open(path).convert("RGB")) for path in pictures])
+    return torch.stack([transform(Image.open(path).convert("RGB")) for path in images])
 
 
-def logits(model: nn.Module, pictures: Iterable[Path], test: TestTime = TEST) -> torch.Tensor:
-    """One picture at a time."""
+def logits(model: nn.Module, images: Iterable[Path], test: TestTime = TEST) -> torch.Tensor:
+    """One image at a time."""
     with torch.inference_mode():
-        return torch.cat([model(stack([path], test)) for path in pictures])
+        return torch.cat([model(stack([path], test)) for path in images])
 
 
 def marks(logits: torch.Tensor, labels: Sequence[int], best: int = 1) -> str:
-    """Per picture: are there fewer than `best` classes that the network finds more likely than the label?"""
-    right = logits.gather(1, torch.tensor(labels)[:, None])
-    return "".join("01"[int(better) < best] for better in (logits > right).sum(1))
+    """Per image: are there fewer than `best` classes that the network finds more likely than the label?"""
+    correct = logits.gather(1, torch.tensor(labels)[:, None])
+    return "".join("01"[int(better) < best] for better in (logits > correct).sum(1))
 
 
 def assert_nearly(found: object, expected: object) -> None:
-    """The same but for rounding, which the number of threads and the place of a picture in its batch decide."""
+    """The same but for rounding, which the number of threads and the place of an image in its batch decide."""
     if isinstance(expected, float):
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
     elif isinstance(expected, dict):
@@ -56,23 +56,23 @@ def assert_nearly(found: object, expected: object) -> None:
         assert found == expected
 
 
-def network(num_classes: int, pictures: Sequence[Path], labels: Sequence[int], test: TestTime = TEST) -> nn.Module:
-    """A random network, of which each class looks for something like one of the pictures.
+def network(num_classes: int, images: Sequence[Path], labels: Sequence[int], test: TestTime = TEST) -> nn.Module:
+    """A random network, of which each class looks for something like one of the images.
 
-    It gets a part of them right, and does not find all to be of one class.
+    It classifies a part of them correctly, and does not find all to be of one class.
     """
     torch.manual_seed(3)
     model = lively(timm.create_model("test_efficientnet", num_classes=num_classes), seed=3)
     with torch.inference_mode():
-        features = model.forward_head(model.forward_features(stack(pictures, test)), pre_logits=True)
-        like = torch.randint(len(pictures), (num_classes,))
-        like[torch.tensor(labels)] = torch.arange(len(pictures))
+        features = model.forward_head(model.forward_features(stack(images, test)), pre_logits=True)
+        like = torch.randint(len(images), (num_classes,))
+        like[torch.tensor(labels)] = torch.arange(len(images))
         away = features - features.mean(0)
         weight = 0.1 * (torch.randn(num_classes, features.shape[1]) + away[like] / away.std() / 2) / away.std()
         model.classifier.weight.copy_(weight)
         model.classifier.bias.copy_(-weight @ features.mean(0))
-    right = marks(logits(model, pictures, test), labels)
-    assert 0 < right.count("1") < len(right)
+    correct = marks(logits(model, images, test), labels)
+    assert 0 < correct.count("1") < len(correct)
     return model
 
 

@@ -32,9 +32,9 @@ def test_the_docs_show_the_committed_figures():
 
 
 def test_tables_show_what_there_is(tmp_path: Path):
-    shared = {"benchmark": "classify", "variant": "b0", "size": 320, "batch_size": 16, "pictures": 4}
+    shared = {"benchmark": "classify", "variant": "b0", "size": 320, "batch_size": 16, "images": 4}
     taken = {"date": "2026-01-02", "commit": "abc", "rounds": 2}
-    ways = {
+    setups = {
         "fixefficientnet": (30.0, 4, 0.0),
         "fixefficientnet in bf16": (90.0, 3, 0.0),
         "fixefficientnet, onnx": (60.0, 4, 12.0),
@@ -44,12 +44,12 @@ def test_tables_show_what_there_is(tmp_path: Path):
     }
     rows = [
         {
-            **{**shared, **taken, "way": way, "pictures_per_second": rate, "times_timm": rate / 10},
-            **{"same_guesses": same, "exporting_seconds": exporting, "spread": 0.1 if way == "timm" else 0.04},
+            **{**shared, **taken, "setup": setup, "images_per_second": rate, "times_timm": rate / 10},
+            **{"same_predictions": same, "exporting_seconds": exporting, "spread": 0.1 if setup == "timm" else 0.04},
         }
-        for way, (rate, same, exporting) in ways.items()
+        for setup, (rate, same, exporting) in setups.items()
     ]
-    rows.append({**rows[1], "batch_size": 32, "same_guesses": 2})
+    rows.append({**rows[1], "batch_size": 32, "same_predictions": 2})
     facts = {"gpu": "a GPU", "cpu": "a CPU", "threads": 3, "python": "3.11", "versions": {"torch": "2"}}
     found = {"machine": facts, "rows": rows}
     path, page_path = tmp_path / "figures.json", tmp_path / "page.md"
@@ -57,14 +57,14 @@ def test_tables_show_what_there_is(tmp_path: Path):
     page = benchmarks(path, module="benchmarks.tables").stdout
     assert "| fixefficientnet in bf16 | 90.0 (9.00) | 90.0 (9.00) | 2 of 4 |" in page  # the batch size with fewest
     assert "| fixefficientnet | 30.0 (3.00) | - | 4 of 4 |" in page
-    assert "| fixefficientnet, onnx: pictures until it has paid | 720 |" in page  # 12 s / (1/30 - 1/60)
-    assert "| fixefficientnet, openvino: pictures until it has paid | never |" in page
-    assert "| folder to labels, b0 at 320, batches of 16, default engine | 30.0 pictures/s |" in page
+    assert "| fixefficientnet, onnx: images until it has paid | 720 |" in page  # 12 s / (1/30 - 1/60)
+    assert "| fixefficientnet, openvino: images until it has paid | never |" in page
+    assert "| folder to labels, b0 at 320, batches of 16, default engine | 30.0 images/s |" in page
     assert "Machine: a GPU; 3 cores (a CPU); Python 3.11, torch 2.\n" in page
     assert "\nTaken on 2026-01-02 from commit abc: classify (2 rounds).\n" in page
     assert "took 4% longer than its fastest (the median of 7; at most 10%)." in page
     assert (
-        "| the same, against timm's fastest way | 30.0 pictures/s | 12.0 pictures/s (timm, channels last) | 2.50 |"
+        "| the same, against timm's fastest setup | 30.0 images/s | 12.0 images/s (timm, channels last) | 2.50 |"
         in page
     )
     assert "## cost" not in page
@@ -82,14 +82,14 @@ def test_tables_show_what_there_is(tmp_path: Path):
 def test_the_price_of_the_gain_is_held_against_larger_base_models():
     def row(key: str, seconds: tuple[float, float], top1: tuple[float, float] | tuple[None, None]) -> dict:
         found = {"variant": key, "family": "lite" if top1[0] is None else "ns"}
-        for which, one, right in zip(("base", "fix"), seconds, top1, strict=True):
+        for which, one, correct in zip(("base", "fix"), seconds, top1, strict=True):
             found |= {f"{which}_{name}": 1 for name in ("size", "gmacs", "megabytes")}
-            found |= {f"{which}_seconds": one, f"{which}_top1": right}
+            found |= {f"{which}_seconds": one, f"{which}_top1": correct}
         return found
 
     shown = tables.cost([row("b0", (1, 2), (70, 73)), row("b1", (4, 5), (80, 81)), row("lite0", (1, 2), (None, None))])
     assert [line.split(" | ")[-2:] for line in shown.splitlines()[2:]] == [
-        ["70 to 73", "75.0 |"],  # half way in time from b0 to b1, as the figure's axis counts it
+        ["70 to 73", "75.0 |"],  # half setup in time from b0 to b1, as the figure's axis counts it
         ["80 to 81", "- |"],
         ["-", "- |"],
     ]
@@ -97,11 +97,11 @@ def test_the_price_of_the_gain_is_held_against_larger_base_models():
 
 def test_variants_taken_again_stand_where_they_stood():
     earlier = [{"benchmark": "cost", "variant": key, "old": True} for key in ("b0", "b1", "b2_ns", "lite0")]
-    earlier.insert(2, {"benchmark": "start", "way": "x"})
+    earlier.insert(2, {"benchmark": "start", "setup": "x"})
     rows = runner.merged(earlier, [{"benchmark": "cost", "variant": "b1"}], "cost", ["b1"])
     assert [row.get("variant") for row in rows] == [None, "b0", "b1", "b2_ns", "lite0"]
     assert "old" not in rows[2]
-    assert runner.merged(earlier, [], "cost", None) == [{"benchmark": "start", "way": "x"}]
+    assert runner.merged(earlier, [], "cost", None) == [{"benchmark": "start", "setup": "x"}]
 
 
 def test_what_is_no_figures_is_one_line(tmp_path: Path):
@@ -127,12 +127,12 @@ def test_benchmarks_fill_one_file_of_one_machine(tmp_path: Path):
     assert cost["fix_gmacs"] == pytest.approx(cost["base_gmacs"] * (256 / 224) ** 2, rel=0.02)
     assert cost["fix_seconds"] > 0 and cost["fix_megabytes"] > 18.7  # its weights alone
 
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "n02123045").symlink_to(ROOT / "examples")
-    benchmarks("load", "preprocess", "--variants", "lite0", "--pictures", tmp_path / "pictures", *shared)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "n02123045").symlink_to(ROOT / "examples")
+    benchmarks("load", "preprocess", "--variants", "lite0", "--images", tmp_path / "images", *shared)
     found = json.loads(path.read_text())
     assert [row["benchmark"] for row in found["rows"]][:3] == ["cost", "load", "load"]
-    ours = [row for row in found["rows"] if row["benchmark"] == "preprocess" and row["way"] == "fixefficientnet"]
+    ours = [row for row in found["rows"] if row["benchmark"] == "preprocess" and row["setup"] == "fixefficientnet"]
     assert len(ours) == 3
     assert all(row["largest_difference"] < 1e-3 for row in ours)
     assert "| lite0 | 224 to 256 |" in benchmarks(path, module="benchmarks.tables").stdout
@@ -145,13 +145,13 @@ def test_benchmarks_fill_one_file_of_one_machine(tmp_path: Path):
 
 def test_what_is_not_there_is_named():
     assert "No variant is named 'b99'" in benchmarks("cost", "--variants", "b99", status=1).stderr
-    said = benchmarks("accuracy", "--pictures", "nowhere", status=1).stderr
-    assert said.strip() == "--pictures: there is no nowhere."
+    said = benchmarks("accuracy", "--images", "nowhere", status=1).stderr
+    assert said.strip() == "--images: there is no nowhere."
     said = benchmarks("cost", "finetune", status=1).stderr
     assert said.strip() == "finetune needs --train and --checkpoint."
     assert "at least 1, not 0" in benchmarks("cost", "--rounds", 0, status=2).stderr
-    said = benchmarks("preprocess", "--pictures", ROOT / "tests", "--threads", 1, status=1)
-    assert "no folders with pictures in them" in said.stderr and not said.stdout
+    said = benchmarks("preprocess", "--images", ROOT / "tests", "--threads", 1, status=1)
+    assert "no folders with images in them" in said.stderr and not said.stdout
 
 
 def test_help_names_what_there_is_and_does_nothing():

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import fixefficientnet
 from fixefficientnet.classes import real_labels
-from fixefficientnet.data import Pictures, open_pictures
+from fixefficientnet.data.dataset import ImageDataset, open_dataset
 from fixefficientnet.errors import DataError, EvaluationError
 
 WORDNET_IDS = [*map(ImageNetInfo("imagenet-1k").index_to_label_name, range(1000))]
@@ -23,15 +23,15 @@ FEW = {"n01440764": 0, "n02124075": 285, "n03000684": 491, "n07920052": 967, "n1
 
 
 def make_folder(folder: Path, names: Iterable[str]) -> Path:
-    """A picture per class, each like no other."""
+    """An image per class, each like no other."""
     for number, name in enumerate(names):
         tiny.mottle(folder / name / "0.png", number)
     return folder
 
 
-def labels(pictures: Pictures) -> dict[str, int]:
-    """Which number each folder's picture gets."""
-    return {Path(pictures.name(index)).parent.name: pictures[index][1] for index in range(len(pictures))}
+def labels(images: ImageDataset) -> dict[str, int]:
+    """Which number each folder's image gets."""
+    return {Path(images.name(index)).parent.name: images[index][1] for index in range(len(images))}
 
 
 # --- folders --------------------------------------------------------------------------------------------------
@@ -42,56 +42,54 @@ def test_folders_of_numbers_are_numbered_by_these(tmp_path: Path):
     make_folder(tmp_path / "plain", names)
     make_folder(tmp_path / "with_zeros", [f"{int(name):03d}" for name in names])
     for folder in ("plain", "with_zeros"):
-        pictures = open_pictures(str(tmp_path / folder), None, num_classes=1000, numbered=True)
-        assert {int(name): label for name, label in labels(pictures).items()} == {
-            int(name): int(name) for name in names
-        }
-        assert pictures.classes == tuple(WORDNET_IDS)
+        images = open_dataset(str(tmp_path / folder), None, num_classes=1000, numbered=True)
+        assert {int(name): label for name, label in labels(images).items()} == {int(name): int(name) for name in names}
+        assert images.classes == tuple(WORDNET_IDS)
 
 
 def test_folders_of_numbers_are_no_imagenet_unless_it_is_said(tmp_path: Path):
     make_folder(tmp_path, [str(number) for number in range(10)])
     with pytest.raises(DataError, match="has 10 classes, the model has 1000"):
-        open_pictures(str(tmp_path), None, num_classes=1000)
+        open_dataset(str(tmp_path), None, num_classes=1000)
 
 
 def test_a_number_that_is_no_class_of_imagenets_is_refused(tmp_path: Path):
     make_folder(tmp_path, ["0", "1000"])
     with pytest.raises(DataError, match="has 2 classes, the model has 1000"):
-        open_pictures(str(tmp_path), None, num_classes=1000, numbered=True)
+        open_dataset(str(tmp_path), None, num_classes=1000, numbered=True)
 
 
 def test_folders_of_numbers_are_no_imagenet_for_another_model(tmp_path: Path):
     make_folder(tmp_path, ["7", "10", "2"])
     for num_classes in (None, 3):
-        pictures = open_pictures(str(tmp_path), None, num_classes=num_classes)
-        assert labels(pictures) == {"2": 0, "7": 1, "10": 2}
-        assert pictures.classes == ("2", "7", "10")
+        images = open_dataset(str(tmp_path), None, num_classes=num_classes)
+        assert labels(images) == {"2": 0, "7": 1, "10": 2}
+        assert images.classes == ("2", "7", "10")
 
 
 def test_unknown_wordnet_ids_are_named(tmp_path: Path):
     make_folder(tmp_path, [*FEW, "n00000001"])
     with pytest.raises(DataError, match=r"none of ImageNet-1k's: n00000001\."):
-        open_pictures(str(tmp_path), None, num_classes=1000)
+        open_dataset(str(tmp_path), None, num_classes=1000)
 
 
 def test_a_folder_of_classes_is_a_whole_data_set(tmp_path: Path):
     make_folder(tmp_path, reversed(FEW))
     (tmp_path / ".cache").mkdir()
-    pictures = open_pictures(str(tmp_path), None, num_classes=1000)
-    assert labels(pictures) == FEW
-    assert pictures.what == str(tmp_path)
+    images = open_dataset(str(tmp_path), None, num_classes=1000)
+    assert labels(images) == FEW
+    assert images.what == str(tmp_path)
     with pytest.raises(DataError, match="has no folder val/"):
-        open_pictures(str(tmp_path), "validation", num_classes=1000)
+        open_dataset(str(tmp_path), "validation", num_classes=1000)
 
 
 def test_a_folder_of_splits_is_not_taken_for_one_of_classes(tmp_path: Path):
     for split in ("train", "training", "test"):
         make_folder(tmp_path / split / split, FEW)
         with pytest.raises(DataError, match=rf"has no folder val/.* It has: {split}\."):
-            open_pictures(str(tmp_path / split), None, num_classes=1000)
+            open_dataset(str(tmp_path / split), None, num_classes=1000)
     make_folder(tmp_path / "test" / "val", list(FEW)[1:3])
-    assert labels(open_pictures(str(tmp_path / "test"), None, num_classes=1000)) == dict(list(FEW.items())[1:3])
+    assert labels(open_dataset(str(tmp_path / "test"), None, num_classes=1000)) == dict(list(FEW.items())[1:3])
 
 
 # --- a model of one's own classes ---------------------------------------------------------------------------------
@@ -100,12 +98,12 @@ def test_a_folder_of_splits_is_not_taken_for_one_of_classes(tmp_path: Path):
 def test_a_models_own_classes_are_found_by_name(tmp_path: Path):
     classes = ("cloud", "apple", "dune", "brick")  # not as folders sort
     make_folder(tmp_path / "data", ("apple", "brick", "cloud"))
-    pictures = [tmp_path / "data" / name / "0.png" for name in ("apple", "brick", "cloud")]
-    model = plain.network(4, [*pictures, pictures[0]], [1, 3, 0, 2])
+    images = [tmp_path / "data" / name / "0.png" for name in ("apple", "brick", "cloud")]
+    model = plain.network(4, [*images, images[0]], [1, 3, 0, 2])
     plain.save_run(tmp_path / "run", model, classes)
     found = fixefficientnet.evaluate(str(tmp_path / "run"), tmp_path / "data", workers=0, device="cpu")
-    assert [judgement.labels for judgement in found.judged] == [(1,), (3,), (0,)]
-    assert found.right == plain.marks(plain.logits(model, pictures), [1, 3, 0])
+    assert [prediction.labels for prediction in found.evaluated] == [(1,), (3,), (0,)]
+    assert found.correct == plain.marks(plain.logits(model, images), [1, 3, 0])
     make_folder(tmp_path / "data", ("apple", "pear", "plum"))
     with pytest.raises(DataError, match=r"data has classes that .*run has not: pear, plum\."):
         fixefficientnet.evaluate(str(tmp_path / "run"), tmp_path / "data", workers=0, device="cpu")
@@ -114,10 +112,10 @@ def test_a_models_own_classes_are_found_by_name(tmp_path: Path):
 def test_a_models_own_classes_may_have_wordnet_ids(tmp_path: Path):
     classes = ["n07920052", "n01440764", "n09999999"]
     make_folder(tmp_path / "data", sorted(classes))
-    pictures = [tmp_path / "data" / name / "0.png" for name in classes]
-    plain.save_run(tmp_path / "run", plain.network(3, [*pictures, pictures[1]], [0, 1, 2, 2]), classes)
+    images = [tmp_path / "data" / name / "0.png" for name in classes]
+    plain.save_run(tmp_path / "run", plain.network(3, [*images, images[1]], [0, 1, 2, 2]), classes)
     found = fixefficientnet.evaluate(str(tmp_path / "run"), tmp_path / "data", workers=0, device="cpu")
-    assert [judgement.labels for judgement in found.judged] == [(1,), (0,), (2,)]  # by name of the folders
+    assert [prediction.labels for prediction in found.evaluated] == [(1,), (0,), (2,)]  # by name of the folders
     out, _ = tiny.cli(
         "evaluate",
         tmp_path / "run",
@@ -138,12 +136,12 @@ def test_a_models_own_classes_may_have_wordnet_ids(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path, Path]:
-    """A network of 1000 classes, its run's folder, and pictures of 200 of them."""
+    """A network of 1000 classes, its run's folder, and images of 200 of them."""
     folder = tmp_path_factory.mktemp("imagenet")
     chosen = WORDNET_IDS[3::5]
     make_folder(folder / "data", chosen)
-    pictures = [folder / "data" / name / "0.png" for name in chosen]
-    model = plain.network(1000, pictures, list(range(3, 1000, 5)))
+    images = [folder / "data" / name / "0.png" for name in chosen]
+    model = plain.network(1000, images, list(range(3, 1000, 5)))
     return model, plain.save_run(folder / "run", model, WORDNET_IDS), folder / "data"
 
 
@@ -154,7 +152,7 @@ def measured(out: Path, *arguments: object) -> tuple[dict[str, Any], str]:
 
 
 def assert_figures(row: dict[str, Any], logits: torch.Tensor, targets: list[int]) -> None:
-    assert row["pictures"] == len(targets)
+    assert row["images"] == len(targets)
     for name, best in (("top1", 1), ("top5", 5)):
         assert row[name] == pytest.approx(100 * plain.marks(logits, targets, best).count("1") / len(targets))
     assert row["loss"] == pytest.approx(F.cross_entropy(logits, torch.tensor(targets)).item(), rel=1e-5)
@@ -166,7 +164,7 @@ def test_data_of_just_200_classes_restrict_the_logits(imagenet, tmp_path: Path):
     logits = plain.logits(model, [data / WORDNET_IDS[index] / "0.png" for index in chosen])
     row, said = measured(tmp_path, run, "--data", data)
     assert row["restricted_to_classes"] == 200
-    assert "logits restricted to the 200 classes of the data set" in said
+    assert "logits restricted to the 200 classes of the dataset" in said
     assert_figures(row, logits[:, chosen], list(range(200)))
     restricted = row["top1"]
     row, said = measured(tmp_path, run, "--data", data, "--no-restrict-classes")
@@ -204,8 +202,8 @@ def test_200_numbered_folders_restrict_them_too(imagenet, tmp_path: Path):
 
 def test_all_of_a_models_classes_are_no_restriction(tmp_path: Path):
     make_folder(tmp_path / "data", tiny.CLASSES)
-    pictures = [tmp_path / "data" / name / "0.png" for name in tiny.CLASSES]
-    run = plain.save_run(tmp_path / "run", plain.network(3, [*pictures, pictures[0]], [0, 1, 2, 1]), tiny.CLASSES)
+    images = [tmp_path / "data" / name / "0.png" for name in tiny.CLASSES]
+    run = plain.save_run(tmp_path / "run", plain.network(3, [*images, images[0]], [0, 1, 2, 1]), tiny.CLASSES)
     row, said = measured(tmp_path / "out", run, "--data", tmp_path / "data", "--restrict-classes")
     assert row["restricted_to_classes"] is None
     assert "restricted" not in said
@@ -214,13 +212,13 @@ def test_all_of_a_models_classes_are_no_restriction(tmp_path: Path):
 def test_classes_that_have_no_names_cannot_be_restricted_to(imagenet):
     model, _, data = imagenet
     from fixefficientnet.evaluation.evaluate import Settings, measure, processes
-    from fixefficientnet.evaluation.models import of_module
+    from fixefficientnet.models import from_module
 
-    source = open_pictures(str(data), None).source
-    nameless = Pictures(source, (), {}, "hfds/nameless (validation)")
+    source = open_dataset(str(data), None).source
+    nameless = ImageDataset(source, (), {}, "hfds/nameless (validation)")
     settings = Settings("hfds/nameless", restrict_classes=True, workers=0)
     with pytest.raises(EvaluationError, match=r"hfds/nameless .*names no classes"):
-        measure(of_module(model), settings, processes.accelerator("cpu", "no"), pictures=nameless)
+        measure(from_module(model), settings, processes.accelerator("cpu", "no"), dataset=nameless)
 
 
 # --- ReaL ---------------------------------------------------------------------------------------------------------
@@ -249,17 +247,17 @@ def test_real_accuracy_is_timms(tmp_path: Path, imagenet):
     paths = []
     for number, name in enumerate(chosen):
         original = known[name][0] if known[name] and number % 3 else (37 * number) % 1000
-        # PNG in content: what a picture is, its bytes say
+        # PNG in content: what an image is, its bytes say
         path = tmp_path / "data" / WORDNET_IDS[original] / name
         tiny.mottle(path.with_suffix(".png"), number).rename(path)
         paths.append(path)
     model = plain.network(1000, paths, [known[name][-1] if known[name] else 0 for name in chosen])
     run = plain.save_run(tmp_path / "run", model, WORDNET_IDS)
 
-    pictures = open_pictures(str(tmp_path / "data"), None, num_classes=1000)
-    order = [Path(pictures.name(index)).name for index in range(len(pictures))]
+    images = open_dataset(str(tmp_path / "data"), None, num_classes=1000)
+    order = [Path(images.name(index)).name for index in range(len(images))]
     assert sorted(order) == sorted(chosen)
-    logits = plain.logits(model, [Path(pictures.what) / pictures.name(index) for index in range(len(pictures))])
+    logits = plain.logits(model, [Path(images.what) / images.name(index) for index in range(len(images))])
     timms = RealLabelsImagenet([*order, *sorted(set(EVERY) - set(order))])
     timms.add_result(logits)
 
@@ -267,16 +265,16 @@ def test_real_accuracy_is_timms(tmp_path: Path, imagenet):
     assert row["top1"] == pytest.approx(timms.get_accuracy(1))
     assert row["top5"] == pytest.approx(timms.get_accuracy(5))
     assert 0 < row["top1"] < row["top5"] < 100
-    assert (row["pictures"], row["unreadable"], row["real_labels"]) == (70, 0, True)
-    assert "ReaL labels (pictures without any, which do not count: 6)" in said
-    # the same pictures by their own labels
+    assert (row["images"], row["unreadable"], row["real_labels"]) == (70, 0, True)
+    assert "ReaL labels (images without any, which do not count: 6)" in said
+    # the same images by their own labels
     usual, said = measured(tmp_path / "out", run, "--data", tmp_path / "data")
-    targets = [pictures[index][1] for index in range(len(pictures))]
+    targets = [images[index][1] for index in range(len(images))]
     assert_figures(usual, logits, targets)
     assert "ReaL" not in said
 
 
-def test_real_labels_of_other_pictures_are_refused(imagenet, tmp_path: Path):
+def test_real_labels_of_other_images_are_refused(imagenet, tmp_path: Path):
     _, run, data = imagenet
     with pytest.raises(DataError, match=r"there are none of n\d+/0\.png, .* and 196 more"):
         fixefficientnet.evaluate(str(run), data, real_labels=True, workers=0, device="cpu")

@@ -90,7 +90,7 @@ def test_predict_folder_glob_stdin_and_json(tmp_path: Path):
     (tmp_path / "deep").mkdir()
     shutil.copy(EXAMPLES / "cat.jpg", tmp_path / "deep" / "one.JPG")
     shutil.copy(EXAMPLES / "coffee.jpg", tmp_path / "two.jpg")
-    (tmp_path / "t.txt").write_text("not a picture: neither the folder nor the glob takes it")
+    (tmp_path / "t.txt").write_text("not an image: neither the folder nor the glob takes it")
     coffee = (EXAMPLES / "coffee.jpg").read_bytes()
     out, _ = cli("predict", ".", "t*", "-", "--json", "--batch-size", "2", stdin=coffee, cwd=tmp_path)
     found = json.loads(out)
@@ -105,7 +105,7 @@ def test_predict_folder_glob_stdin_and_json(tmp_path: Path):
 
 
 def test_predict_goes_on_after_bad_files_and_fails_in_the_end(tmp_path: Path):
-    (tmp_path / "bad[1].jpg").write_bytes(b"no picture")
+    (tmp_path / "bad[1].jpg").write_bytes(b"no image")
     out, err = cli("predict", tmp_path / "bad[1].jpg", EXAMPLES / "cat.jpg", "missing.jpg", "no*.jpg", status=1)
     assert "Egyptian cat" in out
     for name in ("bad[1].jpg", "missing.jpg", "no*.jpg"):
@@ -113,9 +113,9 @@ def test_predict_goes_on_after_bad_files_and_fails_in_the_end(tmp_path: Path):
     assert "Traceback" not in err
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "There are no pictures in" in cli("predict", empty, status=1)[1]
+    assert "There are no images in" in cli("predict", empty, status=1)[1]
     assert "Nothing came on stdin" in cli("predict", "-", status=1)[1]
-    assert "not a picture" in cli("predict", "-", stdin=b"no picture", status=1)[1]
+    assert "not an image" in cli("predict", "-", stdin=b"no image", status=1)[1]
     found = json.loads(cli("predict", "--json", EXAMPLES / "cat.jpg", "missing.jpg", "x" * 300, status=1)[0])
     assert len(found["predictions"]) == 1
     assert [e["file"] for e in found["errors"]] == ["missing.jpg", "x" * 300]

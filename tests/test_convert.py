@@ -1,4 +1,4 @@
-"""A whole checkpoint to a delta and back, by the command line; plain timm, in a process of its own, is the judge."""
+"""A whole checkpoint to a delta and back, by the command line; plain timm, in a process of its own, is the evaluate."""
 
 import os
 import pickle
@@ -45,7 +45,7 @@ def convert(checkpoint: Path, *more: object, status: int = 0) -> tuple[str, str]
 
 
 @pytest.mark.parametrize(("name", "wrapped"), [("a.safetensors", False), ("a.pth", False), ("a.pth", True)])
-def test_a_whole_checkpoint_becomes_its_delta(tuned, tmp_path: Path, pictures, name: str, wrapped: bool):
+def test_a_whole_checkpoint_becomes_its_delta(tuned, tmp_path: Path, images, name: str, wrapped: bool):
     made, whole = tuned
     out, _ = convert(write(whole, tmp_path / name, wrapped), "-o", tmp_path / "delta.safetensors", "--license", "mit")
     found = delta.load(tmp_path / "delta.safetensors")
@@ -57,7 +57,7 @@ def test_a_whole_checkpoint_becomes_its_delta(tuned, tmp_path: Path, pictures, n
     reference.load_state_dict(whole)
     model = fixefficientnet.create("b0", tmp_path / "delta.safetensors")
     with torch.inference_mode():
-        torch.testing.assert_close(model(pictures), reference(pictures))
+        torch.testing.assert_close(model(images), reference(images))
 
 
 def test_what_differs_outside_the_head_is_named(tuned, tmp_path: Path):
@@ -146,7 +146,7 @@ def test_the_preprocessing_goes_along(tuned, tmp_path: Path):
     plain = timm.create_model("hf-hub:me/merged", pretrained=True, cache_dir=tmp_path / "hub")
     config = timm.data.resolve_model_data_config(plain)
     assert (tuple(config["input_size"]), config["crop_pct"]) == ((3, 256, 256), 0.9)
-    assert "No picture" in convert(tmp_path / "a.pth", "-o", tmp_path / "e.safetensors", "--crop-pct", 2, status=2)[1]
+    assert "No image" in convert(tmp_path / "a.pth", "-o", tmp_path / "e.safetensors", "--crop-pct", 2, status=2)[1]
 
 
 def test_a_full_disk_is_one_error_and_leaves_nothing(tuned, tmp_path: Path, b0_delta: Path):
@@ -237,10 +237,10 @@ torch.save((model.eval()(torch.load(sys.argv[3])), config), sys.argv[4])
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pth", "folder", "repository"])
-def test_plain_timm_loads_what_was_merged(tmp_path: Path, b0_delta: Path, pictures, name: str):
+def test_plain_timm_loads_what_was_merged(tmp_path: Path, b0_delta: Path, images, name: str):
     out, _ = cli("merge", "b0", "--delta", b0_delta, "-o", tmp_path / name)
     assert "timm.create_model(" in out
-    torch.save(pictures, tmp_path / "pictures")
+    torch.save(images, tmp_path / "images")
     model, file = "tf_efficientnet_b0", str(tmp_path / name)
     if name in ("folder", "repository"):
         if name == "repository":  # after its upload and download
@@ -251,13 +251,13 @@ def test_plain_timm_loads_what_was_merged(tmp_path: Path, b0_delta: Path, pictur
         else:
             pytest.skip("timm knows no local-dir: yet")
         assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["config.json", "model.safetensors"]
-    command = [sys.executable, "-c", PLAIN, model, file, str(tmp_path / "pictures"), str(tmp_path / "logits")]
+    command = [sys.executable, "-c", PLAIN, model, file, str(tmp_path / "images"), str(tmp_path / "logits")]
     offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     subprocess.run(command, check=True, cwd=tmp_path, env=os.environ | offline)
     logits, config = torch.load(tmp_path / "logits", weights_only=True)
     ours = fixefficientnet.create("b0", b0_delta)
     with torch.inference_mode():
-        torch.testing.assert_close(logits, ours(pictures))
+        torch.testing.assert_close(logits, ours(images))
     if name in ("folder", "repository"):
         test = ours.preprocess
         assert (tuple(config["input_size"]), config["crop_pct"]) == ((3, test.size, test.size), test.crop_pct)

@@ -1,4 +1,4 @@
-"""Data sets: what is opened, how its classes are numbered, and what a loader gives."""
+"""Datasets: what is opened, how its classes are numbered, and what a loader gives."""
 
 import os
 import shutil
@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from fixefficientnet.data import Pictures, follow, load_batches, open_pictures, shard_tasks
-from fixefficientnet.errors import DataError, PictureError
+from fixefficientnet.data.dataset import ImageDataset, follow, open_dataset
+from fixefficientnet.data.loading import load_batches, shard_tasks
+from fixefficientnet.errors import DataError, ImageError
 
 # numbers of ImageNet-1k's classes, as published with Imagenette, and a few more
 IMAGENET = {
@@ -43,11 +44,11 @@ def make_split(folder: Path, classes: list[str] | tuple[str, ...], count: int = 
     return folder
 
 
-def labels(pictures: Pictures) -> dict[str, set[int]]:
-    """Which class number the pictures of each folder get."""
+def labels(images: ImageDataset) -> dict[str, set[int]]:
+    """Which class number the images of each folder get."""
     found: dict[str, set[int]] = {}
-    for index in range(len(pictures)):
-        found.setdefault(Path(pictures.name(index)).parent.name, set()).add(pictures[index][1])
+    for index in range(len(images)):
+        found.setdefault(Path(images.name(index)).parent.name, set()).add(images[index][1])
     return found
 
 
@@ -57,38 +58,38 @@ def labels(pictures: Pictures) -> dict[str, set[int]]:
 def test_wordnet_ids_get_imagenets_numbers_whichever_are_missing(tmp_path: Path):
     for number, ids in enumerate((list(IMAGENET), list(IMAGENET)[::3], ["n07920052"])):
         make_split(tmp_path / str(number) / "train", ids)
-        pictures = open_pictures(str(tmp_path / str(number)), "train", num_classes=1000)
-        assert labels(pictures) == {name: {IMAGENET[name]} for name in ids}
-        assert len(pictures.classes) == 1000
-        assert {name: pictures.classes.index(name) for name in IMAGENET} == IMAGENET
+        images = open_dataset(str(tmp_path / str(number)), "train", num_classes=1000)
+        assert labels(images) == {name: {IMAGENET[name]} for name in ids}
+        assert len(images.classes) == 1000
+        assert {name: images.classes.index(name) for name in IMAGENET} == IMAGENET
 
 
 def test_wordnet_ids_keep_their_own_numbers_for_a_network_of_as_many_classes(tmp_path: Path):
     make_split(tmp_path / "train", list(IMAGENET)[::4])
     for num_classes in (None, 4):
-        pictures = open_pictures(str(tmp_path), "train", num_classes=num_classes)
-        assert labels(pictures) == {name: {index} for index, name in enumerate(list(IMAGENET)[::4])}
+        images = open_dataset(str(tmp_path), "train", num_classes=num_classes)
+        assert labels(images) == {name: {index} for index, name in enumerate(list(IMAGENET)[::4])}
 
 
 def test_unknown_wordnet_ids_are_named(tmp_path: Path):
     make_split(tmp_path / "train", ["n01440764", "n00000001", "n99999999"])
     with pytest.raises(DataError, match="none of ImageNet-1k's: n00000001, n99999999"):
-        open_pictures(str(tmp_path), "train", num_classes=1000)
+        open_dataset(str(tmp_path), "train", num_classes=1000)
 
 
 def test_other_classes_are_numbered_in_sorted_order(tmp_path: Path):
     make_split(tmp_path / "train", ("cloud", "apple", "brick"))
     for num_classes in (None, 3):
-        pictures = open_pictures(str(tmp_path), "train", num_classes=num_classes)
-        assert pictures.classes == ("apple", "brick", "cloud")
-        assert labels(pictures) == {"apple": {0}, "brick": {1}, "cloud": {2}}
+        images = open_dataset(str(tmp_path), "train", num_classes=num_classes)
+        assert images.classes == ("apple", "brick", "cloud")
+        assert labels(images) == {"apple": {0}, "brick": {1}, "cloud": {2}}
 
 
 @pytest.mark.parametrize("num_classes", [2, 5, 1000])
 def test_another_number_of_classes_than_the_networks_is_refused(tmp_path: Path, num_classes: int):
     make_split(tmp_path / "train", tiny.CLASSES)
     with pytest.raises(DataError, match=f"train has 3 classes, the model has {num_classes}") as error:
-        open_pictures(str(tmp_path), "train", num_classes=num_classes)
+        open_dataset(str(tmp_path), "train", num_classes=num_classes)
     assert "--stage base" in str(error.value)
 
 
@@ -96,14 +97,14 @@ def test_an_empty_class_is_named(tmp_path: Path):
     make_split(tmp_path / "train", tiny.CLASSES)
     (tmp_path / "train" / "beech").mkdir()
     (tmp_path / "train" / "beech" / "notes.txt").write_text("none yet")
-    with pytest.raises(DataError, match=r"The class beech has no pictures in .*beech"):
-        open_pictures(str(tmp_path), "train")
+    with pytest.raises(DataError, match=r"The class beech has no images in .*beech"):
+        open_dataset(str(tmp_path), "train")
 
 
 def test_the_validation_split_follows_the_training_splits_numbers(tmp_path: Path):
     make_split(tmp_path / "train", ("apple", "brick", "cloud", "dune"))
     make_split(tmp_path / "val", ("brick", "dune"))
-    train, validation = (open_pictures(str(tmp_path), split) for split in ("train", "validation"))
+    train, validation = (open_dataset(str(tmp_path), split) for split in ("train", "validation"))
     assert labels(validation) == {"brick": {0}, "dune": {1}}
     assert labels(follow(validation, train.classes, train.what)) == {"brick": {1}, "dune": {3}}
     assert follow(validation, train.classes, train.what).classes == train.classes
@@ -113,12 +114,12 @@ def test_the_validation_split_follows_the_training_splits_numbers(tmp_path: Path
 def test_classes_that_were_never_trained_are_refused_in_validation(tmp_path: Path):
     make_split(tmp_path / "train", ("apple", "brick"))
     make_split(tmp_path / "val", ("apple", "cloud", "dune"))
-    train, validation = (open_pictures(str(tmp_path), split) for split in ("train", "validation"))
+    train, validation = (open_dataset(str(tmp_path), split) for split in ("train", "validation"))
     with pytest.raises(DataError, match=r"val has classes that .*train has not: cloud, dune\."):
         follow(validation, train.classes, train.what)
 
 
-# --- where the pictures are ---------------------------------------------------------------------------------
+# --- where the images are ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -135,9 +136,9 @@ def test_classes_that_were_never_trained_are_refused_in_validation(tmp_path: Pat
 def test_a_split_is_found_by_any_of_its_names(tmp_path: Path, split: str, name: str):
     make_split(tmp_path / "data" / name, tiny.CLASSES)
     make_split(tmp_path / "data" / "other", ("apple",))
-    pictures = open_pictures(str(tmp_path / "data"), split)
-    assert len(pictures) == 6
-    assert pictures.what == str(tmp_path / "data" / name)
+    images = open_dataset(str(tmp_path / "data"), split)
+    assert len(images) == 6
+    assert images.what == str(tmp_path / "data" / name)
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
@@ -146,30 +147,30 @@ def test_a_missing_split_says_what_is_there(tmp_path: Path, split: str):
     make_split(tmp_path / "plums", ("blue",))
     expected = {"train": "train/", "validation": "val/", "test": "test/"}[split]
     with pytest.raises(DataError, match=rf"has no folder {expected}.* It has: pears, plums\."):
-        open_pictures(str(tmp_path), split)
+        open_dataset(str(tmp_path), split)
 
 
 def test_a_folder_without_anything_in_it_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match="no folder at all"):
-        open_pictures(str(tmp_path), "train")
+        open_dataset(str(tmp_path), "train")
     (tmp_path / "train").mkdir()
-    with pytest.raises(DataError, match="train holds no pictures"):
-        open_pictures(str(tmp_path), "train")
+    with pytest.raises(DataError, match="train holds no images"):
+        open_dataset(str(tmp_path), "train")
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match=r"There is no folder .*nowhere"):
-        open_pictures(str(tmp_path / "nowhere"), "train")
+        open_dataset(str(tmp_path / "nowhere"), "train")
 
 
 def test_what_is_only_a_stream_is_refused():
     with pytest.raises(DataError, match=r"tfds/x is .*a stream"):
-        open_pictures("tfds/x", "train")
+        open_dataset("tfds/x", "train")
 
 
 def test_tar_files_that_are_not_there_are_refused():
     with pytest.raises(DataError, match="nowhere"):
-        open_pictures("wds/nowhere", "train")
+        open_dataset("wds/nowhere", "train")
 
 
 @pytest.mark.parametrize("name", ["hfds/organisation/x", "hfids/organisation/x"])
@@ -177,7 +178,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, name: str):
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.delitem(sys.modules, "timm.data.readers.reader_hfds", raising=False)
     with pytest.raises(DataError, match=r"organisation/x needs another package: .*pip install datasets"):
-        open_pictures(name, "train")
+        open_dataset(name, "train")
 
 
 def make_mnist(root: Path, counts: dict[str, int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -197,27 +198,27 @@ def make_mnist(root: Path, counts: dict[str, int]) -> dict[str, tuple[np.ndarray
 def test_torchvisions_data_sets(tmp_path: Path):
     made = make_mnist(tmp_path, {"train": 7, "t10k": 4})
     for split, name in (("train", "train"), ("validation", "t10k")):
-        pictures = open_pictures("torch/mnist", split, root=str(tmp_path), num_classes=10)
-        assert len(pictures) == len(made[name][0])
-        assert [name[0] for name in pictures.classes] == list("0123456789")
+        images = open_dataset("torch/mnist", split, root=str(tmp_path), num_classes=10)
+        assert len(images) == len(made[name][0])
+        assert [name[0] for name in images.classes] == list("0123456789")
         for index, (pixels, label) in enumerate(zip(*made[name], strict=True)):
-            picture, found = pictures[index]
+            image, found = images[index]
             assert found == label
-            assert np.array_equal(np.asarray(picture), np.repeat(pixels[..., None], 3, axis=2))
-        assert pictures.name(3) == f"picture 3 of torch/mnist ({split})"
+            assert np.array_equal(np.asarray(image), np.repeat(pixels[..., None], 3, axis=2))
+        assert images.name(3) == f"image 3 of torch/mnist ({split})"
     with pytest.raises(DataError, match="has 10 classes, the model has 1000"):
-        open_pictures("torch/mnist", "train", root=str(tmp_path), num_classes=1000)
+        open_dataset("torch/mnist", "train", root=str(tmp_path), num_classes=1000)
 
 
 @pytest.mark.parametrize("name", ["torch/mnist", "torch/cifar10", "torch/no_such_set"])
 def test_torchvisions_data_sets_that_are_not_there_are_refused(tmp_path: Path, name: str):
     with pytest.raises(DataError, match=rf"{name} \(train\) cannot be opened"):
-        open_pictures(name, "train", root=str(tmp_path))
+        open_dataset(name, "train", root=str(tmp_path))
 
 
 def test_the_fingerprint_tells_whether_the_data_set_is_the_same(tmp_path: Path):
     def fingerprint(folder: Path) -> str:
-        return open_pictures(str(folder), "train").fingerprint()
+        return open_dataset(str(folder), "train").fingerprint()
 
     folder = tmp_path / "data"
     make_split(folder / "train", tiny.CLASSES)
@@ -238,9 +239,9 @@ def test_the_fingerprint_tells_whether_the_data_set_is_the_same(tmp_path: Path):
 # --- loading ------------------------------------------------------------------------------------------------
 
 
-def small(picture: Image.Image, epoch: int, index: int) -> torch.Tensor:
-    """The picture in little, with what it was asked for as."""
-    return torch.cat([pil_to_tensor(picture.resize((8, 8))).flatten().float(), torch.tensor([epoch, index]).float()])
+def small(image: Image.Image, epoch: int, index: int) -> torch.Tensor:
+    """The image in little, with what it was asked for as."""
+    return torch.cat([pil_to_tensor(image.resize((8, 8))).flatten().float(), torch.tensor([epoch, index]).float()])
 
 
 @pytest.fixture
@@ -249,19 +250,19 @@ def twelve(tmp_path: Path) -> Path:
 
 
 def files(folder: Path) -> list[Path]:
-    """In the data set's order, as the single digits here sort."""
+    """In the dataset's order, as the single digits here sort."""
     return sorted((folder / "train").rglob("*.jpg"))
 
 
-def test_a_picture_is_the_file_as_rgb(twelve: Path):
+def test_a_image_is_the_file_as_rgb(twelve: Path):
     paths = files(twelve)
     Image.new("L", (5, 7), 99).save(paths[5])
-    pictures = open_pictures(str(twelve), "train")
+    images = open_dataset(str(twelve), "train")
     for index, path in enumerate(paths):
-        picture, label = pictures[index]
-        assert np.array_equal(np.asarray(picture), np.asarray(Image.open(path).convert("RGB")))
+        image, label = images[index]
+        assert np.array_equal(np.asarray(image), np.asarray(Image.open(path).convert("RGB")))
         assert tiny.CLASSES[label] == path.parent.name
-        assert pictures.name(index) == str(path.relative_to(twelve / "train"))
+        assert images.name(index) == str(path.relative_to(twelve / "train"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -269,8 +270,8 @@ def test_batches_come_as_asked_for(twelve: Path, workers: int):
     generator = np.random.default_rng(workers)
     tasks = [[(epoch, int(index)) for index in generator.permutation(12)] for epoch in range(3)]
     batches = [part for line in tasks for part in (line[:5], line[5:6], line[6:])]
-    paths, pictures = files(twelve), open_pictures(str(twelve), "train")
-    found = list(load_batches(pictures, small, iter(batches), workers=workers))
+    paths, images = files(twelve), open_dataset(str(twelve), "train")
+    found = list(load_batches(images, small, iter(batches), workers=workers))
     assert len(found) == len(batches)
     for batch, asked in zip(found, batches, strict=True):
         expected = [small(Image.open(paths[index]).convert("RGB"), epoch, index) for epoch, index in asked]
@@ -280,28 +281,28 @@ def test_batches_come_as_asked_for(twelve: Path, workers: int):
         assert batch.unreadable == []
 
 
-def test_an_unreadable_picture_is_named(twelve: Path):
-    pictures, paths = open_pictures(str(twelve), "train"), files(twelve)
-    paths[2].write_bytes(b"no picture")
+def test_an_unreadable_image_is_named(twelve: Path):
+    images, paths = open_dataset(str(twelve), "train"), files(twelve)
+    paths[2].write_bytes(b"no image")
     paths[4].write_bytes(paths[4].read_bytes()[:300])
     paths[7].unlink()
     paths[8].write_bytes(b"")
     for index in (2, 4, 7, 8):
-        with pytest.raises(PictureError, match=f"{paths[index].parent.name}/{paths[index].name}"):
-            pictures[index]
+        with pytest.raises(ImageError, match=f"{paths[index].parent.name}/{paths[index].name}"):
+            images[index]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_next_readable_picture_takes_the_place_of_unreadable_ones(twelve: Path, workers: int):
+def test_the_next_readable_image_takes_the_place_of_unreadable_ones(twelve: Path, workers: int):
     for index in (3, 4, 11):
-        files(twelve)[index].write_bytes(b"no picture")
-    pictures = open_pictures(str(twelve), "train")
+        files(twelve)[index].write_bytes(b"no image")
+    images = open_dataset(str(twelve), "train")
     tasks = [[(7, 2), (7, 3), (7, 4)], [(7, 11), (7, 10)]]
-    first, second = load_batches(pictures, small, tasks, workers=workers, substitute=True)
+    first, second = load_batches(images, small, tasks, workers=workers, substitute=True)
     assert first.indices.tolist() == [2, 5, 5]
     assert first.targets.tolist() == [0, 1, 1]
     assert first.inputs[:, -2:].tolist() == [[7, 2], [7, 5], [7, 5]]
-    assert torch.equal(first.inputs[1], small(pictures[5][0], 7, 5))
+    assert torch.equal(first.inputs[1], small(images[5][0], 7, 5))
     assert [index for index, _ in first.unreadable] == [3, 4, 4]
     assert ["apple/3.jpg" in reason or "brick/0.jpg" in reason for _, reason in first.unreadable] == [True] * 3
     assert second.indices.tolist() == [0, 10]  # from the last one on to the first
@@ -311,15 +312,15 @@ def test_the_next_readable_picture_takes_the_place_of_unreadable_ones(twelve: Pa
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_pictures_are_left_out_where_nothing_takes_their_place(twelve: Path, workers: int):
+def test_unreadable_images_are_left_out_where_nothing_takes_their_place(twelve: Path, workers: int):
     for index in (3, 4):
-        files(twelve)[index].write_bytes(b"no picture")
-    pictures = open_pictures(str(twelve), "train")
+        files(twelve)[index].write_bytes(b"no image")
+    images = open_dataset(str(twelve), "train")
     tasks = [[(0, 2), (0, 3), (0, 5)], [(0, 4), (0, 3)], [(0, 11)]]
-    first, second, third = load_batches(pictures, small, tasks, workers=workers)
+    first, second, third = load_batches(images, small, tasks, workers=workers)
     assert first.indices.tolist() == [2, 5]
     assert first.targets.tolist() == [0, 1]
-    assert torch.equal(first.inputs, torch.stack([small(pictures[index][0], 0, index) for index in (2, 5)]))
+    assert torch.equal(first.inputs, torch.stack([small(images[index][0], 0, index) for index in (2, 5)]))
     assert [index for index, _ in first.unreadable] == [3]
     assert "apple/3.jpg" in first.unreadable[0][1]
     assert (len(second.inputs), len(second.targets), len(second.indices)) == (0, 0, 0)
@@ -329,14 +330,14 @@ def test_unreadable_pictures_are_left_out_where_nothing_takes_their_place(twelve
 
 def test_where_nothing_is_readable_the_search_for_another_ends(twelve: Path):
     for path in files(twelve):
-        path.write_bytes(b"no picture")
-    (batch,) = load_batches(open_pictures(str(twelve), "train"), small, [[(0, 5)]], substitute=True)
+        path.write_bytes(b"no image")
+    (batch,) = load_batches(open_dataset(str(twelve), "train"), small, [[(0, 5)]], substitute=True)
     assert len(batch.targets) == 0
     assert [index for index, _ in batch.unreadable] == [5, 6, 7, 8, 9, 10, 11, 0, 1, 2]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_shards_hold_every_picture_once_and_no_batch_is_in_two(world: int):
+def test_shards_hold_every_image_once_and_no_batch_is_in_two(world: int):
     for length in (1, 7, 8, 63, 64, 65, 300):
         for shard in (1, 8, 64, 1000):
             for batch in (1, 3, 8, 100):
@@ -352,20 +353,21 @@ def test_shards_hold_every_picture_once_and_no_batch_is_in_two(world: int):
                 assert len(tasks) == sum(-(-size // batch) for size in sizes)
 
 
-def test_pictures_in_no_class_are_named(tmp_path: Path):
+def test_images_in_no_class_are_named(tmp_path: Path):
     for name in ("cover.jpg", "apple/.thumbs/c.jpg", "brick/more/c.jpg", ".hidden/c.jpg"):
         place = tmp_path / name.replace("/", "-")
         make_split(place / "train", tiny.CLASSES)
         tiny.draw(place / "train" / name, 0, 0)
         with pytest.raises(DataError, match=f"{name} is in no class's folder"):
-            open_pictures(str(place), "train")
+            open_dataset(str(place), "train")
 
 
 @pytest.mark.parametrize("seed", ["1", "2"])
 def test_names_that_differ_in_case_or_zeros_alone_have_an_order(tmp_path: Path, seed: str):
     make_split(tmp_path / "train", ("7", "07", "Fox", "fox", "10"), 1)
     code = (
-        "import sys; from fixefficientnet.data import open_pictures; print(open_pictures(sys.argv[1], 'train').classes)"
+        "import sys; from fixefficientnet.data.dataset import open_dataset; "
+        "print(open_dataset(sys.argv[1], 'train').classes)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path],
@@ -379,4 +381,4 @@ def test_names_that_differ_in_case_or_zeros_alone_have_an_order(tmp_path: Path, 
 
 def test_a_named_data_set_that_needs_a_folder_asks_for_it():
     with pytest.raises(DataError, match="--data-root"):
-        open_pictures("torch/mnist", "train")
+        open_dataset("torch/mnist", "train")

@@ -14,7 +14,8 @@ import torch
 from conftest import lively, tuned_delta
 
 import fixefficientnet
-from fixefficientnet import delta, manifest, networks, zoo
+from fixefficientnet import delta, manifest, zoo
+from fixefficientnet._internal import meta_device
 from fixefficientnet.errors import (
     ChecksumError,
     DeltaFormatError,
@@ -34,7 +35,7 @@ darknet53 ghostnet_100 tresnet_m vovnet39a rexnet_100 hgnetv2_b0 convmixer_768_3
 def test_head_is_what_runs_last_before_the_pooling(name: str):
     """Against the order in which a forward pass really calls the modules."""
     called = []
-    model = networks.without_weights(name).eval()
+    model = meta_device.without_weights(name).eval()
     for path, module in model.named_modules():
         module.register_forward_hook(lambda module, i, o, path=path: called.append((path, module)))
     with torch.device("meta"):
@@ -48,7 +49,7 @@ def test_head_is_what_runs_last_before_the_pooling(name: str):
 
 
 def test_head_leaves_shortcuts_out():
-    model = networks.without_weights("resnet10t")  # one block per stage, its shortcut registered last
+    model = meta_device.without_weights("resnet10t")  # one block per stage, its shortcut registered last
     assert delta.find_head(model).norm == "layer4.0.bn2"
 
 
@@ -60,7 +61,7 @@ def test_head_of_every_variant_is_the_zoos(key: str):
 @pytest.mark.parametrize("name", ["repvit_m0_9", "levit_128s"])
 def test_head_norm_is_never_one_after_the_pooling(name: str):
     """These pool without a module of that name, and have batch norms over pooled features or tokens."""
-    model = networks.without_weights(name)
+    model = meta_device.without_weights(name)
     try:
         norm = model.get_submodule(delta.find_head(model).norm)
     except UnsupportedModelError:
@@ -71,12 +72,12 @@ def test_head_norm_is_never_one_after_the_pooling(name: str):
 @pytest.mark.parametrize(("name", "said"), [("convnext_atto", "no batch norm"), ("vgg11", "no batch norm")])
 def test_models_without_batch_norm_are_refused(name: str, said: str):
     with pytest.raises(UnsupportedModelError, match=said):
-        delta.find_head(networks.without_weights(name))
+        delta.find_head(meta_device.without_weights(name))
 
 
 def test_model_without_classifier_is_refused():
     with pytest.raises(UnsupportedModelError, match="no classifier"):
-        delta.find_head(networks.without_weights("resnet18", num_classes=0))
+        delta.find_head(meta_device.without_weights("resnet18", num_classes=0))
 
 
 def tiny(name: str = "test_efficientnet") -> torch.nn.Module:

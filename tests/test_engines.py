@@ -14,9 +14,9 @@ from plain import bfloat16_error, logits, marks, network, save_run, stack
 from tiny import cli, make_data
 
 import fixefficientnet
-from fixefficientnet import engines, export, runtimes
 from fixefficientnet.errors import EvaluationError, ExportError
-from fixefficientnet.evaluation.models import open_model
+from fixefficientnet.models import open_model
+from fixefficientnet.runtimes import engines, exporting, formats
 
 CLASSES = ("apple", "brick", "cloud")
 ENGINES = ["onnx", "openvino", pytest.param("compile", marks=pytest.mark.slow)]
@@ -34,14 +34,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"), train=1, val=7)
 
 
-def pictures(data: Path) -> tuple[list[Path], list[int]]:
+def images(data: Path) -> tuple[list[Path], list[int]]:
     paths = sorted((data / "val").glob("*/*.jpg"))
     return paths, [CLASSES.index(path.parent.name) for path in paths]
 
 
 @pytest.fixture(scope="module")
 def run(data: Path) -> Path:
-    return save_run(data / "run", network(3, *pictures(data)), CLASSES)
+    return save_run(data / "run", network(3, *images(data)), CLASSES)
 
 
 def evaluate(model: object, data: Path, out: Path, *more: object) -> dict:
@@ -52,14 +52,14 @@ def evaluate(model: object, data: Path, out: Path, *more: object) -> dict:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_evaluation_is_the_same(run: Path, data: Path, tmp_path: Path, engine: str):
     eager, other = (evaluate(run, data, tmp_path, "--engine", name) for name in ("eager", engine))
-    assert (other["top1"], other["top5"], other["pictures"]) == (eager["top1"], eager["top5"], 21)
+    assert (other["top1"], other["top5"], other["images"]) == (eager["top1"], eager["top5"], 21)
     assert other["loss"] == pytest.approx(eager["loss"], rel=1e-3)
     assert other["loss"] != eager["loss"]  # batches of the one are not taken for the other's
 
 
 HALF = [
     "eager",
-    pytest.param("openvino", marks=pytest.mark.skipif(not runtimes.openvino_has("bf16"), reason="no bf16")),
+    pytest.param("openvino", marks=pytest.mark.skipif(not formats.openvino_has("bf16"), reason="no bf16")),
 ]
 EXAMPLES = {"cat": "n02124075", "coffee": "n07920052", "hopper": "n02817516", "rocket": "n04008634"}
 """Classes of ImageNet that the examples may be of."""
@@ -67,7 +67,7 @@ EXAMPLES = {"cat": "n02124075", "coffee": "n07920052", "hopper": "n02817516", "r
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The examples as a data set."""
+    """The examples as a dataset."""
     folder = tmp_path_factory.mktemp("examples")
     for name, wordnet_id in EXAMPLES.items():
         (folder / wordnet_id).mkdir()
@@ -93,13 +93,13 @@ def test_an_evaluation_in_half_precision_is_nearly_the_same(
     expected, error = lite0
     by_folder = [list(EXAMPLES).index(name) for name, _ in sorted(EXAMPLES.items(), key=lambda item: item[1])]
     differences = []
-    for judgement, row in zip(found.judgements, expected[by_folder], strict=True):
+    for prediction, row in zip(found.predictions, expected[by_folder], strict=True):
         likeliest = row.topk(2)
         if likeliest.values[0] - likeliest.values[1] > 2 * error:
-            assert judgement.guesses[0] == likeliest.indices[0]
-        loss = (row.logsumexp(0) - row[judgement.labels[0]]).item()
-        assert judgement.loss == pytest.approx(loss, abs=2 * error)
-        differences.append(abs(judgement.loss - loss))
+            assert prediction.top5[0] == likeliest.indices[0]
+        loss = (row.logsumexp(0) - row[prediction.labels[0]]).item()
+        assert prediction.loss == pytest.approx(loss, abs=2 * error)
+        differences.append(abs(prediction.loss - loss))
     assert max(differences) > 1e-4  # else it was float32
 
 
@@ -111,17 +111,17 @@ def test_engine_and_precision_are_told(examples: Path, tmp_path: Path):
 def test_a_processor_without_half_precision_is_told_of(
     run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(runtimes, "openvino_has", lambda precision: False)
+    monkeypatch.setattr(formats, "openvino_has", lambda precision: False)
     with pytest.raises(ExportError, match="cannot compute in bf16"):
         fixefficientnet.evaluate(str(run), data, device="cpu", engine="openvino", mixed_precision="bf16")
 
 
 @pytest.mark.parametrize("engine", ["onnx", "openvino"])
 def test_predictions_are_the_same(engine: str):
-    pictures = [str(path) for path in sorted((ROOT / "examples").glob("*.jpg"))][:2]
+    images = [str(path) for path in sorted((ROOT / "examples").glob("*.jpg"))][:2]
     found = []
     for name in ("eager", engine):
-        out, _ = cli("predict", *pictures, "--model", "lite0", "--json", "--engine", name)
+        out, _ = cli("predict", *images, "--model", "lite0", "--json", "--engine", name)
         found.append(json.loads(out)["predictions"])
     for eager, other in zip(*found, strict=True):
         assert [label["index"] for label in eager["labels"]] == [label["index"] for label in other["labels"]]
@@ -155,7 +155,7 @@ def test_a_model_is_exported_once_per_content_and_size(
     copy.parent.mkdir()
     copy.write_bytes((run / "model.safetensors").read_bytes())
     with monkeypatch.context() as patched:
-        patched.setattr(export, "export", None)  # would fail if it were called
+        patched.setattr(exporting, "export", None)  # would fail if it were called
         _, err = cli("evaluate", copy, "--data", data, "-j", 0, "--engine", "onnx", "-o", tmp_path / "2")
     assert "exporting" not in err and there() == first
     evaluate(run, data, tmp_path / "3", "--engine", "onnx", "--size", 64)
@@ -166,18 +166,18 @@ def test_a_model_is_exported_once_per_content_and_size(
     copy.unlink()
     found = evaluate(copy.parent, data, tmp_path / "4", "--engine", "onnx")
     assert len(there()) == 3
-    paths, labels = pictures(data)
+    paths, labels = images(data)
     assert found["top1"] == pytest.approx(100 * marks(logits(other.eval(), paths), labels).count("1") / 21)
 
 
 def test_prediction_and_evaluation_use_one_file(tmp_path: Path, kept: Path):
-    picture = ROOT / "examples" / "cat.jpg"
+    image = ROOT / "examples" / "cat.jpg"
     folder = tmp_path / "data" / "n02124075"
     folder.mkdir(parents=True)
-    (folder / "cat.jpg").write_bytes(picture.read_bytes())
+    (folder / "cat.jpg").write_bytes(image.read_bytes())
     found = evaluate("lite0", folder.parent, tmp_path / "out", "--engine", "onnx")
     assert (found["top1"], found["engine"]) == (100, "onnx")
-    assert "exporting" not in cli("predict", picture, "--engine", "onnx")[1]
+    assert "exporting" not in cli("predict", image, "--engine", "onnx")[1]
     assert len([*kept.rglob("*.onnx")]) == 1
 
 
@@ -185,35 +185,35 @@ def test_what_another_exporter_left_is_not_used(
     run: Path, data: Path, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
 ):
     for number in (1, 2):
-        monkeypatch.setattr("fixefficientnet.engines.EXPORTER", number)
+        monkeypatch.setattr("fixefficientnet.runtimes.engines.EXPORTER", number)
         evaluate(run, data, tmp_path / str(number), "--engine", "onnx")
         assert len([*kept.rglob("*.onnx")]) == number
 
 
-def test_compiling_sees_one_shape_and_gives_each_picture_its_own(monkeypatch: pytest.MonkeyPatch):
+def test_compiling_sees_one_shape_and_gives_each_image_its_own(monkeypatch: pytest.MonkeyPatch):
     shown = []
 
     def fake(forward, **options):
-        def compiled(pictures):
-            shown.append((pictures.shape, pictures.is_contiguous(memory_format=torch.channels_last)))
-            return forward(pictures)
+        def compiled(images):
+            shown.append((images.shape, images.is_contiguous(memory_format=torch.channels_last)))
+            return forward(images)
 
         return compiled
 
     monkeypatch.setattr("torch.compile", fake)
-    opened = open_model("lite0:backbone")
-    pictures = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    loaded = open_model("lite0:backbone")
+    images = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        expected = opened.model(pictures)
-        with engines.running(opened, opened.at(64), "compile"):
-            found = torch.cat([opened.model(part) for part in (pictures[:2], pictures[2:4], pictures[4:])])
+        expected = loaded.network(images)
+        with engines.running(loaded, loaded.at(64), "compile"):
+            found = torch.cat([loaded.network(part) for part in (images[:2], images[2:4], images[4:])])
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     assert shown == [((2, 3, 64, 64), True)] * 3
 
 
 @pytest.mark.slow
 def test_what_was_compiled_for_one_model_is_not_used_for_another(run: Path, data: Path, tmp_path: Path):
-    paths, labels = pictures(data)
+    paths, labels = images(data)
     other = save_run(tmp_path / "other", network(3, paths, labels[::-1]), CLASSES)
     for number, model in enumerate((run, other, run)):
         found = [evaluate(model, data, tmp_path / f"{number}{name}", "--engine", name) for name in ("eager", "compile")]
@@ -234,12 +234,12 @@ def test_a_damaged_kept_file_is_made_anew(run: Path, data: Path, tmp_path: Path,
 
 
 def test_the_model_itself_stays_as_it_was(data: Path):
-    paths, labels = pictures(data)
+    paths, labels = images(data)
     model = network(3, paths, labels)
     model.pretrained_cfg.update(input_size=(3, 48, 48), crop_pct=0.875)
     before = model(stack(paths[:2]))
     found = fixefficientnet.evaluate(model, data, engine="onnx", device="cpu", workers=0)
-    assert found.right == marks(logits(model.eval(), paths), labels)
+    assert found.correct == marks(logits(model.eval(), paths), labels)
     assert "forward" not in vars(model) and model.training is False
     model.train()
     fixefficientnet.evaluate(model, data, engine="onnx", device="cpu", workers=0, size=32)  # which is not kept yet
@@ -267,7 +267,7 @@ def test_what_an_engine_cannot_is_one_error(
     with pytest.raises(EvaluationError, match="leave --engine onnx out"):  # no layer of PyTorch's would be watched
         fixefficientnet.evaluate(run, data, engine="onnx", activations=True)
     with pytest.raises(ExportError, match="on the CPU"):
-        fixefficientnet.engines.check("openvino", "cuda")
+        fixefficientnet.runtimes.engines.check("openvino", "cuda")
     find = importlib.util.find_spec
     for module, engine, extra in (("onnxruntime", "onnx", "onnx"), ("openvino", "openvino", "openvino")):
         monkeypatch.setattr(

@@ -29,7 +29,7 @@ TIMM_COLUMNS = "model,img_size,top1,top1_err,top5,top5_err,param_count,crop_pct,
 
 @dataclass(frozen=True)
 class Ground:
-    """Pictures, two networks' runs, and what a plain loop makes of the one with the other."""
+    """Images, two networks' runs, and what a plain loop makes of the one with the other."""
 
     data: Path
     one: Path
@@ -75,15 +75,15 @@ def refused(evaluate: Callable[..., tuple[str, str]]) -> Callable[..., str]:
     def run(*arguments: object) -> str:
         out, err = evaluate(*arguments, status=1)
         assert out == ""
-        assert re.fullmatch(r"(.*pictures/s.*\n)*Error: .+\n", err), err
+        assert re.fullmatch(r"(.*images/s.*\n)*Error: .+\n", err), err
         return err[err.index("Error: ") :]
 
     return run
 
 
 def top(ground: Ground, run: Path, best: int = 1) -> float:
-    right = plain.marks(ground.logits[run], ground.labels, best)
-    return 100 * right.count("1") / len(right)
+    correct = plain.marks(ground.logits[run], ground.labels, best)
+    return 100 * correct.count("1") / len(correct)
 
 
 # --- what comes out -------------------------------------------------------------------------------------------------
@@ -98,17 +98,17 @@ def test_figures_for_people(ground: Ground, evaluate):
         loss = torch.nn.functional.cross_entropy(ground.logits[run], torch.tensor(ground.labels)).item()
         expected = []
         for best in (1, 5):
-            right = plain.marks(ground.logits[run], ground.labels, best)
-            expected += [top(ground, run, best), *wilson(right.count("1"), len(right))]
+            correct = plain.marks(ground.logits[run], ground.labels, best)
+            expected += [top(ground, run, best), *wilson(correct.count("1"), len(correct))]
         assert [*map(float, found)] == pytest.approx([*expected, loss], abs=0.051)
-    (said,) = re.findall(r"^\d+ pictures of .*", out, re.M)  # once, as it is the same of both
-    assert said == f"{len(ground.paths)} pictures of {ground.data / 'val'}; crop_pct 0.875, bicubic"
-    assert re.search(rf"one at 48: {len(ground.paths)}/{len(ground.paths)}, [\d.]+ pictures/s", err)
+    (said,) = re.findall(r"^\d+ images of .*", out, re.M)  # once, as it is the same of both
+    assert said == f"{len(ground.paths)} images of {ground.data / 'val'}; crop_pct 0.875, bicubic"
+    assert re.search(rf"one at 48: {len(ground.paths)}/{len(ground.paths)}, [\d.]+ images/s", err)
 
 
 def test_the_table_fits_80_columns(ground: Ground, evaluate):
     out, _ = evaluate(ground.one, ground.two, "--data", ground.data, "--compare", ground.one, ground.two, columns=80)
-    assert max(map(len, out[: out.index("pictures of")].splitlines())) <= 80
+    assert max(map(len, out[: out.index("images of")].splitlines())) <= 80
 
 
 def test_json(ground: Ground, evaluate):
@@ -123,14 +123,14 @@ def test_json(ground: Ground, evaluate):
             wilson(round(top(ground, run) * len(ground.paths) / 100), len(ground.paths))
         )
         assert row["parameters"] == sum(tensor.numel() for tensor in parameters(run))
-        assert (row["pictures"], row["unreadable"], row["size"], row["crop_pct"]) == (len(ground.paths), 0, 48, 0.875)
+        assert (row["images"], row["unreadable"], row["size"], row["crop_pct"]) == (len(ground.paths), 0, 48, 0.875)
         assert (row["timm_name"], row["interpolation"], row["tuned"]) == (
             "test_efficientnet.r160_in1k",
             "bicubic",
             True,
         )
         assert 0 < row["calibration_error"] < 1
-        assert row["pictures_per_second"] == pytest.approx(len(ground.paths) / row["seconds"])
+        assert row["images_per_second"] == pytest.approx(len(ground.paths) / row["seconds"])
 
 
 def parameters(run: Path) -> list[torch.Tensor]:
@@ -171,10 +171,10 @@ def test_the_table_per_class(ground: Ground, evaluate, tmp_path: Path):
     ]
     for row in rows:
         label = int(row["class"])
-        guesses = ground.logits[Path(row["model"])].argmax(1).tolist()
-        of_class = [guess for guess, truth in zip(guesses, ground.labels, strict=True) if truth == label]
-        wrong = [CLASSES[guess] for guess in of_class if guess != label]
-        assert int(row["pictures"]) == len(of_class)
+        predicted = ground.logits[Path(row["model"])].argmax(1).tolist()
+        of_class = [predicted for predicted, truth in zip(predicted, ground.labels, strict=True) if truth == label]
+        wrong = [CLASSES[predicted] for predicted in of_class if predicted != label]
+        assert int(row["images"]) == len(of_class)
         assert float(row["top1"]) == pytest.approx(100 * of_class.count(label) / len(of_class))
         assert int(row["times"]) == wrong.count(row["taken_for"]) == max(map(wrong.count, wrong), default=0)
 
@@ -225,8 +225,8 @@ def test_a_comparison_is_that_of_scipy(ground: Ground, evaluate, swapped: bool):
     found = json.loads(evaluate(*arguments, "--json")[0])
     assert [row["model"] for row in found["results"]] == [str(first), str(second)]
     pair = found["comparison"]
-    assert (pair["first"], pair["second"], pair["pictures"]) == (str(first), str(second), len(pairs))
-    assert [pair[f"{who}_right"] for who in ("both", "only_first", "only_second", "neither")] == [*counts.values()]
+    assert (pair["first"], pair["second"], pair["images"]) == (str(first), str(second), len(pairs))
+    assert [pair[f"{who}_correct"] for who in ("both", "only_first", "only_second", "neither")] == [*counts.values()]
     assert pair["difference"] == pytest.approx(top(ground, second) - top(ground, first))
     assert pair["difference_low"] < pair["difference"] < pair["difference_high"]
     assert pair["p"] == pytest.approx(p)
@@ -234,12 +234,12 @@ def test_a_comparison_is_that_of_scipy(ground: Ground, evaluate, swapped: bool):
     out, _ = evaluate(*arguments, "--resume")
     assert f"{second} against {first}: {pair['difference']:+.2f} points top-1 (95%: " in out
     assert f"p = {p:.2g}" in out
-    assert f"right in the first alone: {only_first}, in the second alone: {only_second}, of {len(pairs)} pict" in out
+    assert f"correct in the first alone: {only_first}, in the second alone: {only_second}, of {len(pairs)} image" in out
 
 
 def test_a_model_compared_with_itself(ground: Ground, evaluate):
     pair = json.loads(evaluate("--compare", ground.one, ground.one, "--data", ground.data, "--json")[0])["comparison"]
-    assert (pair["difference"], pair["p"], pair["only_first_right"]) == (0, 1, 0)
+    assert (pair["difference"], pair["p"], pair["only_first_correct"]) == (0, 1, 0)
 
 
 def test_the_same_from_python(ground: Ground, evaluate):
@@ -253,7 +253,7 @@ def test_loading_processes_change_nothing(ground: Ground, evaluate):
     arguments = (ground.one, "--data", ground.data, "--json", "-b", 4)
     one, two = (json.loads(evaluate(*arguments, "-j", workers)[0])["results"][0] for workers in (0, 2))
     for row in (one, two):
-        del row["seconds"], row["pictures_per_second"]
+        del row["seconds"], row["images_per_second"]
     plain.assert_nearly(one, two)
 
 
@@ -312,11 +312,11 @@ def test_another_precision_in_the_same_process(ground: Ground):
     assert found[0].loss == pytest.approx(found[1].loss, rel=0.1)
 
 
-# --- pictures that cannot be read -------------------------------------------------------------------------------------
+# --- images that cannot be read -------------------------------------------------------------------------------------
 
 
 def copied(ground: Ground, to: Path, broken: dict[int, bytes]) -> list[str]:
-    """Copies the pictures, some of them broken; names of the broken ones."""
+    """Copies the images, some of them broken; names of the broken ones."""
     for index, path in enumerate(ground.paths):
         target = to / path.relative_to(ground.data)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -324,7 +324,7 @@ def copied(ground: Ground, to: Path, broken: dict[int, bytes]) -> list[str]:
     return [str(ground.paths[index].relative_to(ground.data / "val")) for index in sorted(broken)]
 
 
-def test_broken_pictures_are_named_and_in_no_denominator(ground: Ground, evaluate, tmp_path: Path):
+def test_broken_images_are_named_and_in_no_denominator(ground: Ground, evaluate, tmp_path: Path):
     whole = ground.paths[6].read_bytes()
     names = copied(ground, tmp_path / "data", {0: b"", 6: whole[:60], 7: b"<html>", 30: b"\x89PNG\r\n"})
     arguments = (ground.one, "--data", tmp_path / "data")
@@ -333,29 +333,29 @@ def test_broken_pictures_are_named_and_in_no_denominator(ground: Ground, evaluat
     out, err = evaluate(*arguments, "--json")
     found = json.loads(out)
     (row,) = found["results"]
-    assert (row["pictures"], row["unreadable"]) == (len(kept), 4)
+    assert (row["images"], row["unreadable"]) == (len(kept), 4)
     assert row["top1"] == pytest.approx(100 * sum(marks[index] == "1" for index in kept) / len(kept))
-    assert f"4 of {len(ground.paths)} pictures could not be read and do not count:" in err
+    assert f"4 of {len(ground.paths)} images could not be read and do not count:" in err
     (unreadable,) = found["unreadable"]
     assert unreadable["model"] == str(ground.one)
-    for name, reason in zip(names, unreadable["pictures"], strict=True):
+    for name, reason in zip(names, unreadable["images"], strict=True):
         assert name in reason
         assert reason in err
     out, _ = evaluate(*arguments, "--resume")
-    assert f"{len(kept)} pictures of {tmp_path / 'data' / 'val'} (4 more could not be read)" in out
+    assert f"{len(kept)} images of {tmp_path / 'data' / 'val'} (4 more could not be read)" in out
 
 
-def test_twenty_of_many_broken_pictures_are_named(ground: Ground, evaluate, tmp_path: Path):
+def test_twenty_of_many_broken_images_are_named(ground: Ground, evaluate, tmp_path: Path):
     names = copied(ground, tmp_path / "data", dict.fromkeys(range(23), b""))
     _, err = evaluate(ground.one, "--data", tmp_path / "data")
     assert [name in err for name in names] == [True] * 20 + [False] * 3
     assert err.endswith("and 3 more\n")
 
 
-def test_where_all_pictures_are_broken_there_is_nothing_to_say(ground: Ground, refused, tmp_path: Path):
-    copied(ground, tmp_path / "data", dict.fromkeys(range(len(ground.paths)), b"no picture"))
+def test_where_all_images_are_broken_there_is_nothing_to_say(ground: Ground, refused, tmp_path: Path):
+    copied(ground, tmp_path / "data", dict.fromkeys(range(len(ground.paths)), b"no image"))
     message = refused(ground.one, "--data", tmp_path / "data")
-    assert f"None of the {len(ground.paths)} pictures of {tmp_path / 'data' / 'val'} could be read: " in message
+    assert f"None of the {len(ground.paths)} images of {tmp_path / 'data' / 'val'} could be read: " in message
     assert "apple/0.png" in message
 
 
@@ -366,10 +366,10 @@ def test_data_that_are_not_there(ground: Ground, refused, tmp_path: Path):
     assert "There is no folder nowhere" in refused(ground.one, "--data", "nowhere")
     assert "It has: no folder at all" in refused(ground.one, "--data", tmp_path)
     (tmp_path / "val").mkdir()
-    assert "holds no pictures" in refused(ground.one, "--data", tmp_path)
+    assert "holds no images" in refused(ground.one, "--data", tmp_path)
     (tmp_path / "val" / "apple").mkdir()
-    (tmp_path / "val" / "apple" / "notes.txt").write_text("no picture")
-    assert "holds no pictures" in refused(ground.one, "--data", tmp_path)
+    (tmp_path / "val" / "apple" / "notes.txt").write_text("no image")
+    assert "holds no images" in refused(ground.one, "--data", tmp_path)
     assert "test/" in refused(ground.one, "--data", ground.data, "--split", "test")
 
 
@@ -429,7 +429,7 @@ def test_a_model_of_another_number_of_classes(ground: Ground, refused, tmp_path:
 
 
 def without_names(ground: Ground, folder: Path, labels: list[int]) -> tuple[str, ...]:
-    """The first pictures as a data set that does not name its classes."""
+    """The first images as a dataset that does not name its classes."""
     datasets.disable_progress_bars()
     rows = {"image": [str(path) for path in ground.paths[: len(labels)]], "label": labels}
     folder.mkdir()
@@ -450,11 +450,11 @@ def test_classes_without_names_need_a_newer_timm(ground: Ground, refused, tmp_pa
 def test_classes_without_names_are_numbered_as_the_models(ground: Ground, evaluate, tmp_path: Path):
     where = without_names(ground, tmp_path / "data", [0, 1, 2, 6])
     row = json.loads(evaluate(ground.one, *where, "--per-class", tmp_path / "classes.csv", "--json")[0])["results"][0]
-    guesses = ground.logits[ground.one][:4].argmax(1).tolist()
-    assert row["top1"] == 25 * sum(guess == label for guess, label in zip(guesses, [0, 1, 2, 6], strict=True))
+    predicted = ground.logits[ground.one][:4].argmax(1).tolist()
+    assert row["top1"] == 25 * sum(predicted == label for predicted, label in zip(predicted, [0, 1, 2, 6], strict=True))
     rows = [*csv.DictReader((tmp_path / "classes.csv").open())]
     assert [(row["class"], row["name"]) for row in rows] == [("0", ""), ("1", ""), ("2", ""), ("6", "")]
-    assert [row["taken_for"] or row["class"] for row in rows] == [str(guess) for guess in guesses]
+    assert [row["taken_for"] or row["class"] for row in rows] == [str(predicted) for predicted in predicted]
 
 
 @pytest.mark.skipif(TIMM_WANTS_NAMES, reason="timm before 1.0.31 wants names")
@@ -466,7 +466,7 @@ def test_labels_out_of_range(ground: Ground, refused, tmp_path: Path):
 @pytest.mark.skipif(TIMM_WANTS_NAMES, reason="timm before 1.0.31 wants names")
 def test_an_error_in_another_process_is_said_by_it_alone(ground: Ground, refused, tmp_path: Path):
     where = without_names(ground, tmp_path / "data", [0, 1, 2, 7])
-    refused(ground.one, *where)  # which leaves the data set in its cache: two processes would both put it there
+    refused(ground.one, *where)  # which leaves the dataset in its cache: two processes would both put it there
     command = ["evaluate", str(ground.one), *where, "-b", "2", "-j", "0", "--device", "cpu"]
     command += ["--output", str(tmp_path / "out")]
     processes = tiny.start_two(command, tmp_path / "said", command=tiny.FIXEFFICIENTNET)
@@ -496,7 +496,7 @@ def test_a_table_per_class_of_real_labels(evaluate, tmp_path: Path):
     run = f"timm/test_efficientnet:{tmp_path / 'model.safetensors'}"
     more = ("--per-class", tmp_path / "classes.csv", "--real-labels")
     out, err = evaluate(run, "--data", tmp_path / "data", *more, status=2)
-    assert "one label per picture, which ReaL labels are not" in " ".join(err.split())
+    assert "one label per image, which ReaL labels are not" in " ".join(err.split())
     assert out == ""
     assert not (tmp_path / "classes.csv").exists()
 

@@ -14,11 +14,11 @@ from plain import marks, network, save_run, stack
 from safetensors.torch import load_file, save_file
 from tiny import cli, make_data
 
-from fixefficientnet import export
-from fixefficientnet.data import open_pictures
-from fixefficientnet.evaluation.models import open_model
-from fixefficientnet.int8 import Calibration
-from fixefficientnet.runtimes import SUFFIXES
+from fixefficientnet.data.dataset import open_dataset
+from fixefficientnet.models import open_model
+from fixefficientnet.runtimes import exporting
+from fixefficientnet.runtimes.formats import SUFFIXES
+from fixefficientnet.runtimes.int8 import Calibration
 
 PAD_SAME = "tf_efficientnet_lite0"  # whose padding depends on the size, as in all variants of the zoo
 
@@ -48,20 +48,20 @@ def either(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return opinionated(request.param, tmp_path_factory.mktemp("export"))
 
 
-def run(path: Path, pictures: np.ndarray) -> np.ndarray:
+def run(path: Path, images: np.ndarray) -> np.ndarray:
     if path.suffix == ".onnx":
         import onnxruntime
 
         session = onnxruntime.InferenceSession(str(path))
         (given,) = session.get_inputs()
-        return session.run(None, {given.name: pictures})[0]
+        return session.run(None, {given.name: images})[0]
     if path.suffix == ".xml":
         import openvino
 
-        return openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(pictures)[0]
-    opened = torch.export.load(path).module() if path.suffix == ".pt2" else torch.jit.load(str(path))
+        return openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(images)[0]
+    loaded = torch.export.load(path).module() if path.suffix == ".pt2" else torch.jit.load(str(path))
     with torch.inference_mode():
-        return opened(torch.from_numpy(pictures)).numpy()
+        return loaded(torch.from_numpy(images)).numpy()
 
 
 def metadata(path: Path) -> dict[str, object]:
@@ -92,15 +92,15 @@ FORMS.remove(("torch-export", ("--dynamic-size",)))
 def test_a_file_gives_eagers_logits(either: str, tmp_path: Path, kind: str, more: tuple[str, ...]):
     path = tmp_path / f"model{SUFFIXES[kind]}"
     out, _ = cli("export", either, "-o", path, "--size", 64, *more)
-    assert "same best guess for 100% of" in out
+    assert "same top-1 prediction for 100% of" in out
     eager = open_model(either)
     tolerance = 3e-2 if more == ("--half",) else 1e-4
     generator = torch.Generator().manual_seed(1)
     for batch, size in [(1, (64, 64)), (3, (64, 64)), *([(2, (97, 81))] if more == ("--dynamic-size",) else [])]:
-        pictures = torch.randn(batch, 3, *size, generator=generator)
+        images = torch.randn(batch, 3, *size, generator=generator)
         with torch.inference_mode():
-            expected = eager.model(pictures).numpy()
-        found = run(path, pictures.numpy())
+            expected = eager.network(images).numpy()
+        found = run(path, images.numpy())
         assert found.dtype == np.float32
         assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
     test = eager.at(64)
@@ -122,20 +122,20 @@ def test_half_the_bytes(model: str, tmp_path: Path, kind: str):
         cli("export", model, "-o", path, "--size", 64, *more)
         weights = path.with_suffix(".bin") if kind == "openvino" else path
         sizes.append(weights.stat().st_size)
-    parameters = sum(parameter.numel() for parameter in open_model(model).model.parameters())
+    parameters = sum(parameter.numel() for parameter in open_model(model).network.parameters())
     assert sizes[0] - sizes[1] > 1.8 * parameters  # two bytes less for each, but for what names and graph take
 
 
 @pytest.mark.parametrize("kind", SUFFIXES)
 def test_a_file_of_another_network_is_not_kept(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str):
-    honest = export._WRITERS[kind]
+    honest = exporting._WRITERS[kind]
 
     def wrong(network: torch.nn.Module, *more: object) -> None:
         other = copy.deepcopy(network)
         other.classifier.bias.data[0] += 0.05 * other.classifier.weight.abs().max()
         honest(other, *more)
 
-    monkeypatch.setitem(export._WRITERS, kind, wrong)  # no exporter at hand is wrong by itself
+    monkeypatch.setitem(exporting._WRITERS, kind, wrong)  # no exporter at hand is wrong by itself
     _, err = cli("export", model, "-o", tmp_path / f"model{SUFFIXES[kind]}", "--size", 64, status=1)
     assert "disagrees with eager" in err and "was not written" in err
     assert not [*tmp_path.iterdir()]
@@ -169,7 +169,7 @@ def test_the_tag_decides_the_preprocessing_of_a_file_of_ones_own(tmp_path: Path)
 
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A network that gets a part of some pictures right, and these."""
+    """A network that classifies a part of some images correctly, and these."""
     folder = make_data(tmp_path_factory.mktemp("seeing"), train=1, val=12)
     paths = sorted((folder / "val").glob("*/*.jpg"))
     labels = [("apple", "brick", "cloud").index(path.parent.name) for path in paths]
@@ -179,14 +179,14 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 @pytest.mark.parametrize("name", ["a.onnx", "a.xml"])
 def test_in_8_bits_with_accuracy_before_and_after(seeing: tuple[str, Path], tmp_path: Path, name: str):
     run_, data = seeing
-    arguments = ["export", run_, "--int8", "--data", data, "--pictures", 100]
+    arguments = ["export", run_, "--int8", "--data", data, "--images", 100]
     out, _ = cli(*arguments, "-o", tmp_path / name, "--max-drop", 100)
     paths = sorted((data / "val").glob("*/*.jpg"))
     labels = [("apple", "brick", "cloud").index(path.parent.name) for path in paths]
-    pictures = stack(paths)
+    images = stack(paths)
     with torch.inference_mode():
-        eager = open_model(run_).model(pictures)
-    found = torch.from_numpy(run(tmp_path / name, pictures.numpy()))
+        eager = open_model(run_).network(images)
+    found = torch.from_numpy(run(tmp_path / name, images.numpy()))
     before, after = (marks(logits, labels).count("1") / 0.36 for logits in (eager, found))
     assert f"{before:.2f} before, {after:.2f} after" in out
     assert (found - eager).abs().max() / eager.abs().max() > 1e-4  # it is another network, if a close one
@@ -204,20 +204,20 @@ def test_in_8_bits_with_accuracy_before_and_after(seeing: tuple[str, Path], tmp_
     assert not [*tmp_path.glob("*b.*")]
 
 
-def test_pictures_to_calibrate_with_are_spread_evenly_and_readable(seeing: tuple[str, Path], tmp_path: Path):
+def test_images_to_calibrate_with_are_spread_evenly_and_readable(seeing: tuple[str, Path], tmp_path: Path):
     run_, data = seeing
-    opened = open_model(run_)
-    pictures = open_pictures(str(data), None)
-    chosen = Calibration(pictures, opened.transform(opened.test), 3)
+    loaded = open_model(run_)
+    images = open_dataset(str(data), None)
+    chosen = Calibration(images, loaded.transform(loaded.test), 3)
     found = torch.cat([inputs for inputs, _ in chosen.batches()])
-    expected = torch.stack([opened.transform(opened.test)(pictures[index][0]) for index in (0, 17, 35)])
+    expected = torch.stack([loaded.transform(loaded.test)(images[index][0]) for index in (0, 17, 35)])
     assert torch.equal(found, expected)
     for name in ("apple", "brick", "cloud"):
         (tmp_path / "bad" / name).mkdir(parents=True)
-        (tmp_path / "bad" / name / "a.jpg").write_text("no picture")
+        (tmp_path / "bad" / name / "a.jpg").write_text("no image")
     for name in ("a.onnx", "a.xml"):
         _, err = cli("export", run_, "--int8", "--data", tmp_path / "bad", "-o", tmp_path / name, status=1)
-        assert err.startswith("Error: None of the pictures")
+        assert err.startswith("Error: None of the images")
     assert (
         "number of points"
         in cli("export", run_, "--int8", "--data", data, "-o", tmp_path / "a.onnx", "--max-drop", "nan", status=1)[1]
@@ -225,7 +225,7 @@ def test_pictures_to_calibrate_with_are_spread_evenly_and_readable(seeing: tuple
     assert [file.name for file in tmp_path.iterdir()] == ["bad"]
 
 
-def test_8_bits_want_pictures_and_a_format_that_has_them(seeing: tuple[str, Path], tmp_path: Path):
+def test_8_bits_want_images_and_a_format_that_has_them(seeing: tuple[str, Path], tmp_path: Path):
     run_, data = seeing
     assert "--data" in cli("export", run_, "--int8", "-o", tmp_path / "a.onnx", status=2)[1]
     assert "--int8" in cli("export", run_, "--data", data, "-o", tmp_path / "a.onnx", status=2)[1]

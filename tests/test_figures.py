@@ -1,4 +1,4 @@
-"""The pictures: what is drawn, what is written, and that the docs' ones are of today's data."""
+"""The images: what is drawn, what is written, and that the docs' ones are of today's data."""
 
 import json
 import xml.etree.ElementTree as ET
@@ -16,8 +16,8 @@ from benchmarks import figures as drawings
 from benchmarks import finetune_runs
 from fixefficientnet.errors import EvaluationError
 from fixefficientnet.evaluation import figures
-from fixefficientnet.evaluation.results import as_csv, from_csv
 from fixefficientnet.evaluation.statistics import wilson
+from fixefficientnet.evaluation.tables import as_csv, from_csv
 
 DOCS = ROOT / "docs"
 DRAW = "run `python -m benchmarks.figures` and commit what it draws"
@@ -26,8 +26,8 @@ DRAW = "run `python -m benchmarks.figures` and commit what it draws"
 def description(path: Path) -> str:
     """What a written figure says of itself."""
     if path.suffix == ".png":
-        with Image.open(path) as picture:
-            return str(picture.text["Description"])
+        with Image.open(path) as image:
+            return str(image.text["Description"])
     (element,) = ET.parse(path).iter("{http://purl.org/dc/elements/1.1/}description")
     return element.text or ""
 
@@ -39,7 +39,7 @@ def sweep_rows(network: str = "net") -> list[dict[str, Any]]:
         for size, top1 in zip((128, 160, 192), accuracies, strict=True):
             row = {"network": network, "model": "runs/net" if tuned else "timm/net", "tuned": tuned, "size": size}
             row |= {"top1": top1, "top1_low": top1 - 2, "top1_high": top1 + 3, "gmacs": size**2 / 1e5}
-            row |= {"pictures_per_second": 1e4 / size, "train_size": 128, "test_size": 192, "paper_size": None}
+            row |= {"images_per_second": 1e4 / size, "train_size": 128, "test_size": 192, "paper_size": None}
             row |= {"pooled_near_zero": size / 1000, "pooled_mean": 0.5}
             for place, key in enumerate(("q25", "median", "q75")):
                 row |= {f"pooled_mean_{key}": 0.4 + place / 10, f"pooled_spread_{key}": 0.1 + place / 10 + size / 1e4}
@@ -59,10 +59,10 @@ def test_the_command_writes_figure_1(tmp_path: Path):
         assert out.strip() == str(tmp_path / name)
         assert err == ""
         assert description(tmp_path / name) == figures.fingerprint(figures.accuracy_params_data())
-    with Image.open(tmp_path / "figure.png") as picture:
-        picture.load()
-        assert min(picture.size) > 400
-        assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+    with Image.open(tmp_path / "figure.png") as image:
+        image.load()
+        assert min(image.size) > 400
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 50
     assert ET.parse(tmp_path / "deep" / "er" / "figure.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
 
 
@@ -152,21 +152,21 @@ def test_a_sweep_is_drawn_point_by_point():
     assert {(row["size"], row["top1"]) for row in rows} <= points(accuracy)
     assert points(accuracy, marker="*") == {(160, 64.0), (192, 67.0)}  # of two best sizes, the cheaper
     assert {(row["size"], row["gmacs"]) for row in rows} <= points(gmacs)
-    assert {(row["size"], row["pictures_per_second"]) for row in rows} <= points(rate)
+    assert {(row["size"], row["images_per_second"]) for row in rows} <= points(rate)
     assert {text.get_text() for text in accuracy.get_legend().get_texts()} == {"timm/net", "runs/net"}
     marked = " ".join(text.get_text() for text in accuracy.texts)
     assert "train size 128" in marked
     assert "test size 192" in marked
 
 
-@pytest.mark.parametrize("right", [0, 1])
-def test_a_model_that_is_never_or_always_right_can_be_drawn(right: int):
+@pytest.mark.parametrize("correct", [0, 1])
+def test_a_model_that_is_never_or_always_right_can_be_drawn(correct: int):
     """An interval's end is never on the wrong side of the accuracy, which matplotlib refuses."""
     rows = sweep_rows()[:3]
-    for pictures in range(1, 200):
-        low, high = wilson(right * pictures, pictures)
-        assert low <= 100 * right <= high, f"of {pictures} pictures"
-        rows[0] |= {"top1": 100.0 * right, "top1_low": low, "top1_high": high}
+    for images in range(1, 200):
+        low, high = wilson(correct * images, images)
+        assert low <= 100 * correct <= high, f"of {images} images"
+        rows[0] |= {"top1": 100.0 * correct, "top1_low": low, "top1_high": high}
     figures.sweep(rows)
 
 
@@ -194,14 +194,14 @@ def test_the_docs_figures_are_of_todays_data_and_drawing(name: str, tmp_path: Pa
     rows, draw = docs_figures[name]
     path = DOCS / name
     assert path.is_file(), f"docs/{name} is missing: {DRAW}"
-    with Image.open(path) as picture:
-        said, pixels = dict(picture.text), np.asarray(picture)
+    with Image.open(path) as image:
+        said, pixels = dict(image.text), np.asarray(image)
     assert said.get("Description") == figures.fingerprint(rows), f"docs/{name} shows other data: {DRAW}"
     if f"version{matplotlib.__version__}," not in said["Software"]:  # another release draws other pixels
         return
     figures.save(draw(rows), tmp_path / name, rows)
-    with Image.open(tmp_path / name) as picture:
-        same = np.array_equal(np.asarray(picture), pixels)
+    with Image.open(tmp_path / name) as image:
+        same = np.array_equal(np.asarray(image), pixels)
     assert same, f"docs/{name} is drawn another way today: {DRAW}"
 
 

@@ -31,12 +31,12 @@ def fine_tuning(size: int = 48, crop_pct: float = 1.0, hflip: float = 0, jitter:
     return FineTuningTransform(at_test(size, crop_pct), 0, hflip, jitter)
 
 
-def normalised(picture: Image.Image) -> Tensor:
-    return transforms.Normalize(MEAN, STD)(transforms.ToTensor()(picture))
+def normalised(image: Image.Image) -> Tensor:
+    return transforms.Normalize(MEAN, STD)(transforms.ToTensor()(image))
 
 
 def offsets(found: Tensor, resized: Tensor) -> list[int]:
-    """Where in the resized picture, at the height of its centre, a crop may come from."""
+    """Where in the resized image, at the height of its centre, a crop may come from."""
     size = found.shape[-1]
     spare = resized.shape[1] - size
     rows = resized[:, spare // 2 : spare // 2 + size], resized[:, -(-spare // 2) : -(-spare // 2) + size]
@@ -61,21 +61,21 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_seed_epoch_and_index_alone_decide(name: str):
-    picture = noise(120, 60)
-    expected = TRANSFORMS[name](3)(picture, 2, 5)
+    image = noise(120, 60)
+    expected = TRANSFORMS[name](3)(image, 2, 5)
     with torch.random.fork_rng(devices=[]):
         for seed in range(5):
             torch.manual_seed(seed)
-            assert torch.equal(TRANSFORMS[name](3)(picture, 2, 5), expected)
+            assert torch.equal(TRANSFORMS[name](3)(image, 2, 5), expected)
     # and in a loading process
-    assert torch.equal(pickle.loads(pickle.dumps(TRANSFORMS[name](3)))(picture, 2, 5), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(TRANSFORMS[name](3)))(image, 2, 5), expected)
 
 
 @pytest.mark.parametrize("name", ["fine-tuning", "training"])
 def test_another_seed_epoch_or_index_gives_another_crop(name: str):
-    picture = noise(200, 60)
+    image = noise(200, 60)
     points = list(itertools.product((0, 1), (0, 1, 11), (0, 1, 10, 11)))
-    found = [TRANSFORMS[name](seed)(picture, epoch, index) for seed, epoch, index in points]
+    found = [TRANSFORMS[name](seed)(image, epoch, index) for seed, epoch, index in points]
     assert all(not torch.equal(one, other) for one, other in itertools.combinations(found, 2))
 
 
@@ -96,22 +96,22 @@ def test_torchs_own_random_numbers_are_left_alone(name: str):
     ("width", "height", "size", "crop_pct"),
     [(150, 60, 48, 1.0), (60, 60, 48, 0.875), (90, 60, 48, 0.9), (60, 90, 47, 0.875), (100, 48, 48, 1.0)],
 )
-def test_the_crop_is_of_the_resized_picture_at_its_centres_height(width: int, height: int, size: int, crop_pct: float):
-    picture = noise(width, height)
-    resized = normalised(transforms.Resize(int(size / crop_pct), BICUBIC)(picture))
+def test_the_crop_is_of_the_resized_image_at_its_centres_height(width: int, height: int, size: int, crop_pct: float):
+    image = noise(width, height)
+    resized = normalised(transforms.Resize(int(size / crop_pct), BICUBIC)(image))
     transform = fine_tuning(size, crop_pct)
     for epoch in range(20):
-        found = transform(picture, epoch, 7)
+        found = transform(image, epoch, 7)
         assert found.shape == (3, size, size)
         assert found.dtype == torch.float32
         assert len(offsets(found, resized)) == 1
 
 
 def test_every_offset_is_as_likely():
-    picture = noise(75, 60)
-    resized = normalised(transforms.Resize(48, BICUBIC)(picture))
+    image = noise(75, 60)
+    resized = normalised(transforms.Resize(48, BICUBIC)(image))
     assert resized.shape == (3, 48, 60)
-    drawn = [offsets(fine_tuning()(picture, epoch, index), resized) for epoch in range(40) for index in range(20)]
+    drawn = [offsets(fine_tuning()(image, epoch, index), resized) for epoch in range(40) for index in range(20)]
     counts = np.bincount([left for (left,) in drawn], minlength=13)
     assert len(counts) == 60 - 48 + 1
     assert counts.min() > 0
@@ -119,28 +119,28 @@ def test_every_offset_is_as_likely():
 
 
 @pytest.mark.parametrize(("width", "height"), [(60, 150), (60, 60), (48, 49), (48, 50), (48, 51), (50, 73), (31, 100)])
-def test_a_portrait_picture_without_draws_is_as_at_test_time(width: int, height: int):
-    picture = noise(width, height)
+def test_a_portrait_image_without_draws_is_as_at_test_time(width: int, height: int):
+    image = noise(width, height)
     for epoch in range(3):
-        assert torch.equal(fine_tuning()(picture, epoch, 1), at_test()(picture))
+        assert torch.equal(fine_tuning()(image, epoch, 1), at_test()(image))
 
 
 def test_mirroring_is_as_likely_as_asked():
-    picture = noise(60, 60)
-    plain = normalised(transforms.Resize(48, BICUBIC)(picture))
+    image = noise(60, 60)
+    plain = normalised(transforms.Resize(48, BICUBIC)(image))
     mirrored = torch.from_numpy(plain.numpy()[..., ::-1].copy())
     for hflip in (0, 0.25, 1):
-        found = [fine_tuning(hflip=hflip)(picture, epoch, 0) for epoch in range(300)]
+        found = [fine_tuning(hflip=hflip)(image, epoch, 0) for epoch in range(300)]
         count = sum(torch.equal(tensor, mirrored) for tensor in found)
         assert count + sum(torch.equal(tensor, plain) for tensor in found) == 300
         assert scipy.stats.binomtest(count, 300, hflip).pvalue > 0.001
         assert hflip not in (0, 1) or count == 300 * hflip
 
 
-def test_a_mirrored_crop_is_of_the_mirrored_picture():
-    picture = noise(150, 60)
-    resized = normalised(ImageOps.mirror(transforms.Resize(48, BICUBIC)(picture)))
-    found = {left for epoch in range(60) for left in offsets(fine_tuning(hflip=1)(picture, epoch, 0), resized)}
+def test_a_mirrored_crop_is_of_the_mirrored_image():
+    image = noise(150, 60)
+    resized = normalised(ImageOps.mirror(transforms.Resize(48, BICUBIC)(image)))
+    found = {left for epoch in range(60) for left in offsets(fine_tuning(hflip=1)(image, epoch, 0), resized)}
     assert min(found) < 10
     assert max(found) > 120 - 48 - 10
 
@@ -148,10 +148,10 @@ def test_a_mirrored_crop_is_of_the_mirrored_picture():
 def test_colours_change_by_a_little_and_never_by_more():
     def values(jitter: float, colour: tuple[int, int, int]) -> np.ndarray:
         transform = FineTuningTransform(Preprocess(48, 1, "bicubic", (0, 0, 0), (1, 1, 1)), 0, 0.5, jitter)
-        picture = Image.new("RGB", (60, 60), colour)
-        return np.stack([255 * transform(picture, epoch, 0)[:, 9, 9].numpy() for epoch in range(300)])
+        image = Image.new("RGB", (60, 60), colour)
+        return np.stack([255 * transform(image, epoch, 0)[:, 9, 9].numpy() for epoch in range(300)])
 
-    # of an even grey picture, contrast and saturation change nothing: this is the brightness
+    # of an even grey image, contrast and saturation change nothing: this is the brightness
     for jitter in (0.05, 0.2):
         grey = values(jitter, (120, 120, 120))
         assert grey.min() >= 120 * (1 - jitter) - 1.01
@@ -182,28 +182,28 @@ def test_contrast_changes_too():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
 def test_views_are_the_plain_one_its_mirror_image_and_then_drawn_ones(count: int):
-    picture = noise(200, 60)
-    resized = normalised(transforms.Resize(48, BICUBIC)(picture))
-    found = Views(count, fine_tuning())(picture, 0, 5)
+    image = noise(200, 60)
+    resized = normalised(transforms.Resize(48, BICUBIC)(image))
+    found = Views(count, fine_tuning())(image, 0, 5)
     assert found.shape == (count, 3, 48, 48)
-    assert torch.equal(found[0], at_test()(picture))
+    assert torch.equal(found[0], at_test()(image))
     if count > 1:
-        assert np.array_equal(found[1].numpy(), at_test()(picture).numpy()[..., ::-1])
+        assert np.array_equal(found[1].numpy(), at_test()(image).numpy()[..., ::-1])
     places = [offsets(view, resized) for view in found[2:]]
     assert all(len(place) == 1 for place in places)
     assert len({place for (place,) in places}) == len(places)
-    assert torch.equal(Views(count, fine_tuning())(picture, 9, 5), found)  # whatever the epoch
-    assert torch.equal(Views(7, fine_tuning())(picture, 0, 5)[:count], found)  # and whatever comes after
+    assert torch.equal(Views(count, fine_tuning())(image, 9, 5), found)  # whatever the epoch
+    assert torch.equal(Views(7, fine_tuning())(image, 0, 5)[:count], found)  # and whatever comes after
 
 
-def test_drawn_views_are_augmented_and_other_ones_for_each_picture():
-    picture = noise(200, 60)
+def test_drawn_views_are_augmented_and_other_ones_for_each_image():
+    image = noise(200, 60)
     views = Views(6, FineTuningTransform(at_test(), 0, 0.5, 0.05))
-    one, other = views(picture, 0, 0), views(picture, 0, 1)
+    one, other = views(image, 0, 0), views(image, 0, 1)
     assert torch.equal(one[:2], other[:2])
     drawn = [*one[2:], *other[2:]]
     assert all(not torch.equal(first, second) for first, second in itertools.combinations(drawn, 2))
-    resized = normalised(transforms.Resize(48, BICUBIC)(picture))
+    resized = normalised(transforms.Resize(48, BICUBIC)(image))
     assert not any(offsets(view, resized) for view in drawn)  # their colours have changed
 
 
@@ -222,8 +222,8 @@ def test_training_is_torchvisions_random_resized_crop_and_flip(interpolation: st
         ]
     )
     for seed, epoch, index in itertools.product((0, 12), (0, 3), (0, 1, 1_281_166)):
-        picture = noise(90 + index % 7, 60, seed)
-        found = TrainingTransform(Preprocess(40, 0.875, interpolation, MEAN, STD), seed, hflip)(picture, epoch, index)
+        image = noise(90 + index % 7, 60, seed)
+        found = TrainingTransform(Preprocess(40, 0.875, interpolation, MEAN, STD), seed, hflip)(image, epoch, index)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(seed, epoch, index))
-            assert torch.equal(found, reference(picture))
+            assert torch.equal(found, reference(image))

@@ -61,8 +61,8 @@ def test_load_from_a_checkout_that_is_not_installed(checkout: Path):
     code = f"""
 import io, contextlib
 model = torch.hub.load({str(checkout)!r}, "fixefficientnet_lite0", source="local", pretrained="backbone")
-picture = model.preprocess({str(ROOT / "examples" / "cat.jpg")!r})
-print(model.variant.key, model(picture[None]).argmax().item())
+image = model.preprocess({str(ROOT / "examples" / "cat.jpg")!r})
+print(model.variant.key, model(image[None]).argmax().item())
 import fixefficientnet; print(fixefficientnet.__file__)
 model = torch.hub.load(REPO, "fixefficientnet_b0_ns", pretrained=False, num_classes=4, **OPTIONS)
 print(model.classifier.out_features, model.training)

@@ -16,18 +16,20 @@ from plain import TEST
 from torch import nn
 
 import fixefficientnet
-from fixefficientnet.data import open_pictures
+from fixefficientnet.data.dataset import open_dataset
 from fixefficientnet.errors import EvaluationError
 from fixefficientnet.evaluation.journal import Finished, Journal, load
-from fixefficientnet.evaluation.judge import judge
-from fixefficientnet.evaluation.outcome import Evaluation, Judgement
+from fixefficientnet.evaluation.loop import predict_dataset
+from fixefficientnet.evaluation.outcome import Evaluation, ImagePrediction
 
-PICTURES = 30
+IMAGES = 30
 BATCH = 4
 
-ONE = Finished({3: Judgement((1,), (1, 0, 2), 0.1 + 0.2, 1 / 3), 0: Judgement((0, 7), (2,), 1.0, 1e-30)}, {}, 0.5)
-TWO = Finished({}, {1: 'no "picture"\n'}, 0.25)
-THREE = Finished({2: Judgement((2,), (2, 1), 0.9, 2.0)}, {4: "damaged"}, 2.0)
+ONE = Finished(
+    {3: ImagePrediction((1,), (1, 0, 2), 0.1 + 0.2, 1 / 3), 0: ImagePrediction((0, 7), (2,), 1.0, 1e-30)}, {}, 0.5
+)
+TWO = Finished({}, {1: 'no "image"\n'}, 0.25)
+THREE = Finished({2: ImagePrediction((2,), (2, 1), 0.9, 2.0)}, {4: "damaged"}, 2.0)
 
 
 # --- files ------------------------------------------------------------------------------------------------------
@@ -40,20 +42,20 @@ def test_what_was_written_is_read_again_also_of_several_processes(tmp_path: Path
     Journal(path, 0).write(TWO)
     Journal(path, 12).write(THREE)
     found = Journal(path, 1).read()
-    assert found.judgements == ONE.judgements | THREE.judgements
+    assert found.predictions == ONE.predictions | THREE.predictions
     assert found.unreadable == TWO.unreadable | THREE.unreadable
     assert found.seconds == 2.0  # that of the process which took longest
-    assert sorted([*found.judgements, *found.unreadable]) == [0, 1, 2, 3, 4]
+    assert sorted([*found.predictions, *found.unreadable]) == [0, 1, 2, 3, 4]
     with pytest.raises(EvaluationError, match="unfinished"):
         load(path)
-    Journal(path, 0).note({"size": 48, "crop_pct": 0.5, "pictures": 5})
+    Journal(path, 0).note({"size": 48, "crop_pct": 0.5, "images": 5})
     assert found.notes == {}
-    found.notes = {"size": 48, "crop_pct": 0.5, "pictures": 5}
+    found.notes = {"size": 48, "crop_pct": 0.5, "images": 5}
     assert Journal(path).read() == found
     whole = load(path)
-    judgements = (ONE.judgements[0], None, THREE.judgements[2], ONE.judgements[3], None)
-    assert whole == Evaluation(48, 0.5, judgements, {1: 'no "picture"\n', 4: "damaged"})
-    assert (whole.right, whole.seconds) == ("0-11-", 2.0)
+    predictions = (ONE.predictions[0], None, THREE.predictions[2], ONE.predictions[3], None)
+    assert whole == Evaluation(48, 0.5, predictions, {1: 'no "image"\n', 4: "damaged"})
+    assert (whole.correct, whole.seconds) == ("0-11-", 2.0)
 
 
 def test_only_its_own_files_are_a_journals(tmp_path: Path):
@@ -82,7 +84,7 @@ def test_a_line_that_is_torn_anywhere_is_as_if_it_had_not_been_written(tmp_path:
         file.write_bytes(whole[:end])
         assert journal.read() == before
         journal.write(THREE)
-        assert journal.read().judgements == both.judgements
+        assert journal.read().predictions == both.predictions
         assert journal.read().unreadable == both.unreadable
 
 
@@ -98,9 +100,9 @@ def test_lines_that_are_none_of_a_journals_are_passed_over(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path, Path]:
-    """A network, its run's folder, and pictures."""
+    """A network, its run's folder, and images."""
     folder = tmp_path_factory.mktemp("ground")
-    labels = [index % 3 for index in range(PICTURES)]
+    labels = [index % 3 for index in range(IMAGES)]
     paths = [
         tiny.mottle(folder / "data" / tiny.CLASSES[label] / f"{index}.png", index) for index, label in enumerate(labels)
     ]
@@ -109,17 +111,17 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path, P
 
 
 def copy(data: Path, to: Path) -> list[Path]:
-    """Copies the pictures; the new files in the data set's order."""
-    pictures = open_pictures(str(data), None)
-    paths = [to / pictures.name(index) for index in range(len(pictures))]
+    """Copies the images; the new files in the dataset's order."""
+    images = open_dataset(str(data), None)
+    paths = [to / images.name(index) for index in range(len(images))]
     for index, path in enumerate(paths):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes((data / pictures.name(index)).read_bytes())
+        path.write_bytes((data / images.name(index)).read_bytes())
     return paths
 
 
 def indices(file: Path) -> list[int]:
-    """Pictures in one file of a journal, as often as they are there."""
+    """Images in one file of a journal, as often as they are there."""
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     return [int(index) for line in lines if "indices" in line for index in [*line["indices"], *line["unreadable"]]]
 
@@ -131,10 +133,10 @@ def lines(folder: Path) -> int:
 
 def test_finished_batches_are_not_evaluated_again(ground, tmp_path: Path):
     model, _, data = ground
-    pictures = open_pictures(str(data), None)
+    images = open_dataset(str(data), None)
     journal = Journal(tmp_path / "name")
-    whole = judge(model, pictures, TEST, batch_size=BATCH, shard=6, journal=journal)
-    assert load(tmp_path / "name") == whole == judge(model, pictures, TEST, batch_size=BATCH, shard=6)
+    whole = predict_dataset(model, images, TEST, batch_size=BATCH, shard=6, journal=journal)
+    assert load(tmp_path / "name") == whole == predict_dataset(model, images, TEST, batch_size=BATCH, shard=6)
     (file,) = journal.files()
     lines = file.read_text().splitlines()
     assert len(lines) == 10 + 1  # shards of 6 are batches of 4 and of 2
@@ -144,9 +146,9 @@ def test_finished_batches_are_not_evaluated_again(ground, tmp_path: Path):
         for kept, expected in ((11, []), (10, []), (9, [2]), (2, [4, 2] * 4), (0, [4, 2] * 5)):
             seen.clear()
             file.write_text("\n".join(lines[:kept]))
-            assert judge(model, pictures, TEST, batch_size=BATCH, shard=6, journal=journal) == whole
+            assert predict_dataset(model, images, TEST, batch_size=BATCH, shard=6, journal=journal) == whole
             assert seen == expected
-            assert sorted(indices(file)) == list(range(PICTURES))
+            assert sorted(indices(file)) == list(range(IMAGES))
     finally:
         hook.remove()
 
@@ -168,12 +170,12 @@ def finish(arguments: list[str], said: Path) -> dict:
     text = tiny.run(arguments, said, command=tiny.FIXEFFICIENTNET)
     row = json.loads(text[text.index("{") : text.rindex("}") + 1])["results"][0]
     assert row.pop("seconds") > 0
-    assert row.pop("pictures_per_second") > 0
+    assert row.pop("images_per_second") > 0
     return row
 
 
 def stalled(path: Path) -> Callable[[], None]:
-    """Makes reading a picture wait for ever; what it gives undoes that."""
+    """Makes reading an image wait for ever; what it gives undoes that."""
     content = path.read_bytes()
     path.unlink()
     os.mkfifo(path)
@@ -201,7 +203,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_figures(ground, tmp_path: Path)
     assert indices(file) == list(range(3 * BATCH))
     before = file.read_bytes()
     file.write_bytes(before[:-20])  # as if it had been killed while it wrote
-    paths[2].write_bytes(b"no picture")  # which is done: nobody looks at it again
+    paths[2].write_bytes(b"no image")  # which is done: nobody looks at it again
     assert finish([*arguments, "--resume"], tmp_path / "said") == expected
     assert [path.name for path in (tmp_path / "out").iterdir()] == [file.name]
     assert file.read_bytes().startswith(before[:-20])
@@ -212,8 +214,8 @@ def test_a_killed_evaluation_goes_on_to_the_same_figures(ground, tmp_path: Path)
 
     # without --resume, anew
     row = finish(arguments, tmp_path / "said")
-    assert (row["pictures"], row["unreadable"]) == (PICTURES - 1, 1)
-    assert sorted(indices(file)) == list(range(PICTURES))
+    assert (row["images"], row["unreadable"]) == (IMAGES - 1, 1)
+    assert sorted(indices(file)) == list(range(IMAGES))
 
 
 def test_another_evaluation_does_not_go_on_from_it(ground, tmp_path: Path):
@@ -250,15 +252,15 @@ def test_what_two_killed_processes_did_one_goes_on_from(ground, tmp_path: Path):
     assert [batch // BATCH for batch in indices(first)[::BATCH]] == [0, 2, 4, 6]
     assert indices(second) == list(range(BATCH, 2 * BATCH))
     assert finish([*arguments, "--resume"], tmp_path / "said") == expected
-    assert sorted(indices(first) + indices(second)) == list(range(PICTURES))
+    assert sorted(indices(first) + indices(second)) == list(range(IMAGES))
 
 
-def test_two_processes_judge_each_picture_once_and_find_the_same(ground, tmp_path: Path):
+def test_two_processes_judge_each_image_once_and_find_the_same(ground, tmp_path: Path):
     _, run, _ = ground
     for index in range(1013):
         path = tmp_path / "data" / tiny.CLASSES[index % 3] / f"{index}.png"
         tiny.mottle(path, index)
-    (tmp_path / "data" / "brick" / "100.png").write_bytes(b"no picture")
+    (tmp_path / "data" / "brick" / "100.png").write_bytes(b"no image")
     small = ["--size", "24", "-b", "16"]
     arguments = [command(run, tmp_path / "data", tmp_path / str(world), *small) for world in (1, 2)]
     one = finish(arguments[0], tmp_path / "said")
@@ -269,7 +271,7 @@ def test_two_processes_judge_each_picture_once_and_find_the_same(ground, tmp_pat
     assert [process.exitcode for process in processes] == [0, 0], said
     two = json.loads(said[0][said[0].index("{") : said[0].rindex("}") + 1])["results"][0]
     assert {key: two[key] for key in one} == one
-    assert (one["pictures"], one["unreadable"]) == (1012, 1)
+    assert (one["images"], one["unreadable"]) == (1012, 1)
     assert "brick/100.png" in said[0]
     assert said[1] == ""
 
@@ -279,20 +281,20 @@ def test_two_processes_judge_each_picture_once_and_find_the_same(ground, tmp_pat
     (alone,) = (tmp_path / "1").iterdir()
     evaluations = [load(file.parent / file.name.removesuffix(".0.jsonl")) for file in (alone, first)]
     assert evaluations[0] == evaluations[1]
-    assert evaluations[0].right.count("-") == 1
+    assert evaluations[0].correct.count("-") == 1
 
 
-def test_a_mended_picture_counts_when_the_evaluation_goes_on(tmp_path: Path):
+def test_a_mended_image_counts_when_the_evaluation_goes_on(tmp_path: Path):
     paths = [tiny.mottle(tmp_path / "data" / name / "0.png", number) for number, name in enumerate(tiny.CLASSES)]
     run = plain.save_run(tmp_path / "run", plain.network(3, [*paths, paths[0]], [0, 1, 2, 1]), tiny.CLASSES)
     good = paths[1].read_bytes()
-    paths[1].write_bytes(b"no picture")
+    paths[1].write_bytes(b"no image")
     more = {"workers": 0, "device": "cpu", "folder": tmp_path / "kept", "resume": True}
     broken = fixefficientnet.evaluate(str(run), tmp_path / "data", **more)
-    assert (broken.pictures, len(broken.unreadable)) == (2, 1)
+    assert (broken.images, len(broken.unreadable)) == (2, 1)
     paths[1].write_bytes(good)
-    mended = fixefficientnet.evaluate(str(run), tmp_path / "data", **more)
-    assert (mended.pictures, len(mended.unreadable)) == (3, 0)
+    fixed = fixefficientnet.evaluate(str(run), tmp_path / "data", **more)
+    assert (fixed.images, len(fixed.unreadable)) == (3, 0)
 
 
 def test_equal_weights_in_another_network_are_another_evaluation(tmp_path: Path):

@@ -62,7 +62,7 @@ def test_schema_accepts_a_published_row_and_refuses_an_unpinned_one():
         "sha256": "b" * 64,
         "bytes": 5_140_000,
         "license": "apache-2.0",
-        "measured": {"dataset": "imagenet-1k/validation", "pictures": 50_000, "top1": 79.3, "top5": 94.6},
+        "measured": {"dataset": "imagenet-1k/validation", "images": 50_000, "top1": 79.3, "top5": 94.6},
     }
     jsonschema.validate(document, schema)
     assert manifest.parse(document)["b0"].weights.measured.top1 == 79.3

@@ -1,4 +1,4 @@
-"""Counts on real pictures, where these are at hand (they are no part of the project): a plain loop's, and the docs'."""
+"""Counts on real images, where these are at hand (they are no part of the project): a plain loop's, and the docs'."""
 
 import os
 import re
@@ -19,7 +19,7 @@ DOCUMENTED = {(224, 0.875): 2, (320, 1.0): 6}
 
 
 def plain_counts(size: int, crop_pct: float) -> tuple[int, int, int]:
-    """Pictures, how many Lite0 gets right, and how many with five guesses."""
+    """Images, how many Lite0 classifies correctly, and how many with five predictions."""
     model = fixefficientnet.create("lite0", "backbone")
     transform = transforms.Compose(
         [
@@ -31,26 +31,26 @@ def plain_counts(size: int, crop_pct: float) -> tuple[int, int, int]:
     )
     ids = [*map(timm.data.ImageNetInfo("imagenet-1k").index_to_label_name, range(1000))]
     files = sorted(Path(FOLDER).glob("*/*.*"))
-    right = right5 = 0
+    correct = correct5 = 0
     for start in range(0, len(files), 20):
         batch = files[start : start + 20]
         with torch.inference_mode():
             logits = model(torch.stack([transform(Image.open(file).convert("RGB")) for file in batch]))
         for file, best in zip(batch, logits.topk(5).indices.tolist(), strict=True):
             label = ids.index(file.parent.name)
-            right += best[0] == label
-            right5 += label in best
-    return len(files), right, right5
+            correct += best[0] == label
+            correct5 += label in best
+    return len(files), correct, correct5
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not FOLDER, reason="FIXEFFICIENTNET_IMAGENET_SAMPLE names no folder of n01440764/… with pictures")
+@pytest.mark.skipif(not FOLDER, reason="FIXEFFICIENTNET_IMAGENET_SAMPLE names no folder of n01440764/… with images")
 @pytest.mark.parametrize(("size", "crop_pct"), [(224, 0.875), (288, 0.875), (320, 1.0)])
 def test_lite0_gets_as_many_right_as_in_a_plain_loop(size: int, crop_pct: float):
     found = fixefficientnet.evaluate("lite0", FOLDER, size=size, crop_pct=crop_pct, workers=2, device="cpu")
-    counts = found.pictures, found.right.count("1"), found.right5.count("1")
+    counts = found.images, found.correct.count("1"), found.correct5.count("1")
     assert counts == plain_counts(size, crop_pct)
     if column := DOCUMENTED.get((size, crop_pct)):
         row = re.search(r"^\| lite0 \| \d+ \(224.*", (ROOT / "docs" / "evaluation.md").read_text(), re.M)
         documented = re.match(r"[ *]*(\d+)", row[0].split("|")[column])[1]
-        assert counts[1] == pytest.approx(int(documented), abs=1)  # one picture on the edge, by processor
+        assert counts[1] == pytest.approx(int(documented), abs=1)  # one image on the edge, by processor

@@ -1,4 +1,4 @@
-"""Models by what the user calls them: which network that is, and how it is shown its pictures."""
+"""Models by what the user calls them: which network that is, and how it is shown its images."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from torch import nn
 import fixefficientnet
 from fixefficientnet import delta
 from fixefficientnet.errors import CheckpointError, EvaluationError, FixEfficientNetError, MissingFileError
-from fixefficientnet.evaluation.models import Opened, of_module, open_model
+from fixefficientnet.models import LoadedModel, from_module, open_model
 
 NETWORK = "test_efficientnet.r160_in1k"
 
@@ -58,23 +58,23 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 def test_a_variant_with_its_backbones_weights(cache: Path):
     found = open_model("b0:backbone")
     expected = fixefficientnet.create("b0", "backbone", cache_dir=cache)
-    assert same(found.model, expected)
+    assert same(found.network, expected)
     assert found.test == expected.preprocess
     assert (found.name, found.timm_name) == ("b0:backbone", "tf_efficientnet_b0.ap_in1k")
     assert (found.train_size, found.num_classes, found.tuned, found.untuned) == (224, 1000, False, None)
     assert found.parameters == fixefficientnet.info("b0").parameters
-    assert same(open_model("FixEfficientNet-B0:backbone").model, expected)
+    assert same(open_model("FixEfficientNet-B0:backbone").network, expected)
 
 
 def test_lite0_is_its_backbone():
     found = open_model("lite0")
-    assert same(found.model, fixefficientnet.create("lite0", "backbone"))
+    assert same(found.network, fixefficientnet.create("lite0", "backbone"))
     assert (found.test.size, found.tuned, found.timm_name) == (256, False, "tf_efficientnet_lite0.in1k")
 
 
-def assert_tuned(found: Opened, b0_delta: Path, cache: Path) -> None:
+def assert_tuned(found: LoadedModel, b0_delta: Path, cache: Path) -> None:
     expected = fixefficientnet.create("b0", b0_delta, cache_dir=cache)
-    assert same(found.model, expected)
+    assert same(found.network, expected)
     assert found.test == expected.preprocess
     assert (found.tuned, found.untuned, found.timm_name) == (True, "b0:backbone", "fixefficientnet_b0.ap_in1k")
 
@@ -84,7 +84,7 @@ def test_a_variants_delta_is_opened_by_its_file_or_its_folder(cache: Path, b0_de
         found = open_model(str(name))
         assert_tuned(found, b0_delta, cache)
         assert found.name == str(name)
-    assert same(open_model(found.untuned).model, fixefficientnet.create("b0", "backbone", cache_dir=cache))
+    assert same(open_model(found.untuned).network, fixefficientnet.create("b0", "backbone", cache_dir=cache))
 
 
 def test_a_variant_with_a_delta_of_ones_own(cache: Path, b0_delta: Path, tmp_path: Path):
@@ -122,8 +122,8 @@ def test_a_run_on_classes_of_ones_own(tmp_path: Path):
     folder = plain.save_run(tmp_path / "run", model, tiny.CLASSES, test)
     for name in (folder, folder / "model.safetensors"):
         found = open_model(str(name))
-        assert same(found.model, model)
-        assert not found.model.training
+        assert same(found.network, model)
+        assert not found.network.training
         assert (found.name, found.test, found.classes) == (str(name), test, tiny.CLASSES)
         assert (found.train_size, found.num_classes, found.tuned, found.timm_name) == (32, 3, True, NETWORK)
     plain.save_run(folder, model, tiny.CLASSES, test, stage="base")
@@ -132,14 +132,14 @@ def test_a_run_on_classes_of_ones_own(tmp_path: Path):
 
 
 def test_a_runs_figures_are_those_of_its_report(tmp_path: Path):
-    pictures = tiny.make_data(tmp_path / "data", train=4, val=4)
-    common = [*tiny.NETWORK, "--data", str(pictures), "--output", str(tmp_path), "--train-size", "32"]
+    images = tiny.make_data(tmp_path / "data", train=4, val=4)
+    common = [*tiny.NETWORK, "--data", str(images), "--output", str(tmp_path), "--train-size", "32"]
     common += ["--set", "epochs=1", "--set", "batch_size=4", "-j", "0"]
     tiny.run([*common, "--stage", "base", "--no-pretrained", "--experiment", "base"], tmp_path / "said")
     checkpoint = ["--checkpoint", str(tmp_path / "base" / "model.safetensors")]
     tiny.run([*common, *checkpoint, "--test-size", "48", "--experiment", "fix"], tmp_path / "said")
     for run, name in (("base", "trained"), ("fix", "tuned")):
-        found = fixefficientnet.evaluate(str(tmp_path / run), pictures, workers=0, device="cpu").summary()
+        found = fixefficientnet.evaluate(str(tmp_path / run), images, workers=0, device="cpu").summary()
         expected = json.loads((tmp_path / run / "report.json").read_text())["measured"][name]
         assert found.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-4)
         assert found == expected
@@ -156,12 +156,12 @@ def test_a_delta_of_a_network_that_is_no_variant(tmp_path: Path, monkeypatch: py
     made = delta.extract(tuned, base=base.state_dict(), variant=NETWORK, backbone=NETWORK, recipe=recipe)
     delta.save(made, tmp_path / "run" / "delta.safetensors")
     found = open_model(str(tmp_path / "run"))
-    assert same(found.model, tuned)
+    assert same(found.network, tuned)
     assert (found.test.size, found.test.crop_pct, found.test.interpolation) == (96, 1.0, "bilinear")
     assert (found.train_size, found.tuned, found.timm_name) == (64, True, NETWORK)
     assert found.untuned == f"timm/{NETWORK}"
     before = open_model(found.untuned)
-    assert same(before.model, base)
+    assert same(before.network, base)
     assert (before.test.size, before.test.crop_pct, before.tuned, before.untuned) == (160, 0.95, False, None)
 
 
@@ -180,8 +180,8 @@ def test_a_timm_network_with_a_checkpoint_of_ones_own(checkpoint: Path, tmp_path
             tensors = {f"module.{name}": tensor for name, tensor in tensors.items()}
         torch.save(tensors if kind == "pth" else {"epoch": 3, "state_dict": tensors}, path)
     found = open_model(f"timm/{NETWORK}:{path}")
-    assert same(found.model, expected)
-    assert not found.model.training
+    assert same(found.network, expected)
+    assert not found.network.training
     assert (found.num_classes, found.classes, found.timm_name, found.tuned) == (7, (), NETWORK, False)
     assert (found.test.size, found.test.crop_pct, found.test.interpolation, found.train_size) == (
         160,
@@ -194,7 +194,7 @@ def test_a_timm_network_with_a_checkpoint_of_ones_own(checkpoint: Path, tmp_path
 def test_a_checkpoint_of_a_network_that_fixres_cannot_tune(tmp_path: Path):
     model = timm.create_model("test_vit", num_classes=3).eval()
     save_file(model.state_dict(), tmp_path / "vit.safetensors")
-    assert same(open_model(f"timm/test_vit:{tmp_path / 'vit.safetensors'}").model, model)
+    assert same(open_model(f"timm/test_vit:{tmp_path / 'vit.safetensors'}").network, model)
 
 
 def test_a_modules_figures_are_those_of_the_same_model_by_name(tmp_path: Path):
@@ -211,29 +211,29 @@ def test_a_modules_figures_are_those_of_the_same_model_by_name(tmp_path: Path):
     logits = plain.logits(
         model, sorted(paths, key=lambda path: (path.parent.name, int(path.stem))), replace(TEST, crop_pct=0.95)
     )
-    assert by_name.right == plain.marks(logits, sorted(labels))
+    assert by_name.correct == plain.marks(logits, sorted(labels))
 
 
 def test_a_variants_module(cache: Path):
     model = fixefficientnet.create("b0", "backbone", cache_dir=cache)
-    found = of_module(model)
-    assert found.model is model
+    found = from_module(model)
+    assert found.network is model
     assert (found.name, found.test) == ("b0", model.preprocess)
 
 
 @pytest.mark.parametrize("overlay", [{"crop_mode": "squash"}, {"crop_mode": "border"}, {"interpolation": "nearest"}])
-def test_pictures_are_cut_as_timm_does_it_where_the_model_says_so(overlay: dict[str, str], tmp_path: Path):
+def test_images_are_cut_as_timm_does_it_where_the_model_says_so(overlay: dict[str, str], tmp_path: Path):
     model = timm.create_model("test_efficientnet", pretrained_cfg_overlay={"crop_pct": 0.8, **overlay})
-    found = of_module(model)
+    found = from_module(model)
     config = timm.data.resolve_model_data_config(model) | {"input_size": (3, 96, 96)}
     expected = timm.data.create_transform(**config, is_training=False)
-    picture = Image.open(tiny.mottle(tmp_path / "x.png", 1))
-    torch.testing.assert_close(found.transform(found.at(96))(picture), expected(picture))
+    image = Image.open(tiny.mottle(tmp_path / "x.png", 1))
+    torch.testing.assert_close(found.transform(found.at(96))(image), expected(image))
 
 
 def test_a_models_own_test_size_is_taken():
     model = timm.create_model("test_efficientnet", pretrained_cfg_overlay={"test_input_size": (3, 224, 224)})
-    found = of_module(model)
+    found = from_module(model)
     assert (found.test.size, found.train_size) == (224, 160)
     assert (found.at(96).size, found.at(None, 0.5).size, found.at(None, 0.5).crop_pct) == (96, 224, 0.5)
 
@@ -306,22 +306,22 @@ def test_a_damaged_checkpoint(checkpoint: Path):
             open_model(f"timm/test_efficientnet:{checkpoint}")
 
 
-def test_a_module_that_says_nothing_of_its_pictures():
+def test_a_module_that_says_nothing_of_its_images():
     for module in (nn.Linear(3, 3), timm.create_model("test_efficientnet", num_classes=0)):
         with pytest.raises(EvaluationError, match=r"no classifier of timm's"):
-            of_module(module)
+            from_module(module)
 
 
-def test_pictures_that_are_not_square():
+def test_images_that_are_not_square():
     model = timm.create_model("test_efficientnet", pretrained_cfg_overlay={"input_size": (3, 96, 64)})
     with pytest.raises(EvaluationError, match="96 x 64 pixels; only squares"):
-        of_module(model)
+        from_module(model)
 
 
 def test_a_checkpoint_of_torch_compile(tmp_path: Path):
     model = timm.create_model("test_efficientnet", num_classes=3).eval()
     torch.save({f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}, tmp_path / "compiled.pth")
-    assert same(open_model(f"timm/test_efficientnet:{tmp_path / 'compiled.pth'}").model, model)
+    assert same(open_model(f"timm/test_efficientnet:{tmp_path / 'compiled.pth'}").network, model)
 
 
 def test_a_run_that_is_not_there_is_no_misspelt_variant(tmp_path: Path):

@@ -65,7 +65,7 @@ def test_evaluate_with_loading_processes(elsewhere: dict[str, str], tmp_path: Pa
     data = make_data(tmp_path / "data", ("n01440764", "n02124075"), train=1, val=3)
     command = ["-m", "fixefficientnet", "evaluate", "lite0", "--data", data, "--json", "-o", tmp_path / "out"]
     found = [json.loads(run(*command, "-j", workers, env=elsewhere)[0])["results"][0] for workers in (0, 2)]
-    assert found[0]["pictures"] == 6
+    assert found[0]["images"] == 6
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)
 
 

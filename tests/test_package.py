@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, python_path
 
-from fixefficientnet import requirements
+from fixefficientnet._internal import requirements
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
@@ -118,4 +118,4 @@ def test_private_names_of_other_libraries_stand_in_one_module():
     package = ROOT / "fixefficientnet"
     found = [name for path in package.rglob("*.py") if path.name != "compat.py" for name in private_names(path)]
     assert found == []
-    assert list(private_names(package / "compat.py"))
+    assert list(private_names(package / "_internal" / "compat.py"))

@@ -12,8 +12,8 @@ from conftest import ROOT
 from tiny import cli
 
 import fixefficientnet
-from fixefficientnet.evaluation.outcome import Evaluation, Judgement
-from fixefficientnet.evaluation.results import from_csv
+from fixefficientnet.evaluation.outcome import Evaluation, ImagePrediction
+from fixefficientnet.evaluation.tables import from_csv
 from fixefficientnet.reproduce import recipe as recipes
 from fixefficientnet.reproduce import report as reports
 
@@ -38,7 +38,7 @@ def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def published(monkeypatch: pytest.MonkeyPatch, key: str, top1: float, top5: float, **measured: Any) -> None:
     """Publishes weights of a variant, with what was measured with them, by an overlay."""
     weights = {"repository": "me/mine", "filename": "d.safetensors", "revision": "c" * 40, "sha256": "d" * 64}
-    on = {"dataset": "imagenet-1k/validation", "pictures": 50_000} | measured
+    on = {"dataset": "imagenet-1k/validation", "images": 50_000} | measured
     row = {"weights": weights | {"measured": on | {"top1": top1, "top5": top5}}}
     monkeypatch.setenv("FIXEFFICIENTNET_MANIFEST", json.dumps({"schema_version": 1, "variants": {key: row}}))
 
@@ -49,21 +49,21 @@ def write(folder: Path, report: object) -> Path:
     return folder
 
 
-def report(key: str, tuned: Figures, base: Figures | None = None, *, pictures: int = 50_000) -> dict[str, Any]:
+def report(key: str, tuned: Figures, base: Figures | None = None, *, images: int = 50_000) -> dict[str, Any]:
     """What a run reports, as far as it matters here."""
 
     def summary(figures: Figures) -> dict[str, Any]:
-        return {"size": figures[0], "pictures": pictures, "top1": figures[1], "top5": figures[2]}
+        return {"size": figures[0], "images": images, "top1": figures[1], "top5": figures[2]}
 
     measured = ({"base": summary(base)} if base else {}) | {"tuned": summary(tuned)}
-    return {"variant": key, "measured": measured, "paper": {"comparable": pictures == 50_000}}
+    return {"variant": key, "measured": measured, "paper": {"comparable": images == 50_000}}
 
 
-def judged(size: int, top1: float, top5: float, pictures: int = 50_000) -> Evaluation:
+def evaluated(size: int, top1: float, top5: float, images: int = 50_000) -> Evaluation:
     """An evaluation with these accuracies."""
-    kinds = [Judgement((0,), guesses, 0.5, 1.0) for guesses in ((0, 1), (1, 0), (1, 2))]
-    first, five = round(pictures * top1 / 100), round(pictures * top5 / 100)
-    counts = (first, five - first, pictures - five)
+    kinds = [ImagePrediction((0,), predicted, 0.5, 1.0) for predicted in ((0, 1), (1, 0), (1, 2))]
+    first, five = round(images * top1 / 100), round(images * top5 / 100)
+    counts = (first, five - first, images - five)
     return Evaluation(size, 1.0, tuple(kind for kind, count in zip(kinds, counts, strict=True) for _ in range(count)))
 
 
@@ -157,14 +157,18 @@ def test_a_report_as_a_run_builds_it(tmp_path: Path):
     variant = fixefficientnet.info("b4")
     recipe = recipes.resolve(recipes.subject_of_variant(variant), {}, [])
     for number, (top1, within) in enumerate([(84.15, True), (84.2, False)]):
-        found = {"base": judged(380, 83.3, 96.4), "base_at_test": judged(512, 83, 96), "tuned": judged(512, top1, 97)}
+        found = {
+            "base": evaluated(380, 83.3, 96.4),
+            "base_at_test": evaluated(512, 83, 96),
+            "tuned": evaluated(512, top1, 97),
+        }
         built = reports.build(recipe, variant, found, num_classes=1000, more={"unreadable": []})
         assert built["paper"]["within_noise"] is within
         row = row_of("b4", rows(write(tmp_path / str(number), built)))
         assert (row["fix_measured_top1"], row["fix_within_noise"]) == (pytest.approx(top1), within)
         assert row["fix_difference"] == pytest.approx(built["paper"]["difference"])
         assert (row["base_measured_top1"], row["base_difference"]) == (pytest.approx(83.3), pytest.approx(0))
-    few = {name: judged(one.size, 80, 90, pictures=40) for name, one in found.items()}
+    few = {name: evaluated(one.size, 80, 90, images=40) for name, one in found.items()}
     folder = write(tmp_path / "few", reports.build(recipe, variant, few, num_classes=1000, more={}))
     assert row_of("b4", rows(folder))["fix_measured_top1"] is None
 
@@ -179,8 +183,8 @@ def test_a_base_measured_at_another_size_than_the_papers_has_no_difference(tmp_p
 
 @pytest.mark.parametrize(
     ("key", "options", "said"),
-    [("b2", {"pictures": 1234}, r"b2 at 420, top-1 81\.25 of 1,234 pictures"), ("lite0", {}, "lite0 at 420")],
-    ids=["other pictures", "not in the paper"],
+    [("b2", {"images": 1234}, r"b2 at 420, top-1 81\.25 of 1,234 images"), ("lite0", {}, "lite0 at 420")],
+    ids=["other images", "not in the paper"],
 )
 def test_what_is_not_comparable_is_named_and_stays_out(tmp_path: Path, key: str, options: dict[str, int], said: str):
     folder = write(tmp_path / "other", report(key, (420, 81.25, 95.5), (260, 80.5, 95.0), **options))
@@ -214,10 +218,10 @@ def test_published_figures_stand_beside_the_papers(monkeypatch: pytest.MonkeyPat
     assert row["base_measured_top1"] is None
 
 
-def test_figures_published_of_other_pictures_are_not_comparable(monkeypatch: pytest.MonkeyPatch):
-    published(monkeypatch, "b0", 66.5, 87.5, dataset="imagenet-v2", pictures=10_000)
+def test_figures_published_of_other_images_are_not_comparable(monkeypatch: pytest.MonkeyPatch):
+    published(monkeypatch, "b0", 66.5, 87.5, dataset="imagenet-v2", images=10_000)
     assert row_of("b0", rows())["source"] is None
-    assert re.search(r"published: b0 at 320, top-1 66\.50 of 10,000 pictures: not comparable", cli("paper")[1])
+    assert re.search(r"published: b0 at 320, top-1 66\.50 of 10,000 images: not comparable", cli("paper")[1])
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -240,9 +244,9 @@ def test_a_folder_without_any_report_is_one_error(tmp_path: Path, there: bool):
         "{}",
         '{"variant": "b4", "measured": null}',
         '{"variant": "b4", "measured": {"tuned": null}}',
-        '{"variant": "b4", "measured": {"tuned": {"size": 512, "pictures": 9, "top1": 84.0}}}',
-        '{"variant": "b4", "measured": {"tuned": {"size": 512, "pictures": 9, "top1": "good", "top5": 97.0}}}',
-        '{"measured": {"tuned": {"size": 512, "pictures": 9, "top1": 84.0, "top5": 97.0}}}',
+        '{"variant": "b4", "measured": {"tuned": {"size": 512, "images": 9, "top1": 84.0}}}',
+        '{"variant": "b4", "measured": {"tuned": {"size": 512, "images": 9, "top1": "good", "top5": 97.0}}}',
+        '{"measured": {"tuned": {"size": 512, "images": 9, "top1": 84.0, "top5": 97.0}}}',
     ],
 )
 def test_a_broken_report_is_one_error_that_names_it(tmp_path: Path, text: str):
@@ -258,7 +262,7 @@ def test_markdown_csv_and_json_agree(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     published(monkeypatch, "b0", 79.25, 94.5)
     write(tmp_path / "b4", report("b4_ns", (472, 86.2, 97.5), (380, 85.32, 97.4)))
     write(tmp_path / "l2", report("l2", (600, 88.4, 98.6), (475, 88.0, 98.5)))
-    write(tmp_path / "other", report("b2", (420, 81.25, 95.5), pictures=10))
+    write(tmp_path / "other", report("b2", (420, 81.25, 95.5), images=10))
     folders = [tmp_path / name for name in ("b4", "l2", "other")]
     (from_json, *said), (as_csv, err), (markdown, more) = (
         cli("paper", *folders, option) for option in ("--json", "--csv", "--markdown")

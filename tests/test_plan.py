@@ -64,11 +64,11 @@ def test_what_moves_is_the_head(key: str):
     assert found.gradients == sum(found.moving.values()) - statistics
 
 
-def test_pictures_and_work():
-    pictures = (1000, 100)
+def test_images_and_work():
+    images = (1000, 100)
     small = ["test_size=64", "train_size=32", "batch_size=96", "forward_batch=2"]
     name = "test_efficientnet.r160_in1k"
-    online = plan.plan(recipe_of(name, *small, "epochs=3"), pictures=pictures, num_classes=7)
+    online = plan.plan(recipe_of(name, *small, "epochs=3"), images=images, num_classes=7)
     model = timm.create_model("test_efficientnet", num_classes=7).eval()
     macs = {size: counted_macs(model, torch.rand(1, 3, size, size)) / 1e9 for size in (32, 64)}
     assert online.forwards == 3 * 10 * 96  # whole batches only
@@ -77,13 +77,13 @@ def test_pictures_and_work():
     assert online.device_hours(10) == pytest.approx(online.total_gmacs / 10 / 3600)
     assert online.feature_bytes == 0
 
-    cached = plan.plan(recipe_of(name, *small, "method=cached", "views=3"), pictures=pictures, num_classes=7)
+    cached = plan.plan(recipe_of(name, *small, "method=cached", "views=3"), images=images, num_classes=7)
     assert cached.forwards == 1000 + 3 * 1000
     assert cached.feature_bytes == 1000 * 3 * model.num_features * 2  # float16
-    part = ["method=cached", "statistics_pictures=100", "tune=bn-stats"]
-    assert plan.plan(recipe_of(name, *small, *part), pictures=pictures, num_classes=7).forwards == 100
+    part = ["method=cached", "statistics_images=100", "tune=bn-stats"]
+    assert plan.plan(recipe_of(name, *small, *part), images=images, num_classes=7).forwards == 100
 
-    base = plan.plan(recipe_of(name, *small, "stage=base", "epochs=2"), pictures=pictures, num_classes=7)
+    base = plan.plan(recipe_of(name, *small, "stage=base", "epochs=2"), images=images, num_classes=7)
     assert base.total_gmacs == pytest.approx((2 * 10 * 96 * 3 + 100) * macs[32])  # backward: twice the forward
 
 
@@ -113,7 +113,7 @@ class Peak(TorchDispatchMode):
 @pytest.mark.parametrize("stage", ["fixres", "base"])
 def test_memory_is_that_of_a_real_step(stage: str):
     settings = [f"stage={stage}", "test_size=96", "train_size=96", "batch_size=8", "forward_batch=8"]
-    found = plan.plan(recipe_of("test_efficientnet.r160_in1k", *settings), pictures=(80, 8))
+    found = plan.plan(recipe_of("test_efficientnet.r160_in1k", *settings), images=(80, 8))
     model = timm.create_model("test_efficientnet").eval()
     if stage == "base":
         model.train()

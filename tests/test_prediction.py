@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 import fixefficientnet
 from fixefficientnet import prediction
-from fixefficientnet.errors import PictureError, UnsupportedModelError, WeightsNotPublishedError
+from fixefficientnet.errors import ImageError, UnsupportedModelError, WeightsNotPublishedError
 
 EXAMPLES = ROOT / "examples"
 
@@ -40,7 +40,7 @@ def test_probabilities_are_the_softmax_whatever_the_batch(lite0: torch.nn.Module
             assert [label.probability for label in found.labels] == pytest.approx(values.tolist(), rel=1e-4)
 
 
-def test_one_picture_by_path_bytes_or_image(lite0: torch.nn.Module):
+def test_one_image_by_path_bytes_or_image(lite0: torch.nn.Module):
     path = EXAMPLES / "cat.jpg"
     expected = fixefficientnet.predict(str(path), lite0)[0].labels
     assert fixefficientnet.predict(path.read_bytes(), lite0)[0].labels == expected
@@ -52,7 +52,7 @@ def test_one_image_several_times(lite0: torch.nn.Module):
     found = fixefficientnet.predict([image] * 12, lite0, batch_size=1)
     assert {prediction.labels[0].name for prediction in found} == {"Egyptian cat"}
     truncated = Image.open(io.BytesIO((EXAMPLES / "cat.jpg").read_bytes()[:5000]))
-    with pytest.raises(PictureError, match="truncated"):
+    with pytest.raises(ImageError, match="truncated"):
         fixefficientnet.predict([image, truncated], lite0)
 
 
@@ -82,23 +82,23 @@ def test_images_above_the_limit_are_not_decoded(lite0: torch.nn.Module, monkeypa
     image = Image.open(EXAMPLES / "cat.jpg")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     monkeypatch.setattr(image, "load", None)  # would fail if it were called
-    with pytest.raises(PictureError, match="limit"):
+    with pytest.raises(ImageError, match="limit"):
         fixefficientnet.predict(image, lite0)
 
 
 def test_a_model_that_keeps_something_takes_one_batch_at_a_time(lite0: torch.nn.Module):
     files = sorted(EXAMPLES.glob("*.jpg")) * 2
-    expected = fixefficientnet.predict(files, lite0, at_once=1, batch_size=1)
+    expected = fixefficientnet.predict(files, lite0, threads=1, batch_size=1)
     model = copy.copy(lite0)
     plain = lite0.forward
 
-    def keeping(pictures: torch.Tensor) -> torch.Tensor:
-        model.kept = pictures
-        plain(pictures[:, :, ::4, ::4])
+    def keeping(images: torch.Tensor) -> torch.Tensor:
+        model.kept = images
+        plain(images[:, :, ::4, ::4])
         return plain(model.kept)
 
     model.forward = keeping
-    found = fixefficientnet.predict(files, model, at_once=1, batch_size=1)
+    found = fixefficientnet.predict(files, model, threads=1, batch_size=1)
     assert [one.labels[0] for one in found] == [one.labels[0] for one in expected]
     seen: list[torch.Tensor] = []
     hook = lite0.classifier.register_forward_hook(lambda module, given, result: seen.append(result.softmax(1).max()))
@@ -120,7 +120,7 @@ def test_several_at_once_leave_a_model_in_train_mode_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_turned_picture_is_set_upright(lite0: torch.nn.Module, tmp_path: Path):
+def test_turned_image_is_set_upright(lite0: torch.nn.Module, tmp_path: Path):
     upright = Image.open(EXAMPLES / "hopper.jpg")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -143,15 +143,15 @@ def test_other_classes_have_no_names(lite0: torch.nn.Module):
     assert all(label.synset is None and label.name == str(label.index) for label in labels)
 
 
-def test_bad_picture_raises_or_is_reported(lite0: torch.nn.Module, tmp_path: Path):
+def test_bad_image_raises_or_is_reported(lite0: torch.nn.Module, tmp_path: Path):
     (tmp_path / "bad.jpg").write_bytes(b"no")
     mixed = [tmp_path / "bad.jpg", EXAMPLES / "cat.jpg"]
-    with pytest.raises(PictureError, match=r"bad.jpg"):
+    with pytest.raises(ImageError, match=r"bad.jpg"):
         fixefficientnet.predict(mixed, lite0)
     seen = []
-    found = fixefficientnet.predict(mixed, lite0, on_error=lambda picture, error: seen.append((picture, str(error))))
-    assert [p.picture for p in found] == [EXAMPLES / "cat.jpg"]
-    assert [picture for picture, _ in seen] == [tmp_path / "bad.jpg"]
+    found = fixefficientnet.predict(mixed, lite0, on_error=lambda image, error: seen.append((image, str(error))))
+    assert [p.image for p in found] == [EXAMPLES / "cat.jpg"]
+    assert [image for image, _ in seen] == [tmp_path / "bad.jpg"]
 
 
 def test_model_in_train_mode_predicts_the_same_and_stays_as_it_was(lite0: torch.nn.Module):
@@ -182,7 +182,7 @@ def test_open_file_is_refused(lite0: torch.nn.Module):
         fixefficientnet.predict(file, lite0)
 
 
-def test_no_pictures_no_predictions(lite0: torch.nn.Module):
+def test_no_images_no_predictions(lite0: torch.nn.Module):
     assert fixefficientnet.predict([], lite0) == []
 
 

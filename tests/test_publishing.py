@@ -22,7 +22,7 @@ from huggingface_hub import ModelCard, constants
 
 from fixefficientnet import delta, manifest
 from fixefficientnet.errors import PublishError
-from fixefficientnet.publishing.places import InFolder
+from fixefficientnet.publishing.repository import InFolder
 
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="git is needed for --to")
 
@@ -158,7 +158,7 @@ def test_models_json_tells_what_the_run_measured(desk: Desk):
         assert entry["sha256"] == hashlib.sha256(data).hexdigest() == found["delta_sha256"]
         assert entry["bytes"] == len(data)
         assert entry["version"] == "v1.0"
-        for name in ("measured", "recipe", "train_pictures", "processes", "fixres_against_base_at_test_size"):
+        for name in ("measured", "recipe", "train_images", "processes", "fixres_against_base_at_test_size"):
             assert entry[name] == found[name], name
         assert entry["backbone"] == manifest.find(key).backbone.name
 
@@ -178,7 +178,7 @@ def test_card_has_the_metadata_that_the_hub_reads(desk: Desk):
             result = results[f"{metric} of {key} at 48 pixels"]
             assert result.metric_value == pytest.approx(tuned[figure] / 100, abs=1e-5)
             assert result.metric_type == "accuracy"
-            # pictures that are made here are nobody's ImageNet
+            # images that are made here are nobody's ImageNet
             assert (result.dataset_type, result.dataset_name) == ("other", "data/val")
     assert card.data.datasets is None
 
@@ -190,7 +190,7 @@ def test_card_has_measured_figures_beside_the_papers(desk: Desk):
         (line,) = [line for line in text.splitlines() if line.startswith(f"| `{key}` |")]
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         measured, paper = report(desk.runs / key)["measured"], manifest.find(key).paper
-        assert cells[2] == "data/val, 6 pictures"
+        assert cells[2] == "data/val, 6 images"
         assert cells[3].startswith(f"{measured['base']['top1']:.2f} / {measured['base']['top5']:.2f} at 32, ")
         assert " at 48, " in cells[4]
         assert cells[5] == f"**{measured['tuned']['top1']:.2f} / {measured['tuned']['top5']:.2f} at 48, 1**"
@@ -208,13 +208,13 @@ def test_card_has_measured_figures_beside_the_papers(desk: Desk):
     assert "hf://org/name/b0.safetensors@v1.0" in text
 
 
-def test_neither_pictures_nor_this_machine_are_published(desk: Desk):
+def test_neither_images_nor_this_machine_are_published(desk: Desk):
     desk.publish("b0", "b0_ns")
     published = [shown(desk.repository, name) for name in names_in(desk.repository)]
     assert not [name for name in names_in(desk.repository) if "probe" in name]
-    pictures = (desk.runs / "b0" / "probe.safetensors").read_bytes()
-    tensors = safetensors.torch.load(pictures)
-    telling = [tensors["pictures"][0].numpy().tobytes(), pictures[8:200]]
+    images = (desk.runs / "b0" / "probe.safetensors").read_bytes()
+    tensors = safetensors.torch.load(images)
+    telling = [tensors["images"][0].numpy().tobytes(), images[8:200]]
     telling += [str(folder).encode() for folder in (desk.folder, desk.runs, desk.runs.parent, Path.home())]
     user = re.compile(rb"(?<![\w.-])" + re.escape(getpass.getuser().encode()) + rb"(?![\w.-])")
     for data in [*published, desk.manifest.read_bytes(), git(desk.repository, "cat-file", "-p", "HEAD").encode()]:
@@ -264,7 +264,7 @@ def test_rows_pin_commit_and_bytes(desk: Desk):
             "license": "apache-2.0",
             "measured": {
                 "dataset": "data/val",
-                "pictures": 6,
+                "images": 6,
                 "top1": pytest.approx(tuned["top1"], abs=1e-3),
                 "top5": pytest.approx(tuned["top5"], abs=1e-3),
             },
@@ -428,7 +428,7 @@ def test_somebody_elses_tag_is_not_moved(desk: Desk):
 
 
 def trained_on_what_it_measured(run: Path) -> None:
-    rewrite(run / "recipe.json", lambda values: values["pictures"].update(train=values["pictures"]["validation"]))
+    rewrite(run / "recipe.json", lambda values: values["images"].update(train=values["images"]["validation"]))
 
 
 def no_report(run: Path) -> None:
@@ -453,21 +453,21 @@ def no_journal(run: Path) -> None:
 
 def nothing_evaluated(run: Path) -> None:
     journal = run / "evaluations" / "tuned.0.jsonl"
-    journal.write_text(journal.read_text().splitlines()[-1])  # the note of how many pictures there are
+    journal.write_text(journal.read_text().splitlines()[-1])  # the note of how many images there are
 
 
 def journal_of_other_shape(run: Path) -> None:
     journal = run / "evaluations" / "tuned.0.jsonl"
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
-    lines[0]["judgements"] = [row[:2] for row in lines[0]["judgements"]]
+    lines[0]["predictions"] = [row[:2] for row in lines[0]["predictions"]]
     journal.write_text("\n".join(map(json.dumps, lines)))
 
 
 def better_journal(run: Path) -> None:
     journal = run / "evaluations" / "tuned.0.jsonl"
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
-    for labels, guesses, *_ in lines[0]["judgements"]:
-        guesses[0] = labels[0]
+    for labels, predicted, *_ in lines[0]["predictions"]:
+        predicted[0] = labels[0]
     journal.write_text("\n".join(map(json.dumps, lines)))
 
 
@@ -564,7 +564,7 @@ def torn_probe(run: Path) -> None:
     [
         (no_report, "has no report.json"),
         (no_recipe, "has no recipe.json"),
-        (trained_on_what_it_measured, "the very pictures that it was trained on"),
+        (trained_on_what_it_measured, "the very images that it was trained on"),
         (no_delta, "lacks delta.safetensors"),
         (no_probe, "lacks probe.safetensors"),
         (no_journal, "is no evaluation, or an unfinished one"),

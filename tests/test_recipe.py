@@ -1,4 +1,4 @@
-"""Recipes: what is decided by the network's row, by choices and by settings; and which pictures a step takes."""
+"""Recipes: what is decided by the network's row, by choices and by settings; and which images a step takes."""
 
 import json
 import math
@@ -259,7 +259,7 @@ def test_the_cosine_schedule_falls_from_all_to_nothing():
     assert rates == sorted(rates, reverse=True)
 
 
-# --- which pictures a step takes ----------------------------------------------------------------------------
+# --- which images a step takes ----------------------------------------------------------------------------
 
 
 def small(seed: int = 0, epochs: int = 3, batch: int = 6) -> Recipe:
@@ -301,7 +301,7 @@ def test_from_a_position_on_only_the_rest_is_taken(world: int):
             assert list(tasks_from(position, recipe, 30, rank, world)) == whole[done:], done
 
 
-def test_fewer_pictures_than_a_batch_make_one_step():
+def test_fewer_images_than_a_batch_make_one_step():
     assert steps_of_epoch(small(batch=512), 30) == (1, 30)
     assert steps_of_epoch(small(batch=512), 31, 2) == (1, 30)
     assert steps_of_epoch(small(batch=30), 30) == (1, 30)

@@ -1,4 +1,4 @@
-"""Fine-tuning end to end, on a tiny network and pictures that are made here."""
+"""Fine-tuning end to end, on a tiny network and images that are made here."""
 
 import fcntl
 import hashlib
@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fixefficientnet
-from fixefficientnet import data, delta
+from fixefficientnet import delta
+from fixefficientnet.data import dataset
 from fixefficientnet.errors import RunError
 from fixefficientnet.preprocessing import FineTuningTransform, Preprocess
 from fixefficientnet.reproduce import online
@@ -37,15 +38,15 @@ SIZES = ["--train-size", "32", "--test-size", "48"]
 
 @dataclass(frozen=True)
 class Ground:
-    """Pictures, and a network trained on them from scratch."""
+    """Images, and a network trained on them from scratch."""
 
     folder: Path
-    pictures: Path
+    images: Path
     checkpoint: Path
 
     def fixres(self, *more: str, out: Path, experiment: str = "run") -> list[str]:
         network = [*tiny.NETWORK, "--checkpoint", str(self.checkpoint)]
-        place = ["--data", str(self.pictures), "--output", str(out), "--experiment", experiment]
+        place = ["--data", str(self.images), "--output", str(out), "--experiment", experiment]
         return [*network, *place, *SIZES, *SMALL, *more]
 
     def model(self) -> nn.Module:
@@ -57,10 +58,10 @@ class Ground:
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     folder = tmp_path_factory.mktemp("ground")
-    pictures = tiny.make_data(folder / "data")
-    base = [*tiny.NETWORK, "--stage", "base", "--no-pretrained", "--data", str(pictures), "--output", str(folder)]
+    images = tiny.make_data(folder / "data")
+    base = [*tiny.NETWORK, "--stage", "base", "--no-pretrained", "--data", str(images), "--output", str(folder)]
     tiny.run([*base, *SIZES, "--set", "epochs=4", "--set", "batch_size=6", "-j", "0"], folder / "said.txt")
-    return Ground(folder, pictures, folder / "test_efficientnet.r160_in1k-base" / "model.safetensors")
+    return Ground(folder, images, folder / "test_efficientnet.r160_in1k-base" / "model.safetensors")
 
 
 def sha(folder: Path) -> str:
@@ -119,7 +120,7 @@ def test_a_run_leaves_what_it_measured(ground: Ground, tmp_path: Path, method: s
 
     # measured again, by a plain loop
     found = report(folder)["measured"]
-    pictures = data.open_pictures(str(ground.pictures), "validation")
+    images = dataset.open_dataset(str(ground.images), "validation")
     for name, size, network in (
         ("base", 32, ground.model()),
         ("base_at_test", 48, ground.model()),
@@ -128,11 +129,10 @@ def test_a_run_leaves_what_it_measured(ground: Ground, tmp_path: Path, method: s
         cfg = timm.get_pretrained_cfg(tiny.NETWORK[1])
         preprocess = Preprocess(size, 1.0, cfg.interpolation, cfg.mean, cfg.std)
         with torch.inference_mode():
-            right = [
-                network(preprocess(pictures[i][0])[None]).argmax().item() == pictures[i][1]
-                for i in range(len(pictures))
+            correct = [
+                network(preprocess(images[i][0])[None]).argmax().item() == images[i][1] for i in range(len(images))
             ]
-        assert found[name]["top1"] == pytest.approx(100 * sum(right) / len(right)), name
+        assert found[name]["top1"] == pytest.approx(100 * sum(correct) / len(correct)), name
         assert found[name]["size"] == size
     assert f"{found['tuned']['top1']:.2f}" in (folder / "report.md").read_text()
 
@@ -158,15 +158,15 @@ def plain_online(ground: Ground, processes: int = 1) -> dict[str, torch.Tensor]:
     for parameter in trained:
         parameter.requires_grad_()
     optimizer = torch.optim.SGD(trained, lr=8 * 1e-3 * 6 / 512, momentum=0.9, weight_decay=1e-4)
-    pictures = data.open_pictures(str(ground.pictures), "train")
+    images = dataset.open_dataset(str(ground.images), "train")
     transform = FineTuningTransform(Preprocess.of(recipe.test), 0, 0.5, 0.05)
     model.bn2.train()
     for epoch in range(3):
         sequence = online.order(recipe, epoch, 30)
         for start in range(0, 30, 6):
             chosen = sequence[start : start + 6]
-            inputs = torch.stack([transform(pictures[index][0], epoch, index) for index in chosen])
-            targets = torch.tensor([pictures[index][1] for index in chosen])
+            inputs = torch.stack([transform(images[index][0], epoch, index) for index in chosen])
+            targets = torch.tensor([images[index][1] for index in chosen])
             optimizer.zero_grad()
             before = [model.bn2.running_mean.clone(), model.bn2.running_var.clone()]
             after = [torch.zeros_like(tensor) for tensor in before]
@@ -200,10 +200,10 @@ def test_cached_statistics_and_features_are_exact(ground: Ground, tmp_path: Path
     more = ["--method", "cached", "--keep-features", "--set", "feature_dtype=float32"]
     tiny.run(ground.fixres(*more, out=tmp_path), tmp_path / "said.txt")
     model = ground.model()
-    pictures = data.open_pictures(str(ground.pictures), "train")
+    images = dataset.open_dataset(str(ground.images), "train")
     recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"]
     preprocess = Preprocess(48, 1.0, recipe["interpolation"], tuple(recipe["mean"]), tuple(recipe["std"]))
-    inputs = torch.stack([preprocess(pictures[index][0]) for index in range(30)])
+    inputs = torch.stack([preprocess(images[index][0]) for index in range(30)])
     seen: list[torch.Tensor] = []
     model.bn2.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     pooled: list[torch.Tensor] = []
@@ -251,8 +251,8 @@ def test_base_stage_moves_everything_and_classifier_alone_if_asked(ground: Groun
 
 
 def test_a_variant_of_the_zoo_loads_its_delta(hub_cache: Path, tmp_path: Path):
-    pictures = tiny.make_data(tmp_path / "data", ("n01440764", "n02124075", "n07920052"), train=4, val=2)
-    place = ["--data", str(pictures), "--output", str(tmp_path)]
+    images = tiny.make_data(tmp_path / "data", ("n01440764", "n02124075", "n07920052"), train=4, val=2)
+    place = ["--data", str(images), "--output", str(tmp_path)]
     sizes = ["--train-size", "32", "--test-size", "48", "--set", "epochs=1", "--set", "batch_size=4", "-j", "0"]
     run_anew(["b0*", *place, *sizes], HF_HUB_CACHE=str(hub_cache))
     assert report(tmp_path / "b0_ns")["variant"] == "b0_ns"
@@ -267,17 +267,17 @@ def test_a_variant_of_the_zoo_loads_its_delta(hub_cache: Path, tmp_path: Path):
     test = model.preprocess
     assert test == replace(base.preprocess, size=48)  # as it was tuned for, not as the variant usually is
     assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 48, 48)
-    validation = data.open_pictures(str(pictures), "validation", num_classes=1000)
+    validation = dataset.open_dataset(str(images), "validation", num_classes=1000)
     assert [validation[index][1] for index in range(6)] == [0, 0, 285, 285, 967, 967]
     with torch.inference_mode():
-        right = [
+        correct = [
             int(model(test(image)[None]).argmax()) == label for image, label in map(validation.__getitem__, range(6))
         ]
-    assert found["measured"]["tuned"]["top1"] == pytest.approx(100 * sum(right) / 6)
+    assert found["measured"]["tuned"]["top1"] == pytest.approx(100 * sum(correct) / 6)
 
 
 def test_resnet_has_its_last_norm_tuned(ground: Ground, tmp_path: Path):
-    network = ["--backbone", "test_resnet", "--data", str(ground.pictures), "--output", str(tmp_path), *SIZES, *SMALL]
+    network = ["--backbone", "test_resnet", "--data", str(ground.images), "--output", str(tmp_path), *SIZES, *SMALL]
     tiny.run([*network, "--stage", "base", "--no-pretrained"], tmp_path / "said.txt")
     before = tmp_path / "test_resnet-base" / "model.safetensors"
     for method in ("online", "cached"):
@@ -458,11 +458,11 @@ def test_a_signal_to_one_process_stops_both(ground: Ground, tmp_path: Path):
 
 
 def test_an_error_in_another_process_is_said_by_it(ground: Ground, tmp_path: Path):
-    pictures = tmp_path / "data"
-    shutil.copytree(ground.pictures, pictures)
-    for path in sorted((pictures / "train").glob("*/*"))[8:16]:  # the second of the shards, which is process 1's
+    images = tmp_path / "data"
+    shutil.copytree(ground.images, images)
+    for path in sorted((images / "train").glob("*/*"))[8:16]:  # the second of the shards, which is process 1's
         path.write_bytes(b"")
-    command = ground.fixres("--method", "cached", "--data", str(pictures), out=tmp_path)
+    command = ground.fixres("--method", "cached", "--data", str(images), out=tmp_path)
     processes = tiny.start_two(command, tmp_path / "said")
     processes[1].join(60)
     assert processes[1].exitcode == 1
@@ -470,7 +470,7 @@ def test_an_error_in_another_process_is_said_by_it(ground: Ground, tmp_path: Pat
     processes[0].join(60)
     text = (tmp_path / "said.1").read_text()
     assert text.startswith("Error (process 1): ")
-    assert "pictures of" in text and "cannot be read so far" in text
+    assert "images of" in text and "cannot be read so far" in text
 
 
 @pytest.mark.parametrize(
@@ -559,19 +559,19 @@ def test_a_loss_that_explodes_stops_the_run(ground: Ground, tmp_path: Path, meth
     assert "Nothing was saved before" in text
 
 
-def test_unreadable_pictures_are_named_and_tolerated_up_to_a_limit(ground: Ground, tmp_path: Path):
-    pictures = tmp_path / "data"
-    shutil.copytree(ground.pictures, pictures)
+def test_unreadable_images_are_named_and_tolerated_up_to_a_limit(ground: Ground, tmp_path: Path):
+    images = tmp_path / "data"
+    shutil.copytree(ground.images, images)
     for name in ("train/apple/3.jpg", "val/cloud/0.jpg"):
-        (pictures / name).write_bytes(b"no picture")
+        (images / name).write_bytes(b"no image")
     for method in ("online", "cached"):
-        more = ["--data", str(pictures), "--method", method, "--experiment", method]
+        more = ["--data", str(images), "--method", method, "--experiment", method]
         text = refused(ground, tmp_path, *more)
         assert "cannot be read so far" in text
         assert "cloud/0.jpg" in text
         tiny.run([*ground.fixres(*more, out=tmp_path), "--max-unreadable", "0.2"], tmp_path / "said.txt")
         found = report(tmp_path / method)
-        assert found["measured"]["tuned"]["pictures"] == 17
+        assert found["measured"]["tuned"]["images"] == 17
         assert any("apple/3.jpg" in reason for reason in found["unreadable"])
         assert "apple/3.jpg" in (tmp_path / method / "report.md").read_text()
 
@@ -607,7 +607,7 @@ def test_a_checkpoint_of_another_network_is_refused(ground: Ground, tmp_path: Pa
 
 
 def test_classes_that_do_not_match(ground: Ground, tmp_path: Path, hub_cache: Path):
-    arguments = ["b0", "--data", str(ground.pictures), "--output", str(tmp_path), "-j", "0"]
+    arguments = ["b0", "--data", str(ground.images), "--output", str(tmp_path), "-j", "0"]
     text = run_anew(arguments, status=1, HF_HUB_CACHE=str(hub_cache))
     assert "has 3 classes, the model has 1000" in text
     assert "--stage base" in text
@@ -625,7 +625,7 @@ def in_process(ground: Ground, out: Path, settings: list[str], **options: object
     choices = {"train_size": 32, "test_size": 48, "weights": "sha256:0"}
     recipe = recipes.resolve(subject, choices, ["epochs=1", "shard=8", *settings])
     where = Options(folder=out / "run", checkpoint=ground.checkpoint, workers=0, **options)
-    return run(subject, recipe, Data(str(ground.pictures)), where, Accelerator(cpu=True))
+    return run(subject, recipe, Data(str(ground.images)), where, Accelerator(cpu=True))
 
 
 def test_too_little_disk_is_said_before_the_pass(ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -638,8 +638,8 @@ def test_too_little_disk_is_said_before_the_pass(ground: Ground, tmp_path: Path,
 
 def test_classes_that_a_checkpoint_does_not_have(ground: Ground, tmp_path: Path):
     for classes in (("apple", "brick"), (*tiny.CLASSES, "dune")):
-        pictures = tiny.make_data(tmp_path / str(len(classes)), classes, train=2, val=1)
-        text = refused(ground, tmp_path, "--data", str(pictures))
+        images = tiny.make_data(tmp_path / str(len(classes)), classes, train=2, val=1)
+        text = refused(ground, tmp_path, "--data", str(images))
         assert f"has {len(classes)} classes, the network of" in text
 
 
@@ -661,12 +661,12 @@ def test_a_damaged_shard_is_computed_anew(ground: Ground, tmp_path: Path):
     assert "Features: 30/30, from before" in tiny.run([*command, "--experiment", "three"], tmp_path / "said.txt")
 
 
-def test_a_whole_shard_of_unreadable_pictures(ground: Ground, tmp_path: Path):
-    pictures = tmp_path / "data"
-    shutil.copytree(ground.pictures, pictures)
-    for path in sorted((pictures / "train" / "apple").iterdir()):
+def test_a_whole_shard_of_unreadable_images(ground: Ground, tmp_path: Path):
+    images = tmp_path / "data"
+    shutil.copytree(ground.images, images)
+    for path in sorted((images / "train" / "apple").iterdir()):
         path.write_bytes(b"")
-    more = ["--data", str(pictures), "--method", "cached", "--max-unreadable", "0.5"]
+    more = ["--data", str(images), "--method", "cached", "--max-unreadable", "0.5"]
     tiny.run(ground.fixres(*more, out=tmp_path), tmp_path / "said.txt")
     assert len(report(tmp_path / "run")["unreadable"]) == 10
 
@@ -708,12 +708,12 @@ def test_a_base_stage_that_was_stopped_leaves_the_same_bytes_and_its_train_size(
         "base",
         "--no-pretrained",
         "--data",
-        str(ground.pictures),
+        str(ground.images),
         "--output",
         str(tmp_path),
     ]
     base += ["--train-size", "32", "--set", "epochs=4", "--set", "batch_size=7", "-j", "0"]
-    assert "2 pictures, others each time, sit out" in tiny.run([*base, "--experiment", "one"], tmp_path / "said.txt")
+    assert "2 images, others each time, sit out" in tiny.run([*base, "--experiment", "one"], tmp_path / "said.txt")
     log = tmp_path / "two" / "log.jsonl"
     process = tiny.start([*base, "--experiment", "two"], tmp_path / "said.txt")
     until = time.monotonic() + 60
@@ -730,7 +730,7 @@ def test_a_base_stage_that_was_stopped_leaves_the_same_bytes_and_its_train_size(
         "--checkpoint",
         str(one),
         "--data",
-        str(ground.pictures),
+        str(ground.images),
         "--output",
         str(tmp_path),
         "-j",

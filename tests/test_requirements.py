@@ -16,7 +16,7 @@ from packaging.version import Version
 from tiny import cli
 
 import fixefficientnet
-from fixefficientnet import requirements
+from fixefficientnet._internal import requirements
 from fixefficientnet.errors import OutdatedPackageError
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -198,10 +198,10 @@ def test_floors_are_pyprojects():
 def test_a_pyproject_that_somebody_left_beside_the_package_is_not_ours(tmp_path: Path):
     shutil.copytree(ROOT / "fixefficientnet", tmp_path / "fixefficientnet")
     (tmp_path / "pyproject.toml").write_text("[tool.other]\n")
-    code = "from fixefficientnet import requirements; print(requirements.__file__, requirements.floors())"
+    code = "from fixefficientnet._internal import requirements; print(requirements.__file__, requirements.floors())"
     env = os.environ | {"PYTHONPATH": python_path(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, cwd="/")
-    assert done.stdout.startswith(f"{tmp_path}/fixefficientnet/requirements.py {{")
+    assert done.stdout.startswith(f"{tmp_path}/fixefficientnet/_internal/requirements.py {{")
 
 
 def test_ranges_have_a_floor_and_no_cap():

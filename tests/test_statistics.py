@@ -39,7 +39,7 @@ def test_the_paired_probability_is_that_of_the_sign_test(length: int):
         assert found.only_second == sum(a == "0" and b == "1" for a, b in pairs)
         assert found.both == sum(a == b == "1" for a, b in pairs)
         assert found.neither == sum(a == b == "0" for a, b in pairs)
-        assert found.pictures == sum("-" not in pair for pair in pairs)
+        assert found.images == sum("-" not in pair for pair in pairs)
         discordant = found.only_first + found.only_second
         assert found.p == pytest.approx(
             scipy.stats.binomtest(found.only_first, discordant, 0.5).pvalue if discordant else 1, rel=1e-9
@@ -58,13 +58,13 @@ def test_a_clear_difference_and_none_at_all():
 
 
 def test_evaluations_of_different_data_sets_cannot_be_paired():
-    with pytest.raises(DataError, match="of 3 and of 4 pictures"):
+    with pytest.raises(DataError, match="of 3 and of 4 images"):
         compare("101", "1010")
 
 
-def test_evaluations_without_a_picture_in_common_cannot_be_paired():
+def test_evaluations_without_a_image_in_common_cannot_be_paired():
     for one, other in (("1-", "-0"), ("--", "10"), ("", "")):
-        with pytest.raises(DataError, match="no picture that both"):
+        with pytest.raises(DataError, match="no image that both"):
             compare(one, other)
 
 
@@ -110,7 +110,7 @@ def test_all_small_tables():
         low, high = found.interval
         assert -100 - 1e-9 <= low <= found.difference + 1e-9
         assert found.difference - 1e-9 <= high <= 100 + 1e-9
-        assert low < high  # so few pictures tell nothing for certain
+        assert low < high  # so few images tell nothing for certain
         both, first, second, neither = counts
         assert Comparison(both, second, first, neither).interval == pytest.approx((-high, -low), abs=1e-9)
         assert 0 < found.p <= 1

@@ -25,8 +25,8 @@ import fixefficientnet
 from fixefficientnet import delta
 from fixefficientnet.errors import EvaluationError
 from fixefficientnet.evaluation import activations
-from fixefficientnet.evaluation.results import as_csv, from_csv
 from fixefficientnet.evaluation.sweep import best_size, sizes_of
+from fixefficientnet.evaluation.tables import as_csv, from_csv
 
 NETWORK = "test_efficientnet.r160_in1k"
 CROP_PCT, MEAN, STD = 0.95, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of this network, in timm
@@ -37,13 +37,13 @@ BATCH = 4
 
 class Ground(NamedTuple):
     data: Path
-    pictures: list[Path]
+    images: list[Path]
     name: str
     """Of the model, on the command line."""
     model: nn.Module
 
 
-def stack(pictures: list[Path], size: int) -> Tensor:
+def stack(images: list[Path], size: int) -> Tensor:
     """What the network sees of them at a test size, by torchvision."""
     transform = transforms.Compose(
         [
@@ -53,30 +53,30 @@ def stack(pictures: list[Path], size: int) -> Tensor:
             transforms.Normalize(MEAN, STD),
         ]
     )
-    return torch.stack([transform(Image.open(path).convert("RGB")) for path in pictures])
+    return torch.stack([transform(Image.open(path).convert("RGB")) for path in images])
 
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
-    """18 pictures of 3 classes, and a network that finds some of each."""
+    """18 images of 3 classes, and a network that finds some of each."""
     folder = tmp_path_factory.mktemp("sweep")
-    pictures = sorted((tiny.make_data(folder / "data", train=0, val=6) / "val").rglob("*.jpg"))
+    images = sorted((tiny.make_data(folder / "data", train=0, val=6) / "val").rglob("*.jpg"))
     torch.manual_seed(5)
     model = lively(timm.create_model("test_efficientnet", num_classes=3), seed=5)
     with torch.inference_mode():
         model.bn2.bias[:50] = -20  # SiLU gives next to nothing there: what a network without ReLU has for zeros
-        features = model.forward_head(model.forward_features(stack(pictures, 48)), pre_logits=True)
+        features = model.forward_head(model.forward_features(stack(images, 48)), pre_logits=True)
         model.classifier.weight.normal_()
         model.classifier.bias.copy_(-model.classifier.weight @ features.mean(0))
     file = folder / "network.safetensors"
     safetensors.torch.save_file(model.state_dict(), file)
-    return Ground(folder / "data", pictures, f"timm/test_efficientnet:{file}", model)
+    return Ground(folder / "data", images, f"timm/test_efficientnet:{file}", model)
 
 
 def sweep(
     ground: Ground, output: Path, sizes: str, *options: str, models: tuple[str, ...] = (), **settings: Any
 ) -> str:
-    """Runs the command on the ground's pictures; what it said on stdout."""
+    """Runs the command on the ground's images; what it said on stdout."""
     names = models or (ground.name,)
     usual = ("--data", ground.data, "--device", "cpu", "--workers", 0, "--batch-size", BATCH)
     return cli("sweep", *names, *usual, f"--sizes={sizes}", "--output", output, *options, **settings)[0]
@@ -171,12 +171,12 @@ def test_the_rows_are_what_evaluate_finds_and_what_a_forward_pass_costs(ground: 
             "loss": pytest.approx(found.loss, rel=1e-5)  # batches of another size round differently
         }
         with torch.inference_mode():
-            guesses = ground.model(stack(ground.pictures, row["size"])).argmax(1).tolist()
-        labels = [tiny.CLASSES.index(path.parent.name) for path in ground.pictures]
-        right = sum(guess == label for guess, label in zip(guesses, labels, strict=True))
-        assert row["top1"] == pytest.approx(100 * right / len(labels))
+            predicted = ground.model(stack(ground.images, row["size"])).argmax(1).tolist()
+        labels = [tiny.CLASSES.index(path.parent.name) for path in ground.images]
+        correct = sum(predicted == label for predicted, label in zip(predicted, labels, strict=True))
+        assert row["top1"] == pytest.approx(100 * correct / len(labels))
         assert row["gmacs"] == pytest.approx(counted_gmacs(ground.model, row["size"]), rel=1e-9)
-        assert row["pictures_per_second"] == pytest.approx(row["pictures"] / row["seconds"])
+        assert row["images_per_second"] == pytest.approx(row["images"] / row["seconds"])
         assert (row["model"], row["network"], row["tuned"]) == (ground.name, "test_efficientnet", False)
         assert (row["train_size"], row["test_size"], row["paper_size"]) == (160, 160, None)
         assert row["parameters"] == sum(parameter.numel() for parameter in ground.model.parameters())
@@ -188,16 +188,16 @@ def test_the_rows_are_what_evaluate_finds_and_what_a_forward_pass_costs(ground: 
 def test_what_it_writes_opens_and_what_it_says_names_it(ground: Ground, tmp_path: Path):
     said = sweep(ground, tmp_path / "deep" / "er", "32,64", "--crop-pct", "1")
     assert {path.name for path in (tmp_path / "deep" / "er").iterdir()} == {"sweep.csv", "finished"} | FIGURES
-    with Image.open(tmp_path / "deep" / "er" / "sweep.png") as picture:
-        picture.load()
+    with Image.open(tmp_path / "deep" / "er" / "sweep.png") as image:
+        image.load()
     assert ET.parse(tmp_path / "deep" / "er" / "sweep.svg").getroot().tag.endswith("svg")
     for row in rows_of(tmp_path / "deep" / "er"):
         assert row["crop_pct"] == 1
         assert f" {row['size']} " in said
         assert f" {row['top1']:.2f} " in said
     assert said.count("best") == 1
-    assert max(map(len, said[: said.index("18 pictures")].splitlines())) <= 80
-    assert "18 pictures of" in said
+    assert max(map(len, said[: said.index("18 images")].splitlines())) <= 80
+    assert "18 images of" in said
     assert "crop_pct 1, bicubic" in said
 
 
@@ -214,7 +214,7 @@ def test_finished_sizes_are_not_done_again_unless_asked(ground: Ground, tmp_path
     (again,), after = rows_of(tmp_path), batches(tmp_path)
     assert of_size(after, 48) != of_size(before, 48)
     assert of_size(after, 32) == of_size(before, 32)
-    assert {**again, "seconds": 0, "pictures_per_second": 0} == {**two[1], "seconds": 0, "pictures_per_second": 0}
+    assert {**again, "seconds": 0, "images_per_second": 0} == {**two[1], "seconds": 0, "images_per_second": 0}
 
 
 def test_where_all_is_finished_nothing_grows(ground: Ground, tmp_path: Path):
@@ -237,14 +237,14 @@ def test_a_killed_size_is_finished(ground: Ground, tmp_path: Path, torn: bool):
     sweep(ground, tmp_path, "32,48")
     found = rows_of(tmp_path)
     assert found[0] == whole[0]
-    assert {**found[1], "seconds": 0, "pictures_per_second": 0} == {**whole[1], "seconds": 0, "pictures_per_second": 0}
+    assert {**found[1], "seconds": 0, "images_per_second": 0} == {**whole[1], "seconds": 0, "images_per_second": 0}
     assert of_size(batches(tmp_path), 32) == of_size(before, 32)
     lines = [line for line in of_size(batches(tmp_path), 48) if line != rest[0][:40]]
     assert lines[:2] == kept
     assert sorted(index for line in lines for index in json.loads(line)["indices"]) == [*range(18)]  # each once
 
 
-def test_other_weights_and_other_pictures_are_not_taken_for_these(ground: Ground, tmp_path: Path):
+def test_other_weights_and_other_images_are_not_taken_for_these(ground: Ground, tmp_path: Path):
     """The same names, another content: nothing finished is taken over."""
     file = tmp_path / "network.safetensors"
     name = f"timm/test_efficientnet:{file}"
@@ -257,17 +257,17 @@ def test_other_weights_and_other_pictures_are_not_taken_for_these(ground: Ground
     assert losses[1] > losses[0] + 10  # all are apples now
     other = ground._replace(data=tiny.make_data(tmp_path / "data", train=0, val=2))
     sweep(other, tmp_path / "out", "32", models=(name,))
-    assert rows_of(tmp_path / "out")[0]["pictures"] == 6
+    assert rows_of(tmp_path / "out")[0]["images"] == 6
 
 
 def plain_statistics(ground: Ground, size: int) -> dict[str, float]:
-    """The same figures by definition, of one picture after the other, in double precision."""
+    """The same figures by definition, of one image after the other, in double precision."""
     model = timm.create_model("test_efficientnet", num_classes=3)
     model.load_state_dict(ground.model.state_dict())
     model = model.double().eval()
     pooled = []
     with torch.inference_mode():
-        for path in ground.pictures:
+        for path in ground.images:
             pooled.append(model.forward_head(model.forward_features(stack([path], size).double()), pre_logits=True)[0])
     values = torch.stack(pooled).tolist()
     every = [value for row in values for value in row]
@@ -295,8 +295,8 @@ def test_statistics_are_those_of_a_plain_loop(ground: Ground, tmp_path: Path):
         found = {key: row[f"pooled_{key}"] for key in expected}
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-7)
     for name in ("statistics.png", "sweep.png"):
-        with Image.open(tmp_path / name) as picture:
-            picture.load()
+        with Image.open(tmp_path / name) as image:
+            image.load()
     assert ET.parse(tmp_path / "statistics.svg").getroot().tag.endswith("svg")
 
 
@@ -308,7 +308,7 @@ def test_statistics_that_are_asked_later_are_taken_once(ground: Ground, tmp_path
     for old, new in zip(without, found, strict=True):
         assert new["pooled_near_zero"] > 0
         assert of_size(after, old["size"]) != of_size(before, old["size"])
-        timeless = {key: value for key, value in old.items() if key not in ("seconds", "pictures_per_second")}
+        timeless = {key: value for key, value in old.items() if key not in ("seconds", "images_per_second")}
         plain.assert_nearly({key: new[key] for key in timeless}, timeless)
     sweep(ground, tmp_path, "32:64:16", "--statistics")
     assert rows_of(tmp_path)[:2] == found
@@ -324,10 +324,10 @@ def test_a_sweep_without_statistics_after_one_with_them(ground: Ground, tmp_path
     assert not any(key.startswith("pooled") for row in rows_of(tmp_path) for key in row)
 
 
-def test_pictures_of_the_same_names_elsewhere_are_not_taken_for_these(ground: Ground, tmp_path: Path):
-    """As ImageNet-C's folders have: the same names in each, of other pictures."""
+def test_images_of_the_same_names_elsewhere_are_not_taken_for_these(ground: Ground, tmp_path: Path):
+    """As ImageNet-C's folders have: the same names in each, of other images."""
     other = ground._replace(data=tmp_path / "other")
-    for number, path in enumerate(ground.pictures):
+    for number, path in enumerate(ground.images):
         tiny.draw(other.data / path.relative_to(ground.data), number % 3, 5000 + number)
     sweep(other, tmp_path / "alone", "32")
     for place in (ground, other):
@@ -337,7 +337,7 @@ def test_pictures_of_the_same_names_elsewhere_are_not_taken_for_these(ground: Gr
 
 @pytest.fixture
 def imagenet(ground: Ground, tmp_path: Path) -> Ground:
-    """Pictures for networks of 1000 classes."""
+    """Images for networks of 1000 classes."""
     return ground._replace(data=tiny.make_data(tmp_path / "imagenet", IMAGENET_CLASSES, train=0, val=2))
 
 

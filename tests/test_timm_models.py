@@ -78,21 +78,21 @@ def test_unknown_tag_is_timms_error():
 
 
 @pytest.mark.parametrize("which", ["backbone", "delta"])
-def test_pretrained_takes_what_create_takes(hub_cache, b0_delta, pictures: torch.Tensor, which: str):
+def test_pretrained_takes_what_create_takes(hub_cache, b0_delta, images: torch.Tensor, which: str):
     weights = "backbone" if which == "backbone" else str(b0_delta)
     model = timm.create_model("fixefficientnet_b0.ap_in1k", pretrained=weights, cache_dir=hub_cache).eval()
     reference = fixefficientnet.create("b0", weights, cache_dir=hub_cache)
-    torch.testing.assert_close(model(pictures), reference(pictures))
+    torch.testing.assert_close(model(images), reference(images))
 
 
-def test_checkpoint_that_a_user_made_of_a_model_goes_through_timm(hub_cache, b0_delta, tmp_path, pictures):
+def test_checkpoint_that_a_user_made_of_a_model_goes_through_timm(hub_cache, b0_delta, tmp_path, images):
     """Fine-tune, save as timm saves for the Hub, load again by timm's name: these weights, and no others."""
     model = fixefficientnet.create("b0", b0_delta, num_classes=7, cache_dir=hub_cache)
     save_for_hf(model, str(tmp_path), safe_serialization=True)
     for name in ([f"local-dir:{tmp_path}"] if TIMM_HAS_LOCAL_DIR else []) + ["fixefficientnet_b0"]:
         overlay = {"file": str(tmp_path / "model.safetensors"), "num_classes": 7} if ":" not in name else None
         again = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay).eval()
-        torch.testing.assert_close(again(pictures), model(pictures))
+        torch.testing.assert_close(again(images), model(images))
         assert again.preprocess == model.preprocess
         assert again.variant.key == "b0"
 

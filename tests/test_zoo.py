@@ -14,7 +14,8 @@ from conftest import lively, put_in_cache, save_for_hf, tuned_delta
 from torch import nn
 
 import fixefficientnet
-from fixefficientnet import checkpoint, delta, manifest
+from fixefficientnet import delta, manifest
+from fixefficientnet._internal import checkpoint_file
 from fixefficientnet.errors import CheckpointError, DeltaMismatchError, WeightsNotPublishedError
 
 
@@ -75,40 +76,40 @@ def test_random_model_has_its_preprocessing_and_is_in_eval_mode():
     assert type(model) is timm.models.EfficientNet
 
 
-def test_random_weights_are_timms(pictures: torch.Tensor):
+def test_random_weights_are_timms(images: torch.Tensor):
     torch.manual_seed(3)
     ours = fixefficientnet.create("b0")
     torch.manual_seed(3)
     timms = timm.create_model("tf_efficientnet_b0").eval()
-    assert_same(ours, timms, pictures)
+    assert_same(ours, timms, images)
 
 
 @pytest.mark.parametrize("key", ["b0", "b0_ns"])
-def test_backbone_weights_are_timms(hub_cache: Path, pictures: torch.Tensor, key: str):
+def test_backbone_weights_are_timms(hub_cache: Path, images: torch.Tensor, key: str):
     ours = fixefficientnet.create(key, "backbone", cache_dir=hub_cache)
-    assert_same(ours, by_hand(hub_cache, key), pictures)
+    assert_same(ours, by_hand(hub_cache, key), images)
     assert not any(tensor.is_meta for tensor in ours.state_dict().values())
     assert all(parameter.requires_grad for parameter in ours.parameters())
 
 
-def test_delta_from_a_path(hub_cache: Path, b0_delta: Path, pictures: torch.Tensor):
+def test_delta_from_a_path(hub_cache: Path, b0_delta: Path, images: torch.Tensor):
     ours = fixefficientnet.create("b0", b0_delta, cache_dir=hub_cache)
     reference = by_hand(hub_cache, "b0", b0_delta)
-    assert_same(ours, reference, pictures)
-    assert_same(fixefficientnet.create("b0", str(b0_delta), cache_dir=hub_cache), reference, pictures)
+    assert_same(ours, reference, images)
+    assert_same(fixefficientnet.create("b0", str(b0_delta), cache_dir=hub_cache), reference, images)
     untuned = fixefficientnet.create("b0", "backbone", cache_dir=hub_cache)
-    assert (untuned(pictures) - reference(pictures)).abs().max() > 1e-2
+    assert (untuned(images) - reference(images)).abs().max() > 1e-2
 
 
 def test_pretrained_true_takes_the_overlays_weights(
-    hub_cache: Path, b0_delta: Path, pictures: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    hub_cache: Path, b0_delta: Path, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ):
     weights = {"path": b0_delta.name, "sha256": hashlib.sha256(b0_delta.read_bytes()).hexdigest()}
     mine = b0_delta.parent / "mine.json"
     mine.write_text(json.dumps({"schema_version": 1, "variants": {"b0": {"weights": weights}}}))
     monkeypatch.setenv("FIXEFFICIENTNET_MANIFEST", str(mine))
     ours = fixefficientnet.create("b0", pretrained=True, cache_dir=hub_cache)
-    assert_same(ours, by_hand(hub_cache, "b0", b0_delta), pictures)
+    assert_same(ours, by_hand(hub_cache, "b0", b0_delta), images)
 
 
 @pytest.mark.parametrize("key", manifest.load())
@@ -165,41 +166,41 @@ def test_truncated_backbone_file_is_named(tmp_path: Path):
         fixefficientnet.create("b0", "backbone", cache_dir=tmp_path)
 
 
-def test_backbone_file_without_batch_counts_loads_as_in_timm(tmp_path: Path, pictures: torch.Tensor):
+def test_backbone_file_without_batch_counts_loads_as_in_timm(tmp_path: Path, images: torch.Tensor):
     backbone = fixefficientnet.info("b0").backbone
     torch.manual_seed(0)
     model = lively(timm.create_model("tf_efficientnet_b0"))
     tensors = {k: t for k, t in model.state_dict().items() if not k.endswith("num_batches_tracked")}
     put_in_cache(tmp_path, backbone.repository, backbone.filename, tensors)
     ours = fixefficientnet.create("b0", "backbone", cache_dir=tmp_path)
-    assert_same(ours, model, pictures)
-    ours.train()(pictures)  # the counts are there, and count
+    assert_same(ours, model, images)
+    ours.train()(images)  # the counts are there, and count
     assert ours.bn2.num_batches_tracked == 1
 
 
 @pytest.mark.parametrize("weights", ["backbone", "delta"])
 def test_other_number_of_classes_keeps_the_norm_and_resets_the_classifier(
-    hub_cache: Path, b0_delta: Path, pictures: torch.Tensor, weights: str
+    hub_cache: Path, b0_delta: Path, images: torch.Tensor, weights: str
 ):
     path = b0_delta if weights == "delta" else None
     ours = fixefficientnet.create("b0", path or "backbone", num_classes=10, cache_dir=hub_cache)
     reference = by_hand(hub_cache, "b0", path)
-    assert ours(pictures).shape == (2, 10)
+    assert ours(images).shape == (2, 10)
     assert ours.num_classes == 10
-    torch.testing.assert_close(ours.forward_features(pictures), reference.forward_features(pictures))
+    torch.testing.assert_close(ours.forward_features(images), reference.forward_features(images))
     torch.manual_seed(0)
     timms = timm.create_model("tf_efficientnet_b0", num_classes=10).classifier
     assert ours.classifier.weight.std().item() == pytest.approx(timms.weight.std().item(), rel=0.1)
     assert not ours.classifier.bias.any()
 
 
-def test_without_classifier(hub_cache: Path, b0_delta: Path, pictures: torch.Tensor):
+def test_without_classifier(hub_cache: Path, b0_delta: Path, images: torch.Tensor):
     ours = fixefficientnet.create("b0", b0_delta, num_classes=0, cache_dir=hub_cache)
     reference = by_hand(hub_cache, "b0", b0_delta)
     reference.reset_classifier(0)
-    assert_same(ours, reference, pictures)
+    assert_same(ours, reference, images)
     unpooled = fixefficientnet.create("b0", b0_delta, num_classes=0, global_pool="", cache_dir=hub_cache)
-    torch.testing.assert_close(unpooled(pictures), reference.forward_features(pictures))
+    torch.testing.assert_close(unpooled(images), reference.forward_features(images))
 
 
 @pytest.mark.parametrize("in_chans", [1, 4])
@@ -221,11 +222,11 @@ def test_other_channels_as_in_timm(hub_cache: Path, in_chans: int):
     ],
     ids=str,
 )
-def test_features_only_as_in_timm(hub_cache: Path, b0_delta: Path, pictures: torch.Tensor, extra: dict):
+def test_features_only_as_in_timm(hub_cache: Path, b0_delta: Path, images: torch.Tensor, extra: dict):
     ours = fixefficientnet.create("b0", b0_delta, features_only=True, cache_dir=hub_cache, **extra)
     reference = by_hand(hub_cache, "b0", features_only=True, **extra)
     assert ours.feature_info.channels() == reference.feature_info.channels()
-    for found, expected in zip(ours(pictures), reference(pictures), strict=True):
+    for found, expected in zip(ours(images), reference(images), strict=True):
         torch.testing.assert_close(found, expected)
 
 
@@ -278,49 +279,49 @@ def loaded(hub_cache: Path, b0_delta: Path) -> nn.Module:
     return fixefficientnet.create("b0", b0_delta, cache_dir=hub_cache)
 
 
-def test_deepcopy_state_dict_and_whole_model_round_trip(loaded: nn.Module, pictures: torch.Tensor, tmp_path: Path):
-    expected = loaded(pictures)
+def test_deepcopy_state_dict_and_whole_model_round_trip(loaded: nn.Module, images: torch.Tensor, tmp_path: Path):
+    expected = loaded(images)
     copied = copy.deepcopy(loaded)
-    torch.testing.assert_close(copied(pictures), expected)
+    torch.testing.assert_close(copied(images), expected)
     assert copied.variant == loaded.variant
     torch.save(loaded.state_dict(), tmp_path / "state.pth")
     fresh = timm.create_model("tf_efficientnet_b0").eval()
     fresh.load_state_dict(torch.load(tmp_path / "state.pth", weights_only=True))
-    torch.testing.assert_close(fresh(pictures), expected)
+    torch.testing.assert_close(fresh(images), expected)
     torch.save(loaded, tmp_path / "model.pt")
     whole = torch.load(tmp_path / "model.pt", weights_only=False)
-    torch.testing.assert_close(whole(pictures), expected)
+    torch.testing.assert_close(whole(images), expected)
     assert whole.preprocess == loaded.preprocess
 
 
-def test_to_and_back(loaded: nn.Module, pictures: torch.Tensor):
-    expected = loaded(pictures)
-    torch.testing.assert_close(loaded.to(torch.float64).to(torch.float32)(pictures), expected)
+def test_to_and_back(loaded: nn.Module, images: torch.Tensor):
+    expected = loaded(images)
+    torch.testing.assert_close(loaded.to(torch.float64).to(torch.float32)(images), expected)
     loaded.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(loaded(pictures), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(loaded(images), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_trace_and_script(loaded: nn.Module, pictures: torch.Tensor):
-    expected = loaded(pictures)
-    torch.testing.assert_close(torch.jit.trace(loaded, pictures)(pictures), expected)
-    torch.testing.assert_close(torch.jit.script(loaded)(pictures), expected)
+def test_trace_and_script(loaded: nn.Module, images: torch.Tensor):
+    expected = loaded(images)
+    torch.testing.assert_close(torch.jit.trace(loaded, images)(images), expected)
+    torch.testing.assert_close(torch.jit.script(loaded)(images), expected)
 
 
-def test_export(loaded: nn.Module, pictures: torch.Tensor):
-    exported = torch.export.export(loaded, (pictures,))
-    torch.testing.assert_close(exported.module()(pictures), loaded(pictures))
+def test_export(loaded: nn.Module, images: torch.Tensor):
+    exported = torch.export.export(loaded, (images,))
+    torch.testing.assert_close(exported.module()(images), loaded(images))
 
 
-def test_compile(loaded: nn.Module, pictures: torch.Tensor):
+def test_compile(loaded: nn.Module, images: torch.Tensor):
     compiled = torch.compile(loaded, backend="aot_eager")
-    torch.testing.assert_close(compiled(pictures), loaded(pictures))
+    torch.testing.assert_close(compiled(images), loaded(images))
 
 
-def test_gradients_flow_through_mapped_weights(loaded: nn.Module, pictures: torch.Tensor):
+def test_gradients_flow_through_mapped_weights(loaded: nn.Module, images: torch.Tensor):
     loaded.train()
     optimiser = torch.optim.SGD(loaded.parameters(), 0.1)
     before = loaded.conv_stem.weight.detach().clone()
-    loaded(pictures).square().mean().backward()
+    loaded(images).square().mean().backward()
     optimiser.step()
     assert not torch.equal(loaded.conv_stem.weight, before)
 
@@ -346,23 +347,21 @@ def test_bundled_lite_in_other_shapes(extra: dict):
     assert torch.equal(model.state_dict()["bn1.running_var"], reference.bn1.running_var)
 
 
-def test_bundled_lite_takes_a_delta(tmp_path: Path, pictures: torch.Tensor):
+def test_bundled_lite_takes_a_delta(tmp_path: Path, images: torch.Tensor):
     model = fixefficientnet.create("lite0", "backbone")
     found = tuned_delta(model, "lite0")
     delta.save(found, tmp_path / "d.safetensors")
     delta.apply(model, found)
-    assert_same(fixefficientnet.create("lite0", tmp_path / "d.safetensors"), model, pictures)
+    assert_same(fixefficientnet.create("lite0", tmp_path / "d.safetensors"), model, images)
 
 
-def test_lite_from_the_hub_without_its_package(
-    hub_cache: Path, monkeypatch: pytest.MonkeyPatch, pictures: torch.Tensor
-):
+def test_lite_from_the_hub_without_its_package(hub_cache: Path, monkeypatch: pytest.MonkeyPatch, images: torch.Tensor):
     def missing(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     ours = fixefficientnet.create("lite1", "backbone", cache_dir=hub_cache)
-    assert_same(ours, by_hand(hub_cache, "lite1"), pictures)
+    assert_same(ours, by_hand(hub_cache, "lite1"), images)
 
 
 def test_pickle_that_is_no_state_dict_is_refused_and_not_run(tmp_path: Path):
@@ -372,18 +371,20 @@ def test_pickle_that_is_no_state_dict_is_refused_and_not_run(tmp_path: Path):
 
     torch.save({"conv_stem.weight": Malicious()}, tmp_path / "bad.pth")
     with pytest.raises(CheckpointError, match=r"bad.pth"):
-        checkpoint.read(tmp_path / "bad.pth")
+        checkpoint_file.read(tmp_path / "bad.pth")
     assert not (tmp_path / "ran").exists()
     torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "nested.pth")
     with pytest.raises(CheckpointError, match="not a plain state dict"):
-        checkpoint.read(tmp_path / "nested.pth")
+        checkpoint_file.read(tmp_path / "nested.pth")
 
 
 def test_rename_refuses_another_network():
     with pytest.raises(CheckpointError, match="2 tensors, the model has 1"):
-        checkpoint.rename({"a.weight": torch.zeros(1), "a.bias": torch.zeros(1)}, {"b.weight": torch.zeros(1)}, "f")
+        checkpoint_file.rename(
+            {"a.weight": torch.zeros(1), "a.bias": torch.zeros(1)}, {"b.weight": torch.zeros(1)}, "f"
+        )
     with pytest.raises(CheckpointError, match=r"a.weight \[2\] stands where the model has b.weight \[1\]"):
-        checkpoint.rename({"a.weight": torch.zeros(2)}, {"b.weight": torch.zeros(1)}, "f")
+        checkpoint_file.rename({"a.weight": torch.zeros(2)}, {"b.weight": torch.zeros(1)}, "f")
 
 
 def test_large_backbone_loads_in_megabytes(tmp_path: Path):

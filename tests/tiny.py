@@ -1,4 +1,4 @@
-"""A small data set for tests; and the commands, in this process and in others that start without importing anew."""
+"""A small dataset for tests; and the commands, in this process and in others that start without importing anew."""
 
 import contextlib
 import importlib
@@ -22,7 +22,7 @@ REPRODUCE, FIXEFFICIENTNET = "fixefficientnet.reproduce.__main__", "fixefficient
 
 
 def draw(path: Path, label: int, seed: int) -> None:
-    """A picture whose colour tells its class, with noise on it."""
+    """An image whose colour tells its class, with noise on it."""
     generator = np.random.default_rng([label, seed])
     height, width = generator.integers(40, 90, 2)
     pixels = generator.integers(0, 160, (height, width, 3))
@@ -32,7 +32,7 @@ def draw(path: Path, label: int, seed: int) -> None:
 
 
 def mottle(path: Path, *seed: int) -> Path:
-    """A small picture of coloured blocks, like no other."""
+    """A small image of coloured blocks, like no other."""
     pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).resize((30, 36), Image.Resampling.NEAREST).save(path)

@@ -7,7 +7,7 @@ import gc
 import signal
 import sys
 
-from fixefficientnet import processes, requirements
+from fixefficientnet._internal import processes, requirements
 
 requirements.need_for_command_line()  # before these are imported: old ones may fail at that
 
@@ -18,7 +18,7 @@ from fixefficientnet.errors import FixEfficientNetError
 
 # the modules add their commands, which stand in this order in --help
 # isort: off
-from fixefficientnet.cli import zoo, measure, deploy  # noqa: F401
+from fixefficientnet.cli import zoo, evaluation, deployment  # noqa: F401
 # isort: on
 
 _EXTRAS = {"accelerate": "evaluate", "matplotlib": "evaluate", "torchmetrics": "evaluate"}

@@ -10,7 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fixefficientnet import __version__, processes, requirements
+from fixefficientnet._internal import processes, requirements
+from fixefficientnet._version import __version__
 
 app = typer.Typer(
     help="FixEfficientNet: pretrained EfficientNets, tuned for their test size by FixRes.",

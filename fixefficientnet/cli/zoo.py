@@ -16,14 +16,14 @@ from rich.table import Table
 
 from fixefficientnet import manifest
 from fixefficientnet.cli.app import AsJson, Engine, Fast, MixedPrecision, app, err, out, print_json
-from fixefficientnet.errors import FixEfficientNetError, PictureError
+from fixefficientnet.errors import FixEfficientNetError, ImageError
 from fixefficientnet.manifest import Variant
 
 if TYPE_CHECKING:
-    from fixefficientnet.preprocessing import PictureSource
+    from fixefficientnet.preprocessing import ImageSource
 
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
-PICTURE_SUFFIXES |= {".jfif", ".avif", ".jp2"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
+IMAGE_SUFFIXES |= {".jfif", ".avif", ".jp2"}
 
 
 @app.command("list")
@@ -92,7 +92,7 @@ def info(
         lines["sha256"] = weights.sha256
         if measured := weights.measured:
             lines["measured"] = (
-                f"top-1 {measured.top1} / top-5 {measured.top5} on {measured.pictures:,} pictures of {measured.dataset}"
+                f"top-1 {measured.top1} / top-5 {measured.top5} on {measured.images:,} images of {measured.dataset}"
             )
     if variant.note:
         lines["note"] = variant.note
@@ -106,7 +106,7 @@ def info(
 
 @app.command()
 def predict(
-    images: Annotated[list[str], typer.Argument(help="Files, folders, globs, or - for one picture on stdin.")],
+    images: Annotated[list[str], typer.Argument(help="Files, folders, globs, or - for one image on stdin.")],
     model: Annotated[str, typer.Option(help="A variant's name or alias.")] = manifest.DEFAULT_MODEL,
     pretrained: Annotated[
         str | None,
@@ -115,30 +115,33 @@ def predict(
             "Default: the published FixRes weights; 'backbone' for lite0, lite1 and lite2, which have none."
         ),
     ] = None,
-    topk: Annotated[int, typer.Option(min=1, help="Labels per picture.")] = 5,
+    topk: Annotated[int, typer.Option(min=1, help="Labels per image.")] = 5,
     as_json: AsJson = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, …  Default: cuda if there is one.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Pictures per forward pass. Default: 16, on a CPU 2.")
+        int | None, typer.Option(min=1, help="Images per forward pass. Default: 16, on a CPU 2.")
     ] = None,
     mixed_precision: MixedPrecision = "no",
     engine: Engine = "eager",
     fast_preprocessing: Fast = False,
 ) -> None:
-    """Classify pictures into ImageNet's 1000 classes."""
+    """Classify images into ImageNet's 1000 classes."""
     variant = manifest.find(model)
     failed: list[dict[str, str]] = []
 
-    def report(picture: "PictureSource", error: PictureError) -> None:
-        failed.append({"file": _shown(picture), "error": str(error)})
+    def report(image: "ImageSource", error: ImageError) -> None:
+        failed.append({"file": _shown(image), "error": str(error)})
         err.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
 
-    pictures = list(_pictures(images, report))
-    if not pictures and not as_json:  # no need for a model
+    sources = list(_images(images, report))
+    if not sources and not as_json:  # no need for a model
         _end_with(failed)
     import torch
 
-    from fixefficientnet import engines, prediction, processes, streams, zoo
+    from fixefficientnet import prediction, zoo
+    from fixefficientnet._internal import processes
+    from fixefficientnet._internal.threads import BATCH_SIZE, default_threads
+    from fixefficientnet.runtimes import engines
 
     if engine in engines.EXPORTED and device is None:
         device = "cpu"
@@ -155,30 +158,30 @@ def predict(
     said = f"{variant.title}, {'FixRes' if tuned else 'backbone'} weights, test size {network.preprocess.size}"
     if not tuned:
         said += " (not tuned by FixRes)"
-    batches = math.ceil(len(pictures) / (batch_size or streams.BATCH_SIZE))
-    at_once = 1 if engine == "compile" else streams.number(network, batches)
+    batches = math.ceil(len(sources) / (batch_size or BATCH_SIZE))
+    threads = 1 if engine == "compile" else default_threads(network, batches)
     with contextlib.ExitStack() as stack:
         if engine != "eager":
-            from fixefficientnet.evaluation.models import of_module
+            from fixefficientnet.models import from_module
 
-            opened = of_module(network)
+            loaded = from_module(network)
             if engine in engines.EXPORTED:
-                engines.exported(opened, opened.test, engine, lambda text: err.print(escape(text), soft_wrap=True))
-            running = engines.running(opened, opened.test, engine, streams=at_once, precision=mixed_precision)
+                engines.exported(loaded, loaded.test, engine, lambda text: err.print(escape(text), soft_wrap=True))
+            running = engines.running(loaded, loaded.test, engine, threads=threads, precision=mixed_precision)
             stack.enter_context(running)
         if mixed_precision != "no":
             stack.enter_context(torch.autocast(place.type, torch.bfloat16 if mixed_precision == "bf16" else torch.half))
         predictions = prediction.stream(
-            pictures, network, topk=topk, batch_size=batch_size, on_error=report, at_once=at_once
+            sources, network, topk=topk, batch_size=batch_size, on_error=report, threads=threads
         )
         if as_json:
-            found = [{"file": _shown(p.picture), "labels": [asdict(label) for label in p.labels]} for p in predictions]
+            found = [{"file": _shown(p.image), "labels": [asdict(label) for label in p.labels]} for p in predictions]
             kind = "fixres" if tuned else "backbone"
             print_json({"model": variant.key, "weights": kind, "predictions": found, "errors": failed})
         else:
             out.print(said, soft_wrap=True)
             for found_one in predictions:
-                out.print(f"\n[bold]{escape(_shown(found_one.picture))}[/]", soft_wrap=True)
+                out.print(f"\n[bold]{escape(_shown(found_one.image))}[/]", soft_wrap=True)
                 for label in found_one.labels:
                     out.print(f"  {label.probability:6.1%}  {escape(label.name)}", no_wrap=True, overflow="ellipsis")
     _end_with(failed)
@@ -190,30 +193,30 @@ def _end_with(failed: list[dict[str, str]]) -> None:
         raise typer.Exit(1)
 
 
-def _pictures(images: list[str], report: Any) -> Iterator["PictureSource"]:
-    """The pictures that the arguments mean, in a stable order."""
+def _images(images: list[str], report: Any) -> Iterator["ImageSource"]:
+    """The images that the arguments mean, in a stable order."""
     for image in images:
         if image == "-":
             if data := sys.stdin.buffer.read():
                 yield data
             else:
-                report(image, PictureError("Nothing came on stdin."))
+                report(image, ImageError("Nothing came on stdin."))
         elif os.path.isdir(image) or (glob.has_magic(image) and not os.path.exists(image)):
             pattern = os.path.join(glob.escape(image), "**", "*") if os.path.isdir(image) else image
-            files = [file for file in sorted(glob.glob(pattern, recursive=True)) if _is_picture(file)]
+            files = [file for file in sorted(glob.glob(pattern, recursive=True)) if _is_image(file)]
             if not files:
-                report(image, PictureError(f"There are no pictures in {image} (files ending in .jpg, .png, .webp, …)."))
+                report(image, ImageError(f"There are no images in {image} (files ending in .jpg, .png, .webp, …)."))
             yield from map(os.path.normpath, files)
         else:
             yield image
 
 
-def _is_picture(file: str) -> bool:
-    return Path(file).suffix.lower() in PICTURE_SUFFIXES and os.path.isfile(file)
+def _is_image(file: str) -> bool:
+    return Path(file).suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(file)
 
 
-def _shown(picture: "PictureSource") -> str:
-    return "-" if isinstance(picture, bytes) else str(picture)
+def _shown(image: "ImageSource") -> str:
+    return "-" if isinstance(image, bytes) else str(image)
 
 
 def _device(name: str | None) -> str:

@@ -1,1 +1,1 @@
-"""Measure models on labelled pictures: accuracy, at one size and over sizes, beside each other and the paper."""
+"""Measure models on labelled images: accuracy, at one size and over sizes, beside each other and the paper."""

@@ -31,7 +31,7 @@ class PooledActivations:
     def __init__(self, model: nn.Module):
         self._classifier = model.get_submodule(delta.find_classifier(model))
         self._sums: Tensor | None = None  # float64 [3, channels]: values, squares, near zero
-        self._pictures = 0
+        self._images = 0
 
     def __enter__(self) -> "PooledActivations":
         self._hook = self._classifier.register_forward_pre_hook(self._watch)
@@ -44,21 +44,21 @@ class PooledActivations:
         pooled = inputs[0].detach().flatten(1).to("cpu", torch.float64)
         sums = torch.stack([pooled.sum(0), pooled.square().sum(0), (pooled.abs() < NEAR_ZERO).double().sum(0)])
         self._sums = sums if self._sums is None else self._sums + sums
-        self._pictures += len(pooled)
+        self._images += len(pooled)
 
     def summary(self, accelerator: "Accelerator") -> dict[str, float]:
-        """The figures over all processes' pictures, as JSON values.
+        """The figures over all processes' images, as JSON values.
 
         `near_zero`: share of near-zero activations, in [0, 1]; `mean`: of all; `mean_q25`, `mean_median`, `mean_q75`:
-        quartiles over the channels of each one's mean; `spread_*`: of each one's standard deviation over the pictures.
+        quartiles over the channels of each one's mean; `spread_*`: of each one's standard deviation over the images.
         """
-        parts: list[Any] = [(self._sums, self._pictures)]
+        parts: list[Any] = [(self._sums, self._images)]
         if accelerator.num_processes > 1:
             from accelerate.utils import gather_object
 
             parts = gather_object(parts)
         sums = torch.stack([part for part, _ in parts if part is not None]).sum(0)
-        values, squares, near_zero = sums / sum(pictures for _, pictures in parts)
+        values, squares, near_zero = sums / sum(images for _, images in parts)
         spread = (squares - values.square()).clamp(min=0).sqrt()
         found = {"near_zero": float(near_zero.mean()), "mean": float(values.mean())}
         for name, channels in (("mean", values), ("spread", spread)):

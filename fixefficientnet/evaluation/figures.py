@@ -1,4 +1,4 @@
-"""The pictures: accuracy and cost against test size, pooled activations, accuracy against parameters."""
+"""The images: accuracy and cost against test size, pooled activations, accuracy against parameters."""
 
 import hashlib
 import io
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fixefficientnet import manifest
+from fixefficientnet._internal.files import write_atomically
 from fixefficientnet.errors import EvaluationError
-from fixefficientnet.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -135,7 +135,7 @@ def sweep(rows: Sequence[Mapping[str, Any]]) -> "Figure":
         accuracy.errorbar(sizes, top1, spread, elinewidth=0.7, capsize=2, **looks[name])
         best = best_size(points)
         accuracy.plot(best, top1[sizes.index(best)], "*", markersize=14, color=looks[name]["color"], zorder=3)
-        rate.plot(sizes, [row["pictures_per_second"] for row in points], **looks[name])
+        rate.plot(sizes, [row["images_per_second"] for row in points], **looks[name])
     for network, points in {row["network"]: lines[row["model"]] for row in rows}.items():
         gmacs.plot([row["size"] for row in points], [row["gmacs"] for row in points], ".-", color="#333333")
         gmacs.annotate(
@@ -148,9 +148,9 @@ def sweep(rows: Sequence[Mapping[str, Any]]) -> "Figure":
         )
     accuracy.set_ylabel("top-1, %")
     gmacs.set_ylabel("GMACs")
-    rate.set_ylabel("pictures/s")
+    rate.set_ylabel("images/s")
     rate.set_xlabel("test size, pixels")
-    for axis, key in ((gmacs, "gmacs"), (rate, "pictures_per_second")):
+    for axis, key in ((gmacs, "gmacs"), (rate, "images_per_second")):
         axis.set_ylim(0, 1.15 * max(row[key] for row in rows))
     rate.set_xticks(sorted({row["size"] for row in rows}))
     _mark_sizes((accuracy, gmacs, rate), rows, [accuracy])
@@ -172,9 +172,7 @@ def activations(rows: Sequence[Mapping[str, Any]]) -> "Figure":
             low, middle, high = ([row[f"pooled_{key}_{q}"] for row in points] for q in ("q25", "median", "q75"))
             axis.plot(sizes, middle, **look)
             axis.fill_between(sizes, low, high, color=look["color"], alpha=0.15, linewidth=0)
-    for axis, label in zip(
-        axes, ("near zero, %", "mean of a channel", "spread of a channel over pictures"), strict=True
-    ):
+    for axis, label in zip(axes, ("near zero, %", "mean of a channel", "spread of a channel over images"), strict=True):
         axis.set_ylabel(label)
         axis.set_xlabel("test size, pixels")
         axis.set_xticks(sizes_of_all, sizes_of_all, rotation=90 if len(sizes_of_all) > 6 else 0, fontsize=9)

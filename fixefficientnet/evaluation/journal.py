@@ -11,36 +11,36 @@ from pathlib import Path
 from typing import Any
 
 from fixefficientnet.errors import EvaluationError
-from fixefficientnet.evaluation.outcome import Evaluation, Judgement
+from fixefficientnet.evaluation.outcome import Evaluation, ImagePrediction
 
 
 @dataclass
 class Finished:
-    """Pictures that are done.
+    """Images that are done.
 
     Attributes:
-        judgements: By picture index.
-        unreadable: Reason by picture index.
+        predictions: By image index.
+        unreadable: Reason by image index.
         seconds: What they took; of several processes, the one that took longest.
         notes: What belongs to the whole, the latest of each key.
     """
 
-    judgements: dict[int, Judgement] = field(default_factory=dict)
+    predictions: dict[int, ImagePrediction] = field(default_factory=dict)
     unreadable: dict[int, str] = field(default_factory=dict)
     seconds: float = 0.0
     notes: dict[str, Any] = field(default_factory=dict)
 
     def add(self, other: "Finished") -> None:
         """Takes in what another process finished at the same time."""
-        self.judgements |= other.judgements
+        self.predictions |= other.predictions
         self.unreadable |= other.unreadable
         self.seconds = max(self.seconds, other.seconds)
         self.notes |= other.notes
 
-    def evaluation(self, size: int, crop_pct: float, pictures: int) -> Evaluation:
-        """The whole; all pictures must be in."""
-        judgements = tuple(self.judgements.get(index) for index in range(pictures))
-        return Evaluation(size, crop_pct, judgements, dict(sorted(self.unreadable.items())), self.seconds)
+    def evaluation(self, size: int, crop_pct: float, images: int) -> Evaluation:
+        """The whole; all images must be in."""
+        predictions = tuple(self.predictions.get(index) for index in range(images))
+        return Evaluation(size, crop_pct, predictions, dict(sorted(self.unreadable.items())), self.seconds)
 
 
 class Journal:
@@ -72,20 +72,20 @@ class Journal:
             part = Finished()
             for line in _lines(file):
                 if "indices" in line:
-                    part.judgements |= zip(line["indices"], map(_judgement, line["judgements"]), strict=True)
+                    part.predictions |= zip(line["indices"], map(_prediction, line["predictions"]), strict=True)
                     part.unreadable |= {int(index): reason for index, reason in line["unreadable"].items()}
                     part.seconds += line["seconds"]
                 else:
                     part.notes |= line
             found.add(part)
-        mended = found.unreadable.keys() & found.judgements.keys()
-        found.unreadable = {index: why for index, why in found.unreadable.items() if index not in mended}
+        fixed = found.unreadable.keys() & found.predictions.keys()
+        found.unreadable = {index: why for index, why in found.unreadable.items() if index not in fixed}
         return found
 
     def write(self, batch: Finished) -> None:
         """Appends one finished batch."""
-        rows = [[*judgement] for judgement in batch.judgements.values()]
-        line = {"indices": [*batch.judgements], "judgements": rows}
+        rows = [[*prediction] for prediction in batch.predictions.values()]
+        line = {"indices": [*batch.predictions], "predictions": rows}
         self._append(line | {"unreadable": batch.unreadable, "seconds": batch.seconds})
 
     def note(self, values: Mapping[str, Any]) -> None:
@@ -101,7 +101,7 @@ class Journal:
                 stream.write(b"\n" * (stream.tell() > 0) + json.dumps(values).encode())
         except OSError as error:
             raise EvaluationError(
-                f"{file} cannot be written: {error.strerror}. Once that is mended, go on from the batches before."
+                f"{file} cannot be written: {error.strerror}. Once that is fixed, go on from the batches before."
             ) from error
 
 
@@ -113,9 +113,9 @@ def load(path: Path) -> Evaluation:
     """
     found = Journal(path).read()
     notes = found.notes
-    if not {"size", "crop_pct", "pictures"} <= notes.keys():
+    if not {"size", "crop_pct", "images"} <= notes.keys():
         raise EvaluationError(f"{path}.*.jsonl is no evaluation, or an unfinished one.")
-    return found.evaluation(notes["size"], notes["crop_pct"], notes["pictures"])
+    return found.evaluation(notes["size"], notes["crop_pct"], notes["images"])
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -128,6 +128,6 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
             yield values
 
 
-def _judgement(row: list[Any]) -> Judgement:
-    labels, guesses, confidence, loss = row
-    return Judgement(tuple(labels), tuple(guesses), confidence, loss)
+def _prediction(row: list[Any]) -> ImagePrediction:
+    labels, predicted, confidence, loss = row
+    return ImagePrediction(tuple(labels), tuple(predicted), confidence, loss)

@@ -1,4 +1,4 @@
-"""What an evaluation found: one judgement per picture, and the figures that follow from them."""
+"""What an evaluation found: one prediction per image, and the figures that follow from them."""
 
 import math
 from collections import Counter
@@ -15,103 +15,103 @@ from fixefficientnet.evaluation.statistics import wilson
 CALIBRATION_BINS = 15
 
 
-class Judgement(NamedTuple):
-    """What a model made of one picture.
+class ImagePrediction(NamedTuple):
+    """What a model made of one image.
 
     Attributes:
-        labels: The classes that count as right: one; of ReaL labels, any number.
-        guesses: The classes of the largest logits, best first, five or as many as there are.
-        confidence: Softmax probability of the best guess, in [0, 1].
+        labels: The classes that count as correct: one; of ReaL labels, any number.
+        top5: The classes of the largest logits, best first; fewer than five where there are fewer.
+        confidence: Softmax probability of the top-1 prediction, in [0, 1].
         loss: Cross-entropy, in nats.
     """
 
     labels: tuple[int, ...]
-    guesses: tuple[int, ...]
+    top5: tuple[int, ...]
     confidence: float
     loss: float
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one model made of one data set at one size.
+    """What one model made of one dataset at one size.
 
     Attributes:
         size: Test size, in pixels.
         crop_pct: See `TestTime`.
-        judgements: Per picture, in the data set's order; None where the picture was not judged.
-        unreadable: Why not, by picture index; a picture without a ReaL label is not judged either, but not in here.
+        predictions: Per image, in the dataset's order; None where the image was not evaluated.
+        unreadable: Why not, by image index; an image without a ReaL label is not evaluated either, but not in here.
         seconds: What it took, loading included; no part of the result.
     """
 
     size: int
     crop_pct: float
-    judgements: tuple[Judgement | None, ...] = field(repr=False)
+    predictions: tuple[ImagePrediction | None, ...] = field(repr=False)
     unreadable: Mapping[int, str] = field(default_factory=dict)
     seconds: float = field(default=0.0, compare=False)
 
     @cached_property
-    def judged(self) -> list[Judgement]:
-        """The judgements that there are, in order."""
-        return [judgement for judgement in self.judgements if judgement is not None]
+    def evaluated(self) -> list[ImagePrediction]:
+        """The predictions that there are, in order."""
+        return [prediction for prediction in self.predictions if prediction is not None]
 
     @property
-    def pictures(self) -> int:
-        """How many were judged; unreadable ones are not."""
-        return len(self.judged)
+    def images(self) -> int:
+        """How many were evaluated; unreadable ones are not."""
+        return len(self.evaluated)
 
     @cached_property
-    def right(self) -> str:
-        """Per picture: is the best guess right? "1", "0", or "-" where it was not judged."""
-        return self._marks(1)
+    def correct(self) -> str:
+        """Per image: is the top-1 prediction correct? "1", "0", or "-" where it was not evaluated."""
+        return self._correct(1)
 
     @cached_property
-    def right5(self) -> str:
-        """The same for the best five guesses."""
-        return self._marks(5)
+    def correct5(self) -> str:
+        """The same for the top-5 predictions."""
+        return self._correct(5)
 
-    def _marks(self, best: int) -> str:
+    def _correct(self, best: int) -> str:
         return "".join(
-            "-" if j is None else "01"[not set(j.guesses[:best]).isdisjoint(j.labels)] for j in self.judgements
+            "-" if j is None else "01"[not set(j.top5[:best]).isdisjoint(j.labels)] for j in self.predictions
         )
 
     @property
     def top1(self) -> float:
         """Top-1 accuracy, in per cent."""
-        return 100 * self.right.count("1") / self.pictures
+        return 100 * self.correct.count("1") / self.images
 
     @property
     def top5(self) -> float:
         """Top-5 accuracy, in per cent."""
-        return 100 * self.right5.count("1") / self.pictures
+        return 100 * self.correct5.count("1") / self.images
 
     @property
     def interval(self) -> tuple[float, float]:
         """95% interval of `top1` (Wilson), in per cent."""
-        return wilson(self.right.count("1"), self.pictures)
+        return wilson(self.correct.count("1"), self.images)
 
     @property
     def interval5(self) -> tuple[float, float]:
         """95% interval of `top5` (Wilson), in per cent."""
-        return wilson(self.right5.count("1"), self.pictures)
+        return wilson(self.correct5.count("1"), self.images)
 
     @property
     def loss(self) -> float:
         """Mean cross-entropy, in nats."""
-        return math.fsum(judgement.loss for judgement in self.judged) / self.pictures
+        return math.fsum(prediction.loss for prediction in self.evaluated) / self.images
 
     @property
     def calibration_error(self) -> float:
-        """Expected calibration error of the best guess: 15 bins of equal width, L1; in [0, 1]."""
+        """Expected calibration error of the top-1 prediction: 15 bins of equal width, L1; in [0, 1]."""
         from torchmetrics.functional.classification import binary_calibration_error
 
-        confidence = torch.tensor([judgement.confidence for judgement in self.judged])
-        right = torch.tensor([mark == "1" for mark in self.right if mark != "-"]).long()
-        return float(binary_calibration_error(confidence, right, n_bins=CALIBRATION_BINS, norm="l1"))
+        confidence = torch.tensor([prediction.confidence for prediction in self.evaluated])
+        correct = torch.tensor([digit == "1" for digit in self.correct if digit != "-"]).long()
+        return float(binary_calibration_error(confidence, correct, n_bins=CALIBRATION_BINS, norm="l1"))
 
     @property
     def rate(self) -> float | None:
-        """Pictures per second, loading included."""
-        return len(self.judgements) / self.seconds if self.seconds else None
+        """Images per second, loading included."""
+        return len(self.predictions) / self.seconds if self.seconds else None
 
     def summary(self) -> dict[str, Any]:
         """The figures alone, as JSON values."""
@@ -119,7 +119,7 @@ class Evaluation:
         return {
             "size": self.size,
             "crop_pct": self.crop_pct,
-            "pictures": self.pictures,
+            "images": self.images,
             "unreadable": len(self.unreadable),
             "top1": self.top1,
             "top1_low": low,
@@ -131,55 +131,55 @@ class Evaluation:
         }
 
     def relabelled(self, labels: Sequence[Sequence[int]]) -> "Evaluation":
-        """The same guesses held against other labels; the loss stays that of the original ones.
+        """The same predictions held against other labels; the loss stays that of the original ones.
 
         Args:
-            labels: Per picture, the classes that count as right; a picture without any does not count.
+            labels: Per image, the classes that count as correct; an image without any does not count.
 
         Raises:
-            EvaluationError: None of the judged pictures has a label.
+            EvaluationError: None of the evaluated images has a label.
         """
-        judgements = tuple(
-            judgement._replace(labels=tuple(allowed)) if judgement and allowed else None
-            for judgement, allowed in zip(self.judgements, labels, strict=True)
+        predictions = tuple(
+            prediction._replace(labels=tuple(allowed)) if prediction and allowed else None
+            for prediction, allowed in zip(self.predictions, labels, strict=True)
         )
-        if not any(judgements):
-            raise EvaluationError("None of the judged pictures has such a label.")
-        return replace(self, judgements=judgements)
+        if not any(predictions):
+            raise EvaluationError("None of the evaluated images has such a label.")
+        return replace(self, predictions=predictions)
 
     def per_class(self) -> list[dict[str, Any]]:
-        """One row per class that has pictures: counts, accuracy, interval, the commonest wrong guess.
+        """One row per class that has images: counts, accuracy, interval, the most common wrong prediction.
 
         Raises:
-            EvaluationError: Pictures have more than one label each.
+            EvaluationError: Images have more than one label each.
         """
-        if any(len(judgement.labels) != 1 for judgement in self.judged):
-            raise EvaluationError("A table per class needs one label per picture, which ReaL labels are not.")
+        if any(len(prediction.labels) != 1 for prediction in self.evaluated):
+            raise EvaluationError("A table per class needs one label per image, which ReaL labels are not.")
         from torchmetrics.functional.classification import multiclass_stat_scores
 
-        labels = [judgement.labels[0] for judgement in self.judged]
-        guesses = [judgement.guesses[0] for judgement in self.judged]
-        classes = sorted({*labels, *guesses})
+        labels = [prediction.labels[0] for prediction in self.evaluated]
+        predicted = [prediction.top5[0] for prediction in self.evaluated]
+        classes = sorted({*labels, *predicted})
         number = {name: index for index, name in enumerate(classes)}
         scores = multiclass_stat_scores(
-            torch.tensor([number[guess] for guess in guesses]),
+            torch.tensor([number[label] for label in predicted]),
             torch.tensor([number[label] for label in labels]),
             num_classes=max(2, len(classes)),
             average=None,
         ).tolist()
         top5: Counter[int] = Counter()
         wrong: dict[int, Counter[int]] = {label: Counter() for label in labels}
-        for judgement in self.judged:
-            (label,), (guess, *_) = judgement.labels, judgement.guesses
-            top5[label] += label in judgement.guesses
-            if guess != label:
-                wrong[label][guess] += 1
+        for prediction in self.evaluated:
+            (label,), (first, *_) = prediction.labels, prediction.top5
+            top5[label] += label in prediction.top5
+            if first != label:
+                wrong[label][first] += 1
         rows = []
         for label in sorted(wrong):
-            right, false, _, _, pictures = scores[number[label]]
-            low, high = wilson(right, pictures)
-            row = {"class": label, "pictures": pictures, "top1": 100 * right / pictures, "top1_low": low}
-            row |= {"top1_high": high, "top5": 100 * top5[label] / pictures, "false_positives": false}
+            correct, false, _, _, images = scores[number[label]]
+            low, high = wilson(correct, images)
+            row = {"class": label, "images": images, "top1": 100 * correct / images, "top1_low": low}
+            row |= {"top1_high": high, "top5": 100 * top5[label] / images, "false_positives": false}
             common = wrong[label].most_common(1)
             row |= {"taken_for": common[0][0] if common else None, "times": common[0][1] if common else 0}
             rows.append(row)

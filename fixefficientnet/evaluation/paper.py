@@ -15,9 +15,9 @@ NOISE = 0.1
 ROUNDING = 0.05
 """The paper gives one decimal."""
 IMAGENET = (50_000, 1000)
-"""Pictures and classes of ImageNet-2012's validation set: only there the paper's figures can be compared."""
+"""Images and classes of ImageNet-2012's validation set: only there the paper's figures can be compared."""
 IMAGENET_NAME = "imagenet-1k"
-"""What a manifest's measured data set begins with where it is that."""
+"""What a manifest's measured dataset begins with where it is that."""
 
 
 def within_noise(difference: float) -> bool:
@@ -32,7 +32,7 @@ class Result:
     Attributes:
         variant: Its key.
         source: A run's report, or "published".
-        pictures: How many it is of.
+        images: How many it is of.
         comparable: Whether it was measured on what the paper's was.
         base: Of the untuned model at its train size; None where that is not told.
         fix: Of the tuned one.
@@ -40,7 +40,7 @@ class Result:
 
     variant: str
     source: str
-    pictures: int
+    images: int
     comparable: bool
     base: Accuracy | None
     fix: Accuracy
@@ -53,9 +53,9 @@ def published() -> list[Result]:
         measured = variant.weights.measured if variant.weights else None
         if measured:
             named = measured.dataset.lower().startswith((IMAGENET_NAME, "imagenet-2012"))
-            comparable = named and measured.pictures == IMAGENET[0]
+            comparable = named and measured.images == IMAGENET[0]
             fix = Accuracy(variant.test.size, measured.top1, measured.top5)
-            found.append(Result(variant.key, "published", measured.pictures, comparable, None, fix))
+            found.append(Result(variant.key, "published", measured.images, comparable, None, fix))
     return found
 
 
@@ -83,11 +83,9 @@ def _of_report(file: Path) -> Result | None:
         if "tuned" not in measured:  # a base stage
             return None
         base = _accuracy(measured["base"]) if "base" in measured else None
-        pictures = int(measured["tuned"]["pictures"])
+        images = int(measured["tuned"]["images"])
         comparable = bool((report.get("paper") or {}).get("comparable"))
-        return Result(
-            str(report["variant"]), str(file.parent), pictures, comparable, base, _accuracy(measured["tuned"])
-        )
+        return Result(str(report["variant"]), str(file.parent), images, comparable, base, _accuracy(measured["tuned"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvaluationError(f"{file} is no report of a fine-tuning run: {error!r}.") from error
 
@@ -139,7 +137,7 @@ def _beside(result: Result, base: Accuracy, fix: Accuracy) -> dict[str, Any]:
 
 
 def elsewhere(results: Iterable[Result]) -> list[Result]:
-    """Results that cannot stand beside the paper's: of other pictures or sizes, or of a model that is not in it."""
+    """Results that cannot stand beside the paper's: of other images or sizes, or of a model that is not in it."""
     of_paper = {variant.key: variant for variant in _of_paper()}
     return [
         result for result in results if result.variant not in of_paper or not _fits(result, of_paper[result.variant])

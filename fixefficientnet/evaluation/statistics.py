@@ -21,11 +21,11 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two models on the same pictures.
+    """Two models on the same images.
 
     Attributes:
-        both: How many pictures both get right.
-        only_first: How many the first alone gets right.
+        both: How many images both classify correctly.
+        only_first: How many the first alone classifies correctly.
         only_second: How many the second alone.
         neither: How many none of them.
     """
@@ -36,14 +36,14 @@ class Comparison:
     neither: int
 
     @property
-    def pictures(self) -> int:
-        """How many both models judged."""
+    def images(self) -> int:
+        """How many both models evaluated."""
         return self.both + self.only_first + self.only_second + self.neither
 
     @property
     def difference(self) -> float:
         """Top-1 of the second less that of the first, in points."""
-        return 100 * (self.only_second - self.only_first) / self.pictures
+        return 100 * (self.only_second - self.only_first) / self.images
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -53,7 +53,7 @@ class Comparison:
         paired data, Statistics in Medicine 17 (1998), method 10: the Wilson intervals of both shares, joined with
         the correlation of the two.
         """
-        n, first, second = self.pictures, self.both + self.only_first, self.both + self.only_second
+        n, first, second = self.images, self.both + self.only_first, self.both + self.only_second
         cross: float = self.both * self.neither - self.only_first * self.only_second
         if cross > 0:
             cross = max(cross - n / 2, 0)  # Newcombe's continuity correction
@@ -72,28 +72,28 @@ class Comparison:
         The two-sided probability of a difference at least as large if neither model were better.
         """
         trials = self.only_first + self.only_second
-        ways = tail = 1  # to choose k of the trials: for k = 0, and summed up
+        count = tail = 1  # of choices of k of the trials: for k = 0, and summed up
         for k in range(min(self.only_first, self.only_second)):
-            ways = ways * (trials - k) // (k + 1)
-            tail += ways
+            count = count * (trials - k) // (k + 1)
+            tail += count
         return min(1.0, 2 * tail / (1 << trials))
 
 
 def compare(first: str, second: str) -> Comparison:
-    """Compares two evaluations of the same pictures.
+    """Compares two evaluations of the same images.
 
     Args:
-        first: `Evaluation.right` of the first.
-        second: Of the second. Pictures that one of them did not judge do not count.
+        first: `Evaluation.correct` of the first.
+        second: Of the second. Images that one of them did not evaluate do not count.
 
     Raises:
-        DataError: They are not of the same number of pictures, or have none in common.
+        DataError: They are not of the same number of images, or have none in common.
     """
     if len(first) != len(second):
-        raise DataError(f"Evaluations of {len(first)} and of {len(second)} pictures cannot be paired.")
+        raise DataError(f"Evaluations of {len(first)} and of {len(second)} images cannot be paired.")
     pairs = list(zip(first, second, strict=True))
     counts = (pairs.count(pair) for pair in (("1", "1"), ("1", "0"), ("0", "1"), ("0", "0")))
     found = Comparison(*counts)
-    if not found.pictures:
-        raise DataError("There is no picture that both evaluations judged.")
+    if not found.images:
+        raise DataError("There is no image that both evaluations evaluated.")
     return found

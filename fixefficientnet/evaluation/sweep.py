@@ -4,11 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fixefficientnet import cost
 from fixefficientnet.errors import EvaluationError
-from fixefficientnet.evaluation import results
+from fixefficientnet.evaluation import cost, tables
 from fixefficientnet.evaluation.evaluate import Measured, Settings
-from fixefficientnet.evaluation.models import Opened, open_model
+from fixefficientnet.models import LoadedModel, open_model
 
 
 def sizes_of(text: str) -> list[int]:
@@ -33,22 +32,25 @@ def sizes_of(text: str) -> list[int]:
     return sorted(found)
 
 
-def with_untuned(names: Sequence[str]) -> list[Opened]:
+def with_untuned(names: Sequence[str]) -> list[LoadedModel]:
     """Opens models; before each that FixRes tuned comes the same one untuned, where that is known."""
-    opened: dict[str, Opened] = {}
+    loaded: dict[str, LoadedModel] = {}
     for name in names:
         one = open_model(name)
-        if one.untuned and one.untuned not in opened:
+        if one.untuned and one.untuned not in loaded:
             base = open_model(one.untuned)
             # only then the difference is FixRes alone
             test = replace(base.test, crop_pct=one.test.crop_pct, interpolation=one.test.interpolation)
-            opened[one.untuned] = replace(base, test=test)
-        opened.setdefault(name, one)
-    return list(opened.values())
+            loaded[one.untuned] = replace(base, test=test)
+        loaded.setdefault(name, one)
+    return list(loaded.values())
 
 
 def sweep(
-    models: Sequence[Opened], sizes: Sequence[int], settings: Settings, take: Callable[[Opened, Settings], Measured]
+    models: Sequence[LoadedModel],
+    sizes: Sequence[int],
+    settings: Settings,
+    take: Callable[[LoadedModel, Settings], Measured],
 ) -> list[dict[str, Any]]:
     """Measures each model at each size.
 
@@ -59,18 +61,18 @@ def sweep(
         take: Measures one.
 
     Returns:
-        One row per model and size: `results.row`, what a picture costs in `gmacs` (billions of multiply-adds), the
+        One row per model and size: `tables.row`, what an image costs in `gmacs` (billions of multiply-adds), the
         sizes that the model was trained at (`train_size`) and is meant for (`test_size`, and the paper's), and
         the pooled activations' figures where they were asked for.
     """
     rows = []
-    for opened in models:
-        paper = opened.variant.paper if opened.variant else None
-        every = [take(opened, replace(settings, size=size)) for size in sizes]
-        gmacs = cost.gmacs(opened.architecture, sizes, opened.num_classes)
+    for loaded in models:
+        paper = loaded.variant.paper if loaded.variant else None
+        every = [take(loaded, replace(settings, size=size)) for size in sizes]
+        gmacs = cost.gmacs(loaded.architecture, sizes, loaded.num_classes)
         for size, measured in zip(sizes, every, strict=True):
-            row = {"network": opened.architecture, **results.row(measured), "gmacs": gmacs[size]}
-            row |= {"train_size": opened.train_size, "test_size": opened.test.size}
+            row = {"network": loaded.architecture, **tables.row(measured), "gmacs": gmacs[size]}
+            row |= {"train_size": loaded.train_size, "test_size": loaded.test.size}
             row["paper_size"] = paper.fix.test_size if paper else None
             if measured.activations:
                 row |= {f"pooled_{key}": value for key, value in measured.activations.items()}

@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from fixefficientnet import manifest
 from fixefficientnet.evaluation.paper import IMAGENET_NAME
-from fixefficientnet.publishing import rows
+from fixefficientnet.publishing import manifest_rows
 from fixefficientnet.reproduce.report import PAIRED
 
 CITATION = r"""
@@ -104,7 +104,7 @@ def _figures(models: Entries) -> str:
     for key, entry in models.items():
         measured, paper = entry["measured"], entry["paper"]
         tuned = measured["tuned"]
-        cells = [f"`{key}`", f"{entry['parameters'] / 1e6:.1f}M", f"{entry['dataset']}, {tuned['pictures']:,} pictures"]
+        cells = [f"`{key}`", f"{entry['parameters'] / 1e6:.1f}M", f"{entry['dataset']}, {tuned['images']:,} images"]
         cells += [_accuracy(measured.get(name)) for name in ("base", "base_at_test")]
         cells += [f"**{_accuracy(tuned)}**", f"{tuned['top1_low']:.2f} to {tuned['top1_high']:.2f}"]
         cells += [
@@ -116,14 +116,14 @@ def _figures(models: Entries) -> str:
     if elsewhere:
         lines += [
             "",
-            "The paper's figures are of ImageNet-2012's 50,000 validation pictures; those measured for "
+            "The paper's figures are of ImageNet-2012's 50,000 validation images; those measured for "
             f"{', '.join(elsewhere)} are of others and cannot be compared with them.",
         ]
     for key, entry in models.items():
         if test := entry[PAIRED]:
             lines += [
                 "",
-                f"`{key}`: FixRes against untuned at the same size, on the same pictures: {test['difference']:+.2f} "
+                f"`{key}`: FixRes against untuned at the same size, on the same images: {test['difference']:+.2f} "
                 f"points (95%: {test['difference_low']:+.2f} to {test['difference_high']:+.2f}; McNemar's exact test: "
                 f"p = {test['p']:.2g}).",
             ]
@@ -151,7 +151,7 @@ model = timm.create_model("{timm_name}", pretrained=weights)
 model = torch.hub.load("REPO", "fixefficientnet_{key}", pretrained=weights)
 
 model.eval()
-logits = model(model.preprocess("picture.jpg")[None])
+logits = model(model.preprocess("image.jpg")[None])
 ```
 
 Where the package's manifest (or the one that `FIXEFFICIENTNET_MANIFEST` names) has these weights, `pretrained=True`
@@ -165,12 +165,12 @@ def _recipe(key: str, entry: Mapping[str, Any]) -> str:
     said = ", ".join(f"{name} {number}" for name, number in entry["libraries"].items())
     return (
         f"<details><summary><code>{key}</code>: test size {test['size']}, {entry['recipe']['method']}, "
-        f"{entry['train_pictures']:,} pictures, {entry['processes']} "
+        f"{entry['train_images']:,} images, {entry['processes']} "
         f"{'process' if entry['processes'] == 1 else 'processes'}</summary>\n\n"
         f"Backbone `{entry['backbone']}`; file `{entry['file']}`, {entry['bytes']:,} bytes, sha256 "
         f"`{entry['sha256']}`; test time: crop_pct {test['crop_pct']:g}, {test['interpolation']}, mean "
         f"{tuple(test['mean'])}, std {tuple(test['std'])}; cross-entropy {tuned['loss']:.4f}. Made with {said}.\n\n"
-        f"```json\n{rows.dumps(entry['recipe'])}\n```\n\n</details>"
+        f"```json\n{manifest_rows.dumps(entry['recipe'])}\n```\n\n</details>"
     )
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from fixefficientnet import manifest
 from fixefficientnet.errors import PublishError
-from fixefficientnet.publishing import card, rows
-from fixefficientnet.publishing.places import INDEX, Place, Present, check_name
-from fixefficientnet.publishing.runs import Run
+from fixefficientnet.publishing import card, manifest_rows
+from fixefficientnet.publishing.checks import Run
+from fixefficientnet.publishing.repository import INDEX, Place, Present, check_name
 
 CARD = "README.md"
 FIRST = "v1.0"
@@ -151,7 +151,7 @@ def publish(runs: Sequence[Run], chosen: Plan, place: Place, present: Present, m
         ManifestError: The manifest's file cannot take the rows; found before anything is published.
     """
     keys = [run.variant.key for run in runs]
-    rows.updated(manifest_file, runs, chosen.repository, dict.fromkeys(keys, "0" * 40))
+    manifest_rows.updated(manifest_file, runs, chosen.repository, dict.fromkeys(keys, "0" * 40))
     tagged = present.tags.get(chosen.version)
     if chosen.files:
         revision = place.commit(chosen.files, chosen.message, present.head)
@@ -168,6 +168,6 @@ def publish(runs: Sequence[Run], chosen: Plan, place: Place, present: Present, m
             ) from error
     tags = {**present.tags, chosen.version: revision}
     revisions = {key: tags.get(str(chosen.models[key].get("version")), revision) for key in keys}
-    text = rows.updated(manifest_file, runs, chosen.repository, revisions)
-    rows.write(manifest_file, text)
+    text = manifest_rows.updated(manifest_file, runs, chosen.repository, revisions)
+    manifest_rows.write(manifest_file, text)
     return Published(chosen, revisions, text)

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-from fixefficientnet import manifest, processes, requirements
+from fixefficientnet import manifest
+from fixefficientnet._internal import processes, requirements
 
 requirements.need_for_command_line()  # before these are imported: old ones may fail at that
 
@@ -40,7 +41,7 @@ def reproduce(
         ),
     ] = None,
     data_root: Annotated[
-        str | None, typer.Option(help="Where a named data set lies or is cached, such as wds/ shards.")
+        str | None, typer.Option(help="Where a named dataset lies or is cached, such as wds/ shards.")
     ] = None,
     train_split: Annotated[str, typer.Option(help="Split to train on.")] = "train",
     val_split: Annotated[str, typer.Option(help="Split to measure on.")] = "validation",
@@ -68,7 +69,7 @@ def reproduce(
     ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Train nothing; print what it would take.")] = False,
     throughput: Annotated[
-        float | None, typer.Option(help="For --plan: what a device sustains, in GMAC/s (pictures/s x GMACs each).")
+        float | None, typer.Option(help="For --plan: what a device sustains, in GMAC/s (images/s x GMACs each).")
     ] = None,
     devices: Annotated[int, typer.Option(min=1, help="For --plan: how many devices share a batch.")] = 1,
     workers: Annotated[int, typer.Option("--workers", "-j", min=0, help="Loading processes per device.")] = 4,
@@ -80,7 +81,7 @@ def reproduce(
     keep_features: Annotated[
         bool, typer.Option("--keep-features", help="Keep cached features, for other runs under --output to use.")
     ] = False,
-    max_unreadable: Annotated[float, typer.Option(min=0, max=1, help="Tolerated share of bad pictures.")] = 0.01,
+    max_unreadable: Annotated[float, typer.Option(min=0, max=1, help="Tolerated share of bad images.")] = 0.01,
     checkpoint_steps: Annotated[int, typer.Option(min=1, help="Save after so many steps.")] = 1000,
     checkpoint_minutes: Annotated[float, typer.Option(min=0, help="Save after so many minutes.")] = 10.0,
 ) -> None:
@@ -92,7 +93,7 @@ def reproduce(
       torchrun --nproc-per-node N -m fixefficientnet.reproduce …
       accelerate launch -m fixefficientnet.reproduce …
     """  # noqa: D301 - a backspace tells click to leave the lines as they are
-    from fixefficientnet import networks
+    from fixefficientnet import models
     from fixefficientnet.reproduce import recipe as recipes
 
     subjects = _subjects(variants or [], all_, backbone)
@@ -109,7 +110,7 @@ def reproduce(
     if throughput is not None and not (math.isfinite(throughput) and throughput > 0):
         raise typer.BadParameter(f"--throughput {throughput}: it is a number above 0, in GMAC/s.")
     if checkpoint is not None:
-        described = networks.description(checkpoint)
+        described = models.description(checkpoint)
         choices["train_size"] = train_size or described.get("train_size")
     if plan:
         planned = [recipes.resolve(subject, choices, set_ or []) for subject in subjects]
@@ -175,14 +176,14 @@ def _print_plan(
 ) -> None:
     from fixefficientnet.reproduce import plan
 
-    pictures, num_classes = plan.IMAGENET, 1000
+    images, num_classes = plan.IMAGENET, 1000
     if where[0] is not None:
-        from fixefficientnet.data import open_pictures
+        from fixefficientnet.data.dataset import open_dataset
 
-        train, validation = (open_pictures(where[0], split, root=where[1]) for split in where[2:])
-        pictures = len(train), len(validation)
+        train, validation = (open_dataset(where[0], split, root=where[1]) for split in where[2:])
+        images = len(train), len(validation)
         num_classes = 1000 if train.imagenet else len(train.classes) or 1000
-    plans = [plan.plan(recipe, pictures=pictures, num_classes=num_classes, devices=devices) for recipe in planned]
+    plans = [plan.plan(recipe, images=images, num_classes=num_classes, devices=devices) for recipe in planned]
     console = Console(highlight=False)
     if len(plans) == 1:
         grid = Table.grid(padding=(0, 2))
@@ -198,8 +199,8 @@ def _print_plan(
         shown.add_row(*row)
     console.print(shown)
     console.print(
-        f"For {pictures[0]:,} pictures to train on, {pictures[1]:,} to measure on. trained: values that change. GMACs: "
-        "billions of multiply-adds per picture. memory: tensors per device, float32. "
+        f"For {images[0]:,} images to train on, {images[1]:,} to measure on. trained: values that change. GMACs: "
+        "billions of multiply-adds per image. memory: tensors per device, float32. "
         + ("hours: of one device." if throughput else "EMACs: 10^18 multiply-adds in all; hours with --throughput.")
     )
 
@@ -217,9 +218,7 @@ def main() -> None:
             where = f" (process {rank})" if rank else ""
             text = str(error)
             if isinstance(error, OSError) and not isinstance(error, FixEfficientNetError):
-                text = (
-                    f"{error.filename or 'Writing'}: {error.strerror}. Once that is mended, the same command goes on."
-                )
+                text = f"{error.filename or 'Writing'}: {error.strerror}. Once that is fixed, the same command goes on."
             err.print(f"[red]Error{where}:[/] {escape(text)}", soft_wrap=True)
         processes.leave(1)
     except ModuleNotFoundError as error:

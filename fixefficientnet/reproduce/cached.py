@@ -1,8 +1,8 @@
-"""Fine-tuning on features: the backbone sees each picture a few times only, however many epochs follow.
+"""Fine-tuning on features: the backbone sees each image a few times only, however many epochs follow.
 
 One pass re-estimates the head norm's statistics at the test size, exactly. One pass computes the pooled
 features of each view with that norm in place. Then the classifier trains on them. Statistics and features
-are computed in fixed shards of pictures, each saved when done: a killed run goes on with the next shard, and
+are computed in fixed shards of images, each saved when done: a killed run goes on with the next shard, and
 any number of processes shares them out without changing a bit of the result.
 """
 
@@ -24,9 +24,10 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from fixefficientnet import delta
-from fixefficientnet.data import Batch, Pictures, Transform, load_batches, shard_tasks
+from fixefficientnet._internal.files import write_atomically
+from fixefficientnet.data.dataset import ImageDataset
+from fixefficientnet.data.loading import Batch, Transform, load_batches, shard_tasks
 from fixefficientnet.errors import DataError, RunError
-from fixefficientnet.files import write_atomically
 from fixefficientnet.preprocessing import Views
 from fixefficientnet.reproduce.checkpoints import Checkpoints
 from fixefficientnet.reproduce.network import Network, optimizer_of
@@ -35,13 +36,13 @@ from fixefficientnet.reproduce.recipe import Recipe
 from fixefficientnet.reproduce.session import Interrupted, Session
 
 Shard = dict[str, Tensor]
-_EMPTY = "none"  # for a shard without a readable picture: a file must hold something
+_EMPTY = "none"  # for a shard without a readable image: a file must hold something
 
 
 def tune(
     session: Session,
     network: Network,
-    pictures: Pictures,
+    dataset: ImageDataset,
     recipe: Recipe,
     checkpoints: Checkpoints,
     folder: Path,
@@ -51,13 +52,13 @@ def tune(
     Args:
         session: The run's surroundings.
         network: Prepared for the recipe; left in eval mode.
-        pictures: To tune on.
+        dataset: To tune on.
         recipe: How.
         checkpoints: Of the classifier's training.
-        folder: For shards and features; those already there are used if they are of this network and pictures.
+        folder: For shards and features; those already there are used if they are of this network and images.
 
     Returns:
-        How many pictures went forward through the backbone.
+        How many images went forward through the backbone.
 
     Raises:
         RunError: Too little disk for the features; NaN or Inf in features or loss.
@@ -66,33 +67,33 @@ def tune(
     network.model.eval()
     with session.stoppable():
         if recipe.moves_statistics:
-            chosen = _subset(recipe, len(pictures))
-            _estimate_statistics(session, network, pictures, chosen, recipe, folder)
+            chosen = _subset(recipe, len(dataset))
+            _estimate_statistics(session, network, dataset, chosen, recipe, folder)
         if recipe.trains_classifier:
-            place = folder / f"features-{_key(network, pictures, recipe, 'features')}"
+            place = folder / f"features-{_key(network, dataset, recipe, 'features')}"
             with session.locked(place):
-                features, targets = _compute_features(session, network, pictures, recipe, place)
+                features, targets = _compute_features(session, network, dataset, recipe, place)
                 session.on_main(lambda: _train_classifier(session, network, features, targets, recipe, checkpoints))
             with torch.no_grad():
                 for tensor in network.moving.values():
                     tensor.copy_(cast(Tensor, broadcast(tensor.detach().clone())))
-    return {"forwards": forwards(recipe, len(pictures))}
+    return {"forwards": forwards(recipe, len(dataset))}
 
 
-def forwards(recipe: Recipe, pictures: int) -> int:
-    """How many pictures go forward through the backbone."""
-    statistics = min(recipe.statistics_pictures or pictures, pictures) if recipe.moves_statistics else 0
-    return statistics + (recipe.views * pictures if recipe.trains_classifier else 0)
+def forwards(recipe: Recipe, dataset: int) -> int:
+    """How many images go forward through the backbone."""
+    statistics = min(recipe.statistics_images or dataset, dataset) if recipe.moves_statistics else 0
+    return statistics + (recipe.views * dataset if recipe.trains_classifier else 0)
 
 
-def feature_bytes(recipe: Recipe, pictures: int, channels: int) -> int:
+def feature_bytes(recipe: Recipe, dataset: int, channels: int) -> int:
     """Size of the feature file."""
-    return pictures * recipe.views * channels * np.dtype(recipe.feature_dtype).itemsize
+    return dataset * recipe.views * channels * np.dtype(recipe.feature_dtype).itemsize
 
 
 def _subset(recipe: Recipe, length: int) -> list[int]:
-    """The pictures that the statistics come from; folders are sorted by class, so a part is drawn at random."""
-    asked = recipe.statistics_pictures
+    """The images that the statistics come from; folders are sorted by class, so a part is drawn at random."""
+    asked = recipe.statistics_images
     return list(range(length)) if not asked or asked >= length else sorted(order(recipe, 0, length)[:asked])
 
 
@@ -100,7 +101,7 @@ def _subset(recipe: Recipe, length: int) -> list[int]:
 
 
 def _estimate_statistics(
-    session: Session, network: Network, pictures: Pictures, chosen: list[int], recipe: Recipe, folder: Path
+    session: Session, network: Network, dataset: ImageDataset, chosen: list[int], recipe: Recipe, folder: Path
 ) -> None:
     channels = cast(Tensor, network.norm.running_mean).numel()
     sums: Shard = {}
@@ -119,14 +120,14 @@ def _estimate_statistics(
     def add(total: Shard | None, part: Shard) -> Shard:
         return part if total is None else {name: total[name] + part[name] for name in total}
 
-    key = _key(network, pictures, recipe, "statistics", chosen=chosen if len(chosen) < len(pictures) else None)
+    key = _key(network, dataset, recipe, "statistics", chosen=chosen if len(chosen) < len(dataset) else None)
     place = folder / f"statistics-{key}"
-    chosen_pictures = _Chosen(pictures, chosen)
+    chosen_images = _Chosen(dataset, chosen)
     transform = Views(1, cast(Any, transform_of(recipe)))
     hook = network.norm.register_forward_pre_hook(take)
     with session.locked(place):
         try:
-            shards = _over_shards(session, "Statistics", chosen_pictures, transform, recipe, place, forward, add)
+            shards = _over_shards(session, "Statistics", chosen_images, transform, recipe, place, forward, add)
         finally:
             hook.remove()
     total: Shard | None = None
@@ -134,7 +135,7 @@ def _estimate_statistics(
         if part:
             total = add(total, part)
     if total is None:
-        raise DataError(f"None of the pictures of {pictures.what} could be read.")
+        raise DataError(f"None of the images of {dataset.what} could be read.")
     count = float(total["count"])
     mean = total["sum"] / count
     variance = (total["squares"] / count - mean.square()).clamp_min(0) * (count / max(1.0, count - 1))
@@ -145,29 +146,29 @@ def _estimate_statistics(
 
 
 class _Chosen:
-    """Some pictures of a data set, as a data set."""
+    """Some images of a dataset, as a dataset."""
 
-    def __init__(self, pictures: Pictures, chosen: list[int]):
-        self._pictures, self._chosen, self.what = pictures, chosen, pictures.what
+    def __init__(self, dataset: ImageDataset, chosen: list[int]):
+        self._images, self._chosen, self.what = dataset, chosen, dataset.what
 
     def __len__(self) -> int:
         return len(self._chosen)
 
     def __getitem__(self, index: int) -> Any:
-        return self._pictures[self._chosen[index]]
+        return self._images[self._chosen[index]]
 
 
 # --- features ---------------------------------------------------------------------------------------------
 
 
 def _compute_features(
-    session: Session, network: Network, pictures: Pictures, recipe: Recipe, place: Path
+    session: Session, network: Network, dataset: ImageDataset, recipe: Recipe, place: Path
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Memory-mapped features [pictures, views, channels], and targets [pictures] (-1: unreadable)."""
+    """Memory-mapped features [images, views, channels], and targets [images] (-1: unreadable)."""
     channels = cast(Tensor, network.classifier.weight).shape[1]
-    shape = (len(pictures), recipe.views, channels)
+    shape = (len(dataset), recipe.views, channels)
     path = place / "features.bin"
-    session.on_main(lambda: _allocate(path, feature_bytes(recipe, len(pictures), channels)))
+    session.on_main(lambda: _allocate(path, feature_bytes(recipe, len(dataset), channels)))
     features = np.memmap(path, dtype=recipe.feature_dtype, mode="r+", shape=shape)
     pooled: list[Tensor] = []
 
@@ -180,7 +181,7 @@ def _compute_features(
         values = pooled[0].view(len(batch.targets), recipe.views, channels).cpu().numpy().astype(recipe.feature_dtype)
         if not np.isfinite(values).all():
             raise RunError(
-                f"The features of {pictures.name(int(batch.indices[0]))} or one after it are NaN or infinite in "
+                f"The features of {dataset.name(int(batch.indices[0]))} or one after it are NaN or infinite in "
                 f"{recipe.feature_dtype}. Try --set feature_dtype=float32, or look for broken weights."
             )
         features[batch.indices.numpy()] = values
@@ -198,10 +199,10 @@ def _compute_features(
     hook = network.classifier.register_forward_pre_hook(take)
     try:
         parts = (place, forward, add, rows, features.flush)
-        shards = _over_shards(session, "Features", pictures, transform, recipe, *parts)
+        shards = _over_shards(session, "Features", dataset, transform, recipe, *parts)
     finally:
         hook.remove()
-    targets = np.full(len(pictures), -1, dtype=np.int64)
+    targets = np.full(len(dataset), -1, dtype=np.int64)
     for shard in shards:
         if shard:
             targets[shard["indices"].numpy()] = shard["targets"].numpy()
@@ -238,11 +239,11 @@ def _train_classifier(
     recipe: Recipe,
     checkpoints: Checkpoints,
 ) -> None:
-    """Every view of every picture is one example; one process alone, as it takes seconds."""
+    """Every view of every image is one example; one process alone, as it takes seconds."""
     device = session.accelerator.device
     rows = np.flatnonzero(targets >= 0)
     if not len(rows):
-        raise DataError("None of the pictures could be read.")
+        raise DataError("None of the images could be read.")
     examples = len(rows) * recipe.views
     size = min(recipe.batch_size, examples)
     steps = examples // size
@@ -263,10 +264,10 @@ def _train_classifier(
             loss_sum = correct = seen = 0.0
             while position.epoch == epoch:
                 chosen = sequence[position.step * size : (position.step + 1) * size]
-                picture, view = np.divmod(chosen, recipe.views)
-                values = flat[rows[picture] * recipe.views + view]
+                image, view = np.divmod(chosen, recipe.views)
+                values = flat[rows[image] * recipe.views + view]
                 inputs = torch.from_numpy(values).to(device).float().view(image_shape)
-                labels = torch.from_numpy(targets[rows[picture]]).to(device)
+                labels = torch.from_numpy(targets[rows[image]]).to(device)
                 rate = recipe.learning_rate(epoch + position.step / steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
@@ -302,7 +303,7 @@ def _train_classifier(
 def _over_shards(
     session: Session,
     title: str,
-    pictures: Any,
+    dataset: Any,
     transform: Transform,
     recipe: Recipe,
     place: Path,
@@ -314,23 +315,23 @@ def _over_shards(
     """Computes the shards that are not done yet, each process its share, and saves each when it is complete.
 
     Returns:
-        All shards, in order; empty ones for those without a readable picture.
+        All shards, in order; empty ones for those without a readable image.
     """
-    paths = [place / f"{number:06d}.safetensors" for number in range(math.ceil(len(pictures) / recipe.shard))]
+    paths = [place / f"{number:06d}.safetensors" for number in range(math.ceil(len(dataset) / recipe.shard))]
     mine = range(session.rank, len(paths), session.world)
     left = [number for number in mine if _read(paths[number], rows, number) is None]
-    lengths = {number: min(recipe.shard, len(pictures) - number * recipe.shard) for number in mine}
-    tasks = shard_tasks(len(pictures), recipe.shard, recipe.forward_batch, left)
+    lengths = {number: min(recipe.shard, len(dataset) - number * recipe.shard) for number in mine}
+    tasks = shard_tasks(len(dataset), recipe.shard, recipe.forward_batch, left)
     pin = session.accelerator.device.type == "cuda"
     with session.log.bar(title, sum(lengths.values())) as bar:
         bar.skip(sum(lengths[number] for number in set(mine) - set(left)))
-        batches = load_batches(pictures, transform, tasks, workers=min(session.workers, len(tasks)), pin_memory=pin)
+        batches = load_batches(dataset, transform, tasks, workers=min(session.workers, len(tasks)), pin_memory=pin)
         for number in left:
             total: Shard | None = None
             unreadable: list[str] = []
             for batch in _take(batches, -(-lengths[number] // recipe.forward_batch)):
                 unreadable += [reason for _, reason in batch.unreadable]
-                session.count_unreadable(pictures.what, unreadable, len(pictures))
+                session.count_unreadable(dataset.what, unreadable, len(dataset))
                 if len(batch.targets):
                     total = add(total, forward(batch))
                 bar.advance(len(batch.targets) + len(batch.unreadable))
@@ -354,7 +355,7 @@ def _over_shards(
             reasons = json.loads((file.metadata() or {})["unreadable"])
             shards.append({name: file.get_tensor(name) for name in file.keys() if name != _EMPTY})  # noqa: SIM118
         with session.alike():
-            session.count_unreadable(pictures.what, reasons, len(pictures))
+            session.count_unreadable(dataset.what, reasons, len(dataset))
     return shards
 
 
@@ -394,13 +395,13 @@ def _digest(shard: Shard, rows: Any) -> str:
 @torch.inference_mode()
 def _forward(session: Session, network: Network, inputs: Tensor) -> None:
     """Runs the whole network for its hooks' sake; inputs [n, views, 3, S, S]."""
-    pictures = inputs.flatten(0, 1).to(session.accelerator.device, non_blocking=True)
+    dataset = inputs.flatten(0, 1).to(session.accelerator.device, non_blocking=True)
     with session.accelerator.autocast():
-        network.model(pictures.contiguous(memory_format=torch.channels_last))
+        network.model(dataset.contiguous(memory_format=torch.channels_last))
 
 
-def _key(network: Network, pictures: Pictures, recipe: Recipe, kind: str, **more: Any) -> str:
-    """What decides these shards: the network as it is now, the pictures, the views. Others are computed anew."""
+def _key(network: Network, dataset: ImageDataset, recipe: Recipe, kind: str, **more: Any) -> str:
+    """What decides these shards: the network as it is now, the images, the views. Others are computed anew."""
     fields = ["test_size", "crop_pct", "interpolation", "mean", "std", "forward_batch", "shard", "mixed_precision"]
     if kind == "features":
         fields += ["views", "feature_dtype"]
@@ -414,5 +415,5 @@ def _key(network: Network, pictures: Pictures, recipe: Recipe, kind: str, **more
     if kind == "statistics":  # which the norm's own values do not enter
         state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{network.head.norm}.")}
     decides = {name: getattr(recipe, name) for name in fields} | more
-    decides |= {"network": delta.fingerprint(state), "pictures": pictures.fingerprint()}
+    decides |= {"network": delta.fingerprint(state), "images": dataset.fingerprint()}
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]

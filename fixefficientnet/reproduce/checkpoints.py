@@ -1,7 +1,7 @@
 """A run's state on disk: one safetensors file, renamed into place, that holds only what moves.
 
 Neither the frozen weights (gigabytes for the largest) nor any pickle: random draws are a function of seed,
-epoch and picture, so there is no generator's state to keep.
+epoch and image, so there is no generator's state to keep.
 """
 
 import json
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fixefficientnet._internal.files import write_atomically
 from fixefficientnet.errors import CheckpointError, RunError
-from fixefficientnet.files import write_atomically
 
 _MODEL, _MOMENTUM = "model.", "momentum."
 
@@ -43,7 +43,7 @@ class Checkpoints:
         every_steps: Save after so many steps.
         every_seconds: Save after so much time.
         enabled: False on all processes but the first: they hold the same state and do not write.
-        unreadable: Pictures that could not be read so far; saved and restored with the state.
+        unreadable: Images that could not be read so far; saved and restored with the state.
     """
 
     path: Path

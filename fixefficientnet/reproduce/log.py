@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from fixefficientnet.files import write_atomically
-from fixefficientnet.progress import Bar, bar
+from fixefficientnet._internal.files import write_atomically
+from fixefficientnet._internal.progress import Bar, bar
 
 
 class Log:
@@ -70,5 +70,5 @@ class Log:
             self._writer = None
 
     def bar(self, title: str, total: int) -> AbstractContextManager[Bar]:
-        """Shows a pass over `total` pictures."""
+        """Shows a pass over `total` images."""
         return bar(title, total, self.console, self.say)

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from fixefficientnet import delta, networks, zoo
+from fixefficientnet import delta, models, zoo
 from fixefficientnet.delta import Head
 from fixefficientnet.errors import RunError, UnsupportedModelError
 from fixefficientnet.reproduce.recipe import Recipe, Subject
@@ -66,7 +66,7 @@ def load(subject: Subject, weights: str | Path, *, num_classes: int, seed: int) 
     """
     torch.manual_seed(seed)
     if isinstance(weights, Path):
-        return networks.from_checkpoint(_architecture(subject), weights)
+        return models.from_checkpoint(_architecture(subject), weights)
     if weights == "random":
         return timm.create_model(_architecture(subject), pretrained=False, num_classes=num_classes)
     if subject.variant:

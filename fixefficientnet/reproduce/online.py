@@ -1,4 +1,4 @@
-"""Fine-tuning as the paper does it: a forward pass per picture and epoch, the head norm in train mode.
+"""Fine-tuning as the paper does it: a forward pass per image and epoch, the head norm in train mode.
 
 Serves the base stage too, where the whole network trains.
 """
@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fixefficientnet import compat
-from fixefficientnet.data import Batch, Pictures, Task, load_batches
+from fixefficientnet._internal import compat
+from fixefficientnet.data.dataset import ImageDataset
+from fixefficientnet.data.loading import Batch, Task, load_batches
 from fixefficientnet.errors import DataError, RecipeError
 from fixefficientnet.preprocessing import FineTuningTransform, Preprocess, TrainingTransform
 from fixefficientnet.reproduce.checkpoints import Checkpoints, Position
@@ -32,12 +33,12 @@ def transform_of(recipe: Recipe) -> FineTuningTransform | TrainingTransform:
 
 
 def order(recipe: Recipe, epoch: int, length: int) -> list[int]:
-    """In which order an epoch takes the pictures."""
+    """In which order an epoch takes the images."""
     return cast("list[int]", np.random.default_rng([recipe.seed, epoch]).permutation(length).tolist())
 
 
 def steps_of_epoch(recipe: Recipe, length: int, world: int = 1) -> tuple[int, int]:
-    """Steps per epoch and pictures per step; a last, partial batch is left out unless it is the only one.
+    """Steps per epoch and images per step; a last, partial batch is left out unless it is the only one.
 
     Raises:
         RecipeError: The batch cannot be shared out evenly.
@@ -58,12 +59,12 @@ def tasks_from(position: Position, recipe: Recipe, length: int, rank: int = 0, w
 
 
 def tune(
-    session: Session, network: Network, pictures: Pictures, recipe: Recipe, checkpoints: Checkpoints
+    session: Session, network: Network, dataset: ImageDataset, recipe: Recipe, checkpoints: Checkpoints
 ) -> dict[str, int]:
     """Trains from where the checkpoint is to the end; the network is left in eval mode.
 
     Returns:
-        How many pictures went forward through the backbone.
+        How many images went forward through the backbone.
 
     Raises:
         RunError: The loss is NaN or infinite.
@@ -72,7 +73,7 @@ def tune(
     accelerator = session.accelerator
     optimizer = optimizer_of(network, recipe) if network.trained else None
     position = checkpoints.restore(network.moving, optimizer, accelerator.scaler)
-    session.count_unreadable(pictures.what, checkpoints.unreadable, len(pictures))
+    session.count_unreadable(dataset.what, checkpoints.unreadable, len(dataset))
     if position.steps:
         session.log.say(f"Going on after step {position.steps} (epoch {position.epoch}).")
     session.log.resume(position.steps)
@@ -81,15 +82,15 @@ def tune(
     statistics = [network.model.get_buffer(name) for name in network.statistics]
 
     def save() -> None:
-        checkpoints.unreadable = sorted(session.unreadable.get(pictures.what, ()))
+        checkpoints.unreadable = sorted(session.unreadable.get(dataset.what, ()))
         scaler = accelerator.scaler and accelerator.scaler.state_dict()
         with session.alike():
             checkpoints.save(position, network.moving, optimizer, scaler)
 
-    steps, size = steps_of_epoch(recipe, len(pictures), session.world)
+    steps, size = steps_of_epoch(recipe, len(dataset), session.world)
     network.train(recipe)
     with session.stoppable():
-        batches = _batches(session, pictures, recipe, replace(position))
+        batches = _batches(session, dataset, recipe, replace(position))
         while position.epoch < recipe.epochs:
             epoch = position.epoch
             with session.log.bar(f"Epoch {epoch + 1}/{recipe.epochs}", steps * size) as bar:
@@ -100,18 +101,18 @@ def tune(
                     rate = recipe.learning_rate(epoch + position.step / steps)
                     for group in optimizer.param_groups if optimizer else ():
                         group["lr"] = rate
-                    loss, right, count, stop = _step(session, model, criterion, stepper, batch, position, checkpoints)
+                    loss, top1, count, stop = _step(session, model, criterion, stepper, batch, position, checkpoints)
                     _average(session, statistics, recipe)
                     position.step += 1
                     position.steps += 1
-                    seen, correct, loss_sum = seen + count, correct + right, loss_sum + loss * count
+                    seen, correct, loss_sum = seen + count, correct + top1, loss_sum + loss * count
                     if position.step == steps:
                         position.epoch, position.step = epoch + 1, 0
                     said = f"loss {loss_sum / seen:.3f}, top-1 {100 * correct / seen:.1f}"
                     bar.advance(int(count), said)
-                    session.log.write(position.steps, epoch=epoch, loss=loss, top1=100 * right / count, lr=rate)
+                    session.log.write(position.steps, epoch=epoch, loss=loss, top1=100 * top1 / count, lr=rate)
                     if position.epoch > epoch:
-                        session.share_unreadable(pictures.what, len(pictures))
+                        session.share_unreadable(dataset.what, len(dataset))
                     if stop or checkpoints.due(position) or position.epoch == recipe.epochs:
                         save()
                     if stop:
@@ -154,14 +155,14 @@ def _synchronise(network: Network) -> None:
     norm.forward = forward
 
 
-def _batches(session: Session, pictures: Pictures, recipe: Recipe, position: Position) -> Iterator[Batch]:
-    tasks = tasks_from(position, recipe, len(pictures), session.rank, session.world)
+def _batches(session: Session, dataset: ImageDataset, recipe: Recipe, position: Position) -> Iterator[Batch]:
+    tasks = tasks_from(position, recipe, len(dataset), session.rank, session.world)
     pin = session.accelerator.device.type == "cuda"
     transform = transform_of(recipe)
-    for batch in load_batches(pictures, transform, tasks, workers=session.workers, substitute=True, pin_memory=pin):
-        session.count_unreadable(pictures.what, [reason for _, reason in batch.unreadable], len(pictures))
+    for batch in load_batches(dataset, transform, tasks, workers=session.workers, substitute=True, pin_memory=pin):
+        session.count_unreadable(dataset.what, [reason for _, reason in batch.unreadable], len(dataset))
         if not len(batch.targets):
-            raise DataError(f"Ten pictures of {pictures.what} in a row cannot be read: {batch.unreadable[-1][1]}")
+            raise DataError(f"Ten images of {dataset.what} in a row cannot be read: {batch.unreadable[-1][1]}")
         yield batch
 
 
@@ -174,7 +175,7 @@ def _step(
     position: Position,
     checkpoints: Checkpoints,
 ) -> tuple[float, float, float, int]:
-    """One step. Mean loss, number of right guesses, number of pictures, signal to stop (0: none): of all processes."""
+    """One step; mean loss, correct predictions, images, and signal to stop (0: none), of all processes."""
     accelerator = session.accelerator
     device = accelerator.device
     inputs = batch.inputs.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
@@ -182,10 +183,10 @@ def _step(
     with torch.set_grad_enabled(stepper is not None), accelerator.autocast():
         logits = model(inputs).float()
         loss = criterion(logits, targets)
-    right = (logits.detach().argmax(1) == targets).sum()
+    correct = (logits.detach().argmax(1) == targets).sum()
     count = len(targets)
     stops = [float(session.stopped_by == number) for number in (signal.SIGTERM, signal.SIGINT)]
-    totals = torch.cat([torch.stack([loss.detach() * count, right]), torch.tensor([count, *stops], device=device)])
+    totals = torch.cat([torch.stack([loss.detach() * count, correct]), torch.tensor([count, *stops], device=device)])
     loss_sum, correct, seen, terminate, interrupt = cast(Tensor, accelerator.reduce(totals, "sum")).tolist()
     if not math.isfinite(loss_sum):
         with session.alike():

@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fixefficientnet import compat, networks
-from fixefficientnet.cost import gmacs_of
+from fixefficientnet._internal import compat, meta_device
+from fixefficientnet.evaluation.cost import gmacs_of
 from fixefficientnet.reproduce import cached, network, online
 from fixefficientnet.reproduce.recipe import Recipe
 
 IMAGENET = (1_281_167, 50_000)
-"""Training and validation pictures of ImageNet-2012."""
+"""Training and validation images of ImageNet-2012."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +27,9 @@ class Plan:
         moving: Values per tensor that changes, by state-dict name; running statistics too.
         gradients: How many of them are trained by gradients.
         parameters: Of the whole network.
-        gmacs: Billions of multiply-adds of one picture's forward pass, at the size that the stage works at.
-        forwards: Pictures that go through the backbone to tune it.
-        evaluations: Pictures that go through it to be measured.
+        gmacs: Billions of multiply-adds of one image's forward pass, at the size that the stage works at.
+        forwards: Images that go through the backbone to tune it.
+        evaluations: Images that go through it to be measured.
         total_gmacs: Of the whole run: forward passes, backward passes of the base stage, evaluations.
         memory: Most bytes of tensors that live at once on a device, in float32; the allocator and the
             convolutions' workspaces come on top.
@@ -52,31 +52,31 @@ class Plan:
         return self.total_gmacs / gmacs_per_second / 3600
 
 
-def plan(recipe: Recipe, *, pictures: tuple[int, int] = IMAGENET, num_classes: int = 1000, devices: int = 1) -> Plan:
+def plan(recipe: Recipe, *, images: tuple[int, int] = IMAGENET, num_classes: int = 1000, devices: int = 1) -> Plan:
     """Counts what a recipe takes.
 
     Args:
         recipe: What would be run.
-        pictures: To train on, and to measure on.
+        images: To train on, and to measure on.
         num_classes: Of the classifier.
         devices: That share each batch.
 
     Raises:
         UnsupportedModelError: The network has no classifier, or no batch norm before its pooling.
     """
-    train, validation = pictures
+    train, validation = images
     recipe = replace(recipe, mixed_precision="no")  # the meta device has no autocast; memory is stated in float32
-    model = networks.without_weights(recipe.backbone.partition(".")[0], num_classes=num_classes)
+    model = meta_device.without_weights(recipe.backbone.partition(".")[0], num_classes=num_classes)
     with torch.device("meta"):
         net = network.prepare(model, recipe)
     base = recipe.stage == "base"
     work_size = recipe.train_size if base else recipe.test_size
     gmacs = {size: gmacs_of(net.model, size) for size in {recipe.train_size, work_size}}
-    epoch_pictures = 1
+    epoch_images = 1
     if recipe.method == "online":
         steps, size = online.steps_of_epoch(recipe, train, devices)
         forwards = recipe.epochs * steps * size
-        epoch_pictures = size // devices
+        epoch_images = size // devices
     else:
         forwards = cached.forwards(recipe, train)
     measured = [recipe.train_size] if base else [recipe.train_size, recipe.test_size, recipe.test_size]
@@ -93,7 +93,7 @@ def plan(recipe: Recipe, *, pictures: tuple[int, int] = IMAGENET, num_classes: i
         forwards=forwards,
         evaluations=len(measured) * validation,
         total_gmacs=forwards * passes * gmacs[work_size] + sum(validation * gmacs[size] for size in measured),
-        memory=_peak_memory(net, recipe, work_size, epoch_pictures),
+        memory=_peak_memory(net, recipe, work_size, epoch_images),
         feature_bytes=cached.feature_bytes(recipe, train, channels) if stores else 0,
     )
 
@@ -147,8 +147,8 @@ def describe(plan: Plan, gmacs_per_second: float | None) -> dict[str, str]:
         "moves": tensors,
         "values": f"{sum(plan.moving.values()):,} change, {plan.gradients:,} of them by gradients; the network has "
         f"{plan.parameters:,} parameters",
-        "forward": f"{plan.gmacs:.3f} GMACs per picture at {size} pixels",
-        "pictures": f"{plan.forwards:,} forward passes to tune, {plan.evaluations:,} to measure",
+        "forward": f"{plan.gmacs:.3f} GMACs per image at {size} pixels",
+        "images": f"{plan.forwards:,} forward passes to tune, {plan.evaluations:,} to measure",
         "memory": f"about {plan.memory / 1e9:.2f} GB of tensors per device in float32, workspaces not counted",
     }
     if plan.feature_bytes:
@@ -157,7 +157,7 @@ def describe(plan: Plan, gmacs_per_second: float | None) -> dict[str, str]:
     described["cost"] = (
         f"{plan.device_hours(gmacs_per_second):,.1f} device-hours at {gmacs_per_second:,g} GMAC/s per device"
         if gmacs_per_second
-        else "in device-hours with --throughput GMAC/s: pictures/s that a device reaches x GMACs per picture"
+        else "in device-hours with --throughput GMAC/s: images/s that a device reaches x GMACs per image"
     )
     return described
 
@@ -182,7 +182,7 @@ class _LiveBytes:
         self.peak = max(self.peak, sum(self._alive.values()))
 
 
-def _peak_memory(net: network.Network, recipe: Recipe, size: int, step_pictures: int) -> int:
+def _peak_memory(net: network.Network, recipe: Recipe, size: int, step_images: int) -> int:
     """The tensors of the network itself, of its gradients and momentum, and of its largest forward or step."""
     fixed: int = sum(tensor.nbytes for tensor in net.model.state_dict().values())
     fixed += 2 * sum(parameter.nbytes for parameter in net.trained.values())
@@ -192,8 +192,8 @@ def _peak_memory(net: network.Network, recipe: Recipe, size: int, step_pictures:
         net.train(recipe)
         live = _LiveBytes()
         with compat.showing_results(live), torch.set_grad_enabled(bool(net.trained)):
-            inputs = torch.empty(step_pictures, 3, size, size, device="meta")
-            loss = F.cross_entropy(net.model(inputs), torch.zeros(step_pictures, dtype=torch.long, device="meta"))
+            inputs = torch.empty(step_images, 3, size, size, device="meta")
+            loss = F.cross_entropy(net.model(inputs), torch.zeros(step_images, dtype=torch.long, device="meta"))
             if net.trained:
                 torch.autograd.grad(loss, list(net.trained.values()))
             del loss, inputs

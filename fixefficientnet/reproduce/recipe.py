@@ -1,4 +1,4 @@
-"""A recipe: everything that decides the result of a fine-tuning, but for the pictures and the weights themselves."""
+"""A recipe: everything that decides the result of a fine-tuning, but for the images and the weights themselves."""
 
 import difflib
 import json
@@ -39,8 +39,8 @@ class Recipe:
         mean: Per channel (RGB), on the [0, 1] scale.
         std: Per channel (RGB), on the [0, 1] scale.
         base_crop_pct: At which the untuned network is measured at its train size.
-        epochs: Over the training pictures (online), or over their features (cached).
-        batch_size: Pictures per step, all devices together.
+        epochs: Over the training images (online), or over their features (cached).
+        batch_size: Images per step, all devices together.
         base_lr: The learning rate is 8 · base_lr · batch_size / 512 (FixRes's rule).
         schedule: "step": times `lr_decay` every `lr_decay_epochs`; "cosine": to 0 along half a cosine.
         lr_decay: Factor of the step schedule.
@@ -48,12 +48,12 @@ class Recipe:
         momentum: Of SGD.
         weight_decay: Of SGD.
         label_smoothing: In [0, 1).
-        hflip: Probability of mirroring a picture (online, base).
+        hflip: Probability of mirroring an image (online, base).
         color_jitter: Most relative change of brightness, contrast and saturation (online; cached from view 3 on).
-        views: Features per picture (cached): plain, mirrored, then random ones.
-        statistics_pictures: How many pictures, drawn at random, re-estimate the norm's statistics (cached); 0: all.
-        forward_batch: Pictures per forward pass on one device where nothing is trained.
-        shard: Pictures whose statistics, features or evaluation are computed, saved and summed together.
+        views: Features per image (cached): plain, mirrored, then random ones.
+        statistics_images: How many images, drawn at random, re-estimate the norm's statistics (cached); 0: all.
+        forward_batch: Images per forward pass on one device where nothing is trained.
+        shard: Images whose statistics, features or evaluation are computed, saved and summed together.
         feature_dtype: How features are stored.
         sync_bn: Whether the norm's batch statistics are those of all devices together (CUDA only).
         mixed_precision: Of the frozen part: "no" is float32. The FixRes stage always trains in float32.
@@ -85,7 +85,7 @@ class Recipe:
     hflip: float = 0.5
     color_jitter: float = 0.05
     views: int = 2
-    statistics_pictures: int = 0
+    statistics_images: int = 0
     forward_batch: int = 32
     shard: int = 256
     feature_dtype: Literal["float16", "float32"] = "float16"
@@ -257,7 +257,7 @@ def check(recipe: Recipe) -> None:
         "views": 1,
         "forward_batch": 1,
         "shard": 1,
-        "statistics_pictures": 0,
+        "statistics_images": 0,
         "seed": 0,
         "base_lr": 0,
         "momentum": 0,

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fixefficientnet._internal.files import write_atomically
 from fixefficientnet.evaluation import figures
 from fixefficientnet.evaluation.outcome import Evaluation
 from fixefficientnet.evaluation.paper import IMAGENET, NOISE, within_noise
 from fixefficientnet.evaluation.statistics import compare
-from fixefficientnet.files import write_atomically
 from fixefficientnet.manifest import Variant
 from fixefficientnet.reproduce.recipe import Recipe
 
@@ -39,7 +39,7 @@ def build(
     if variant and variant.paper and recipe.stage == "fixres":
         paper = variant.paper
         found = next(iter(evaluations.values()))
-        comparable = (found.pictures, num_classes) == IMAGENET
+        comparable = (found.images, num_classes) == IMAGENET
         report["paper"] = {
             "table": paper.table,
             "base_top1": paper.base.top1,
@@ -57,11 +57,11 @@ def paired(evaluations: Mapping[str, Evaluation]) -> dict[str, Any] | None:
     """The tuned network against the untuned one at the same size, as JSON values; None for a base stage."""
     if "tuned" not in evaluations or "base_at_test" not in evaluations:
         return None
-    pair = compare(evaluations["base_at_test"].right, evaluations["tuned"].right)
+    pair = compare(evaluations["base_at_test"].correct, evaluations["tuned"].correct)
     low, high = pair.interval
     return {
-        "only_base_right": pair.only_first,
-        "only_fixres_right": pair.only_second,
+        "only_base_correct": pair.only_first,
+        "only_fixres_correct": pair.only_second,
         "difference": pair.difference,
         "difference_low": low,
         "difference_high": high,
@@ -73,17 +73,17 @@ def as_markdown(report: Mapping[str, Any], recipe: Recipe) -> str:
     """The report as a page."""
     title = "FixRes fine-tuning" if recipe.stage == "fixres" else "base stage"
     lines = [f"# {report['variant']}: {title}", ""]
-    lines += ["| | size | top-1 | 95% interval | top-5 | loss | pictures |", "|---|---|---|---|---|---|---|"]
+    lines += ["| | size | top-1 | 95% interval | top-5 | loss | images |", "|---|---|---|---|---|---|---|"]
     for name, row in report["measured"].items():
         lines.append(
             f"| {TITLES[name]} | {row['size']} | {row['top1']:.2f} | {row['top1_low']:.2f} to {row['top1_high']:.2f} "
-            f"| {row['top5']:.2f} | {row['loss']:.4f} | {row['pictures']:,} |"
+            f"| {row['top5']:.2f} | {row['loss']:.4f} | {row['images']:,} |"
         )
     if test := report.get(PAIRED):
         lines += [
             "",
-            f"Of the same pictures at the test size, {test['only_fixres_right']} are right after FixRes only and "
-            f"{test['only_base_right']} before it only: {test['difference']:+.2f} points (95%: "
+            f"Of the same images at the test size, {test['only_fixres_correct']} are correct after FixRes only and "
+            f"{test['only_base_correct']} before it only: {test['difference']:+.2f} points (95%: "
             f"{test['difference_low']:+.2f} to {test['difference_high']:+.2f}; McNemar's exact test: p = "
             f"{test['p']:.2g}).",
         ]
@@ -97,16 +97,16 @@ def as_markdown(report: Mapping[str, Any], recipe: Recipe) -> str:
             within = "within" if paper["within_noise"] else "outside"
             lines[-1] += f" Difference: {paper['difference']:+.2f}, {within} the paper's noise of {NOISE} and rounding."
         else:
-            lines[-1] += " Not comparable: these figures are of other pictures, or of another test size."
+            lines[-1] += " Not comparable: these figures are of other images, or of another test size."
     elif recipe.stage == "fixres":
         lines += ["", "The paper has no figures for this network."]
     if report["unreadable"]:
-        lines += ["", f"Unreadable pictures: {len(report['unreadable'])}, left out:"]
+        lines += ["", f"Unreadable images: {len(report['unreadable'])}, left out:"]
         lines += [f"- {reason}" for reason in report["unreadable"][:20]]
     lines += [
         "",
-        f"Forward passes of a picture through the backbone that this method takes: {report['forwards']:,} "
-        f"({report['forwards'] / max(1, report['train_pictures']):g} per training picture).",
+        f"Forward passes of an image through the backbone that this method takes: {report['forwards']:,} "
+        f"({report['forwards'] / max(1, report['train_images']):g} per training image).",
         "",
         "## Recipe",
         "",
@@ -118,7 +118,7 @@ def as_markdown(report: Mapping[str, Any], recipe: Recipe) -> str:
 
 
 def curve(lines: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draws loss and accuracy on the training pictures against steps, as logged."""
+    """Draws loss and accuracy on the training images against steps, as logged."""
     points = [line for line in lines if "loss" in line]
     if not points:  # statistics alone are no curve
         return
@@ -133,7 +133,7 @@ def curve(lines: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
         means = [sum(point[key] for point in group) / len(group) for group in epochs.values()]
         axis.plot(ends, means, color="#1f6f8b", linewidth=1.5, marker="." if len(ends) < 50 else "")
         axis.set_xlabel("step")
-        axis.set_ylabel(f"{label} (training pictures)")
+        axis.set_ylabel(f"{label} (training images)")
     figure.suptitle(f"{title} (light: each step, dark: mean of each epoch)", fontsize=10)
     figures.save(figure, path, points)
 

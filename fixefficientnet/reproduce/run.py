@@ -1,4 +1,4 @@
-"""One fine-tuning run, from a network and pictures to a delta and a report."""
+"""One fine-tuning run, from a network and images to a delta and a report."""
 
 import json
 import shutil
@@ -13,16 +13,16 @@ from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
-from fixefficientnet import delta, networks, probe
-from fixefficientnet.data import TRAIN, VALIDATION, Pictures, follow, open_pictures
+from fixefficientnet import delta, models
+from fixefficientnet._internal.files import write_atomically
+from fixefficientnet.data.dataset import TRAIN, VALIDATION, ImageDataset, follow, open_dataset
 from fixefficientnet.errors import CheckpointError, DataError, RunError
 from fixefficientnet.evaluation.journal import Journal
-from fixefficientnet.evaluation.judge import judge
+from fixefficientnet.evaluation.loop import predict_dataset
 from fixefficientnet.evaluation.outcome import Evaluation
-from fixefficientnet.files import write_atomically
 from fixefficientnet.hub import sha256_of
 from fixefficientnet.manifest import TestTime
-from fixefficientnet.reproduce import cached, network, online, report
+from fixefficientnet.reproduce import cached, network, online, probe, report
 from fixefficientnet.reproduce.checkpoints import Checkpoints
 from fixefficientnet.reproduce.log import Log
 from fixefficientnet.reproduce.network import Network
@@ -37,7 +37,7 @@ EVALUATIONS = "evaluations"
 
 @dataclass(frozen=True)
 class Data:
-    """Where the pictures are.
+    """Where the images are.
 
     Attributes:
         name: A folder, or a name for timm's `create_dataset`.
@@ -61,11 +61,11 @@ class Options:
         checkpoint: File of the weights to start from.
         workers: Loading processes per process.
         compile: Whether torch.compile goes over the network's frozen part.
-        features: Folder for cached features that stays, for other runs of the same network and pictures to use;
+        features: Folder for cached features that stays, for other runs of the same network and images to use;
             None: one in the run's, deleted on success.
         auto_batch: Whether running out of memory halves the batch.
         overwrite: Whether a run of another recipe in the folder is deleted.
-        max_unreadable: Largest tolerated share of unreadable pictures.
+        max_unreadable: Largest tolerated share of unreadable images.
         checkpoint_steps: Save after so many steps.
         checkpoint_minutes: Save after so many minutes.
     """
@@ -97,7 +97,7 @@ def run(subject: Subject, recipe: Recipe, data: Data, options: Options, accelera
         The report.
 
     Raises:
-        DataError: The pictures cannot be used.
+        DataError: The images cannot be used.
         CheckpointError: A checkpoint is damaged or of another network.
         RunError: The folder is in use or holds another run; the loss is NaN; no memory or disk.
         Interrupted: A signal asked to stop; the same call goes on.
@@ -156,7 +156,7 @@ def _run(subject: Subject, recipe: Recipe, data: Data, options: Options, acceler
             train, validation, model = session.together(lambda: _open(data, subject, recipe, options))
             identity = {
                 "recipe": asdict(recipe),
-                "pictures": {"train": train.fingerprint(), "validation": validation.fingerprint()},
+                "images": {"train": train.fingerprint(), "validation": validation.fingerprint()},
                 "network": delta.fingerprint(model.state_dict()),
             }
             identity = json.loads(json.dumps(identity))
@@ -170,17 +170,19 @@ def _run(subject: Subject, recipe: Recipe, data: Data, options: Options, acceler
             accelerator.free_memory()
 
 
-def _open(data: Data, subject: Subject, recipe: Recipe, options: Options) -> tuple[Pictures, Pictures, nn.Module]:
+def _open(
+    data: Data, subject: Subject, recipe: Recipe, options: Options
+) -> tuple[ImageDataset, ImageDataset, nn.Module]:
     """Both splits, numbered as the network's classes, and the network."""
     if options.checkpoint is not None:
         expected: int | None = None
     else:
         expected = 1000 if recipe.stage == "fixres" else None
-    train = open_pictures(data.name, data.train_split, root=data.root, num_classes=expected)
+    train = open_dataset(data.name, data.train_split, root=data.root, num_classes=expected)
     if expected is None and train.imagenet:
         expected = 1000
-        train = open_pictures(data.name, data.train_split, root=data.root, num_classes=expected)
-    validation = open_pictures(
+        train = open_dataset(data.name, data.train_split, root=data.root, num_classes=expected)
+    validation = open_dataset(
         data.name, data.val_split, root=data.root, num_classes=expected if train.imagenet else None
     )
     validation = follow(validation, train.classes, train.what)
@@ -208,7 +210,7 @@ def _claim(session: Session, identity: Mapping[str, Any], recipe: Recipe, option
         if there is None or there == identity or not any((folder / name).exists() for name in _PROGRESS):
             continue
         differ = differences(there.get("recipe", {}), identity["recipe"])
-        differ += [f"other {what}" for what in ("pictures", "network") if there.get(what) != identity[what]]
+        differ += [f"other {what}" for what in ("images", "network") if there.get(what) != identity[what]]
         raise RunError(
             f"{path} is of another run:\n  "
             + "\n  ".join(differ)
@@ -266,8 +268,8 @@ def _tune(
     recipe: Recipe,
     options: Options,
     model: torch.nn.Module,
-    train: Pictures,
-    validation: Pictures,
+    train: ImageDataset,
+    validation: ImageDataset,
     identity: Mapping[str, Any],
 ) -> dict[str, Any]:
     folder, log, accelerator = session.folder, session.log, session.accelerator
@@ -295,7 +297,7 @@ def _tune(
     def finish() -> dict[str, Any]:
         more = {
             "data": {"train": train.what, "validation": validation.what},
-            "train_pictures": len(train),
+            "train_images": len(train),
             "processes": session.world,
             "classes": list(train.classes),
             "unreadable": sorted(set().union(*session.unreadable.values())),
@@ -315,7 +317,7 @@ def _tune(
 
     done_report = session.on_main(finish)
     if count := len(done_report["unreadable"]):
-        log.say(f"{count} pictures could not be read and were left out: report.md names them.")
+        log.say(f"{count} images could not be read and were left out: report.md names them.")
     return done_report
 
 
@@ -332,7 +334,7 @@ def _save_weights(
     """The delta of a FixRes stage (and its hash in the report); the whole network where it is on nobody's Hub."""
     if recipe.stage == "fixres":
         measured = {
-            name: {key: row[key] for key in ("size", "crop_pct", "pictures", "top1", "top5")}
+            name: {key: row[key] for key in ("size", "crop_pct", "images", "top1", "top5")}
             for name, row in finished["measured"].items()
         }
         tuned = delta.extract(
@@ -351,15 +353,15 @@ def _save_weights(
             if name.endswith(".num_batches_tracked"):  # without effect, and not kept when a run is interrupted
                 tensors[name] = torch.zeros_like(tensor)
         described = {key: finished["recipe"][key] for key in DESCRIBED} | {"classes": finished["classes"]}
-        metadata = {networks.DESCRIPTION: json.dumps(described)}
+        metadata = {models.DESCRIPTION: json.dumps(described)}
         write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors, metadata))
 
 
-def _introduce(session: Session, net: Network, recipe: Recipe, train: Pictures, validation: Pictures) -> None:
+def _introduce(session: Session, net: Network, recipe: Recipe, train: ImageDataset, validation: ImageDataset) -> None:
     size = recipe.train_size if recipe.stage == "base" else recipe.test_size
     session.log.say(
         f"{recipe.variant}: {recipe.stage} stage, {recipe.method}, tune {recipe.tune}, at {size} pixels; "
-        f"{len(train):,} pictures to train on, {len(validation):,} to measure on; {session.world} "
+        f"{len(train):,} images to train on, {len(validation):,} to measure on; {session.world} "
         f"{'process' if session.world == 1 else 'processes'} on {session.accelerator.device.type}"
     )
     count = sum(tensor.numel() for tensor in net.moving.values())
@@ -368,23 +370,23 @@ def _introduce(session: Session, net: Network, recipe: Recipe, train: Pictures, 
     if recipe.method == "online":
         steps, batch = online.steps_of_epoch(recipe, len(train), session.world)
         if left := len(train) - steps * batch:
-            session.log.say(f"batches of {batch}: {left:,} pictures, others each time, sit out each epoch")
+            session.log.say(f"batches of {batch}: {left:,} images, others each time, sit out each epoch")
 
 
 class Measurements:
     """Evaluations of a run, kept on disk as they go, so that a run that goes on does not repeat them."""
 
-    def __init__(self, session: Session, net: Network, pictures: Pictures, recipe: Recipe):
-        self._session, self._net, self._pictures, self._recipe = session, net, pictures, recipe
+    def __init__(self, session: Session, net: Network, dataset: ImageDataset, recipe: Recipe):
+        self._session, self._net, self._images, self._recipe = session, net, dataset, recipe
         self.found: dict[str, Evaluation] = {}
 
     def take(self, name: str, test: TestTime) -> None:
         """Measures the network as it is now, as far as that was not done."""
         session, recipe = self._session, self._recipe
-        with session.log.bar(f"{report.TITLES[name]} ({test.size})", len(self._pictures)) as bar:
-            found = self.found[name] = judge(
+        with session.log.bar(f"{report.TITLES[name]} ({test.size})", len(self._images)) as bar:
+            found = self.found[name] = predict_dataset(
                 self._net.model,
-                self._pictures,
+                self._images,
                 test,
                 batch_size=recipe.forward_batch,
                 shard=recipe.shard,
@@ -395,10 +397,10 @@ class Measurements:
             )
         low, high = found.interval
         with session.alike():
-            session.count_unreadable(self._pictures.what, list(found.unreadable.values()), len(self._pictures))
+            session.count_unreadable(self._images.what, list(found.unreadable.values()), len(self._images))
         session.log.say(
             f"  {report.TITLES[name]} ({found.size}): top-1 {found.top1:.2f} (95%: {low:.2f} to {high:.2f}), "
-            f"top-5 {found.top5:.2f}, of {found.pictures:,} pictures"
+            f"top-5 {found.top5:.2f}, of {found.images:,} images"
         )
 
 

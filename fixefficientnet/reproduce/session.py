@@ -14,8 +14,8 @@ from typing import IO, Any, TypeVar
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+from fixefficientnet._internal.files import remove_partial
 from fixefficientnet.errors import DataError, FixEfficientNetError, RunError
-from fixefficientnet.files import remove_partial
 from fixefficientnet.reproduce.log import Log
 
 T = TypeVar("T")
@@ -38,8 +38,8 @@ class Session:
         folder: The run's.
         log: Where it tells what it does.
         workers: Loading processes per process.
-        max_unreadable: Largest share of a data set's pictures that may be unreadable.
-        unreadable: Which pictures could not be read, and why, by data set.
+        max_unreadable: Largest share of a dataset's images that may be unreadable.
+        unreadable: Which images could not be read, and why, by dataset.
         stopped_by: The signal that asked to stop; 0: none did.
     """
 
@@ -67,12 +67,12 @@ class Session:
         return int(self.accelerator.process_index)
 
     def count_unreadable(self, what: str, reasons: Sequence[str], total: int) -> None:
-        """Remembers pictures that could not be read; the same one counts once.
+        """Remembers images that could not be read; the same one counts once.
 
         Args:
-            what: The data set's split.
-            reasons: Each names the picture.
-            total: How many pictures there are.
+            what: The dataset's split.
+            reasons: Each names the image.
+            total: How many images there are.
 
         Raises:
             DataError: They are more than tolerated.
@@ -81,7 +81,7 @@ class Session:
         found.update(reasons)
         if reasons and len(found) > self.max_unreadable * total:
             raise DataError(
-                f"{len(found)} of {total} pictures of {what} cannot be read so far, tolerated are "
+                f"{len(found)} of {total} images of {what} cannot be read so far, tolerated are "
                 f"{self.max_unreadable:.1%} (--max-unreadable):\n  " + "\n  ".join(sorted(found)[:5])
             )
 

@@ -225,12 +225,12 @@ def test_damaged_cache_is_mended(server: Server, home: Path, tmp_path: Path, whi
 @pytest.mark.parametrize("which", ["weights", "backbone"])
 def test_wrong_hash_names_both_and_leaves_nothing(server: Server, tmp_path: Path, which: str):
     overlay = json.loads(json.dumps(server.overlay))
-    right = overlay["variants"]["b0"][which]["sha256"]
+    correct = overlay["variants"]["b0"][which]["sha256"]
     overlay["variants"]["b0"][which]["sha256"] = "0" * 64
     env = environment(server, tmp_path, FIXEFFICIENTNET_MANIFEST=json.dumps(overlay))
     done = python("import fixefficientnet as f; f.create('b0', True)", env, check=False)
     assert "ChecksumError" in done.stderr
-    assert right in done.stderr
+    assert correct in done.stderr
     assert "0" * 64 in done.stderr
     repository = "org--fixeffnet" if which == "weights" else "timm--tf_efficientnet_b0.ap_in1k"
     files = list((tmp_path / "hub" / f"models--{repository}").rglob("*.safetensors"))

@@ -67,7 +67,7 @@ def served(finished_runs: Path, hub_cache: Path, tmp_path_factory: pytest.TempPa
 
 @dataclass(frozen=True)
 class Expected:
-    """A run's own pictures, shown as it says, and what it made of them."""
+    """A run's own images, shown as it says, and what it made of them."""
 
     inputs: torch.Tensor
     logits: torch.Tensor
@@ -76,7 +76,7 @@ class Expected:
 def expected(run: Path, hub_cache: Path) -> Expected:
     """By timm, torchvision and safetensors alone; and the same as the run itself left."""
     probe, recipe = load_file(run / "probe.safetensors"), json.loads((run / "recipe.json").read_text())["recipe"]
-    inputs = normalize(probe["pictures"].permute(0, 3, 1, 2).float() / 255, recipe["mean"], recipe["std"])
+    inputs = normalize(probe["images"].permute(0, 3, 1, 2).float() / 255, recipe["mean"], recipe["std"])
     model = timm.create_model("tf_efficientnet_b0").eval()
     (file,) = hub_cache.glob("models--timm--tf_efficientnet_b0.ap_in1k/snapshots/*/model.safetensors")
     model.load_state_dict(load_file(file) | load_file(run / "delta.safetensors"))
@@ -125,7 +125,7 @@ def test_later_rows_tags_and_the_cards_own_line_load_what_they_say(
     code = asking(builds, tmp_path / "inputs.pt", tmp_path / "out.pt")
     python(code, served.environment(tmp_path / "home", run="other"))
     found = {name: logits for name, (logits, _) in torch.load(tmp_path / "out.pt", weights_only=True).items()}
-    # both runs were of the same pictures
+    # both runs were of the same images
     torch.testing.assert_close(found["v1.0"], runs["b0"].logits, rtol=1e-4, atol=1e-5)
     assert uri == f"hf://{REPOSITORY}/b0.safetensors@v2.0"
     for name in ("row", "card"):

@@ -31,8 +31,8 @@ def convert(
 
     Everything outside the classifier and the last batch norm must be the original backbone's.
     """
-    from fixefficientnet import convert as converting
     from fixefficientnet import delta
+    from fixefficientnet.publishing import conversion as converting
 
     row = manifest.find(variant)
     _ending(output, (".safetensors", ".pth") if full else (".safetensors",))
@@ -40,7 +40,7 @@ def convert(
     crop_pct = row.test.crop_pct if crop_pct is None else crop_pct
     test = replace(row.test, size=size or row.test.size, crop_pct=crop_pct)
     if not delta.is_sound(test):
-        raise typer.BadParameter(f"No picture can be shown at {test.size} pixels with crop_pct {test.crop_pct:g}.")
+        raise typer.BadParameter(f"No image can be shown at {test.size} pixels with crop_pct {test.crop_pct:g}.")
     found = converting.read(checkpoint, row)
     out.print(
         escape(
@@ -88,8 +88,8 @@ def merge(
     ] = False,
 ) -> None:
     """Make one whole checkpoint of backbone and delta, which plain timm loads."""
-    from fixefficientnet import convert as converting
     from fixefficientnet import zoo
+    from fixefficientnet.publishing import conversion as converting
 
     row = manifest.find(variant)
     if output.suffix.lower() in _WEIGHTS:
@@ -128,10 +128,10 @@ def export(
     dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Leave height and width free.")] = False,
     half: Annotated[bool, typer.Option("--half", help="Weights in float16; inputs and outputs stay float32.")] = False,
     eight_bit: Annotated[
-        bool, typer.Option("--int8", help="8-bit integers (onnx, openvino), calibrated on pictures of --data.")
+        bool, typer.Option("--int8", help="8-bit integers (onnx, openvino), calibrated on images of --data.")
     ] = False,
-    data: Annotated[str, typer.Option(help="Labelled pictures, as for `evaluate`.")] = "",
-    pictures: Annotated[int, typer.Option(min=1, help="How many of them --int8 takes, evenly spread.")] = 300,
+    data: Annotated[str, typer.Option(help="Labelled images, as for `evaluate`.")] = "",
+    images: Annotated[int, typer.Option(min=1, help="How many of them --int8 takes, evenly spread.")] = 300,
     max_drop: Annotated[
         float, typer.Option(help="Points of accuracy on these that --int8 may lose; more, and nothing is written.")
     ] = 2.0,
@@ -139,28 +139,29 @@ def export(
 ) -> None:
     """Write a model as a file for another runtime, and check it there.
 
-    The number of pictures is free. Preprocessing is in the file's metadata, labels are beside it.
+    The number of images is free. Preprocessing is in the file's metadata, labels are beside it.
     """
-    from fixefficientnet import requirements, runtimes
+    from fixefficientnet._internal import requirements
+    from fixefficientnet.runtimes import formats
 
-    kind = runtimes.format_of(output, kind)
-    requirements.need(*runtimes.PACKAGES.get(kind, ()))
+    kind = formats.format_of(output, kind)
+    requirements.need(*formats.PACKAGES.get(kind, ()))
     if eight_bit != bool(data):
-        raise typer.BadParameter("--int8 takes its pictures from --data, and nothing else does.")
-    from fixefficientnet import export as exporting
-    from fixefficientnet.evaluation.evaluate import Settings, pictures_for
-    from fixefficientnet.evaluation.models import open_model
-    from fixefficientnet.int8 import Calibration
+        raise typer.BadParameter("--int8 takes its images from --data, and nothing else does.")
+    from fixefficientnet.evaluation.evaluate import Settings, dataset_for
+    from fixefficientnet.models import open_model
+    from fixefficientnet.runtimes import exporting as exporting
+    from fixefficientnet.runtimes.int8 import Calibration
 
     written = exporting.files(output)
     _not_there(written, overwrite)
-    opened = open_model(model)
-    test = opened.at(size)
+    loaded = open_model(model)
+    test = loaded.at(size)
     calibration = None
     if eight_bit:
-        calibration = Calibration(pictures_for(opened, Settings(data)), opened.transform(test), pictures)
+        calibration = Calibration(dataset_for(loaded, Settings(data)), loaded.transform(test), images)
     checked = exporting.export(
-        opened,
+        loaded,
         output,
         test=test,
         dynamic_size=dynamic_size,
@@ -170,15 +171,15 @@ def export(
     )
     size_of = sum(file.stat().st_size for file in written)
     said = [
-        f"{output}: {opened.name}, {kind}, {'any size' if dynamic_size else f'{test.size} pixels'}, "
+        f"{output}: {loaded.name}, {kind}, {'any size' if dynamic_size else f'{test.size} pixels'}, "
         f"{size_of / 1e6:.1f} MB (with {', '.join(file.name for file in written[1:])})",
         f"against eager: logits differ by up to {checked.difference:.2g} ({checked.relative:.1g} of the largest), "
-        f"same best guess for {checked.agreement:.0%} of {checked.pictures} generated pictures",
+        f"same top-1 prediction for {checked.agreement:.0%} of {checked.images} generated images",
     ]
-    if checked.right:
-        before, after = (100 * count / checked.measured for count in checked.right)
+    if checked.correct:
+        before, after = (100 * count / checked.measured for count in checked.correct)
         said[1] = (
-            f"top-1 on the {checked.measured} pictures of {data} that it was calibrated on: {before:.2f} before, "
+            f"top-1 on the {checked.measured} images of {data} that it was calibrated on: {before:.2f} before, "
             f"{after:.2f} after"
         )
     out.print(escape("\n".join(said)), soft_wrap=True)
@@ -203,11 +204,11 @@ def publish(
     One commit, one tag: deltas, model card, models.json. Who may write there is huggingface_hub's business: `hf auth
     login`, or HF_TOKEN.
     """
-    from fixefficientnet.publishing import rows
-    from fixefficientnet.publishing import runs as checking
-    from fixefficientnet.publishing.places import InFolder, OnHub, Present, check_name
+    from fixefficientnet.publishing import checks as checking
+    from fixefficientnet.publishing import manifest_rows
     from fixefficientnet.publishing.publish import CARD, plan
     from fixefficientnet.publishing.publish import publish as publishing
+    from fixefficientnet.publishing.repository import InFolder, OnHub, Present, check_name
 
     check_name(repo)
     if private and to is not None:
@@ -216,8 +217,8 @@ def publish(
     for run in checked:
         said = (
             f"{run.folder}: {run.variant.key}, {len(run.data) / 1e6:.1f} MB, sha256 {run.sha256}\n"
-            f"  complete; {run.right} of {run.probed} stored pictures right, logits differ by {run.difference:.1g} of "
-            "the largest"
+            f"  complete; {run.correct} of {run.probed} stored images correct, logits differ by {run.difference:.1g} "
+            "of the largest"
         )
         out.print(escape(said), soft_wrap=True)
     place = OnHub(repo, private) if to is None else InFolder(to)
@@ -240,7 +241,7 @@ def publish(
             typer.echo(card.decode())
         revisions = {run.variant.key: "0" * 40 for run in checked}
         out.print(escape(f"{manifest_file}, but for the commit:"), soft_wrap=True)
-        typer.echo(rows.updated(manifest_file, checked, repo, revisions), nl=False)
+        typer.echo(manifest_rows.updated(manifest_file, checked, repo, revisions), nl=False)
         out.print("Nothing was written (--dry-run).")
         return
     done = publishing(checked, chosen, place, present, manifest_file)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from fixefficientnet import compat, requirements
+from fixefficientnet._internal import compat, requirements
 from fixefficientnet.errors import FixEfficientNetError
 
 if TYPE_CHECKING:

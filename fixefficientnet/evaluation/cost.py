@@ -6,11 +6,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fixefficientnet.networks import without_weights
+from fixefficientnet._internal.meta_device import without_weights
 
 
 def gmacs_of(model: nn.Module, size: int) -> float:
-    """Billions of multiply-adds of one picture's forward pass; the model is on the meta device."""
+    """Billions of multiply-adds of one image's forward pass; the model is on the meta device."""
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model(torch.empty(1, 3, size, size, device="meta"))

@@ -44,17 +44,17 @@ def format_of(path: Path, kind: str | None = None) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class How:
+class RuntimeOptions:
     """How ONNX Runtime and OpenVINO compute; PyTorch's formats go by its own settings.
 
     Attributes:
-        threads: In all; None: as they choose.
-        streams: How many threads call the model at once: these share the others out.
+        cores: For all threads together; None: as the runtime chooses.
+        threads: How many threads call the model concurrently; they share the cores.
         precision: "no" is float32; "bf16": OpenVINO alone.
     """
 
-    threads: int | None = None
-    streams: int = 1
+    cores: int | None = None
+    threads: int = 1
     precision: str = "no"
 
 
@@ -72,12 +72,12 @@ def openvino_has(precision: str) -> bool:
     return precision.upper() in capabilities
 
 
-def load(path: Path, how: How | None = None) -> Callable[[Tensor], Tensor]:
+def load(path: Path, how: RuntimeOptions | None = None) -> Callable[[Tensor], Tensor]:
     """Opens an exported file.
 
     Args:
         path: Its ending tells the format.
-        how: It computes; None: in float32, called by one thread, with the runtime's own number of threads.
+        how: It computes; None: in float32, called by one thread, with the runtime's own number of cores.
 
     Returns:
         float32 [N, 3, S, S] → float32 [N, classes], on the CPU.
@@ -85,49 +85,49 @@ def load(path: Path, how: How | None = None) -> Callable[[Tensor], Tensor]:
     Raises:
         ModuleNotFoundError: The format's runtime is not installed.
     """
-    return _LOADERS[format_of(path)](path, how or How())
+    return _LOADERS[format_of(path)](path, how or RuntimeOptions())
 
 
-def _onnx(path: Path, how: How) -> Callable[[Tensor], Tensor]:
+def _onnx(path: Path, how: RuntimeOptions) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     # each caller computes, and has the help of further threads that all share
-    options.intra_op_num_threads = max(1, how.threads - how.streams + 1) if how.threads else 0
+    options.intra_op_num_threads = max(1, how.cores - how.threads + 1) if how.cores else 0
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda pictures: torch.from_numpy(session.run([OUTPUT], {INPUT: pictures.numpy()})[0])
+    return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
 
 
-def _openvino(path: Path, how: How) -> Callable[[Tensor], Tensor]:
+def _openvino(path: Path, how: RuntimeOptions) -> Callable[[Tensor], Tensor]:
     import openvino
 
     # else it computes in bfloat16 where the processor can
     hint = "f32" if how.precision == "no" else how.precision
-    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "NUM_STREAMS": how.streams}
-    if how.threads:
-        options["INFERENCE_NUM_THREADS"] = how.threads
+    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "NUM_STREAMS": how.threads}
+    if how.cores:
+        options["INFERENCE_NUM_THREADS"] = how.cores
     compiled = openvino.Core().compile_model(path, "CPU", options)
     mine = threading.local()
 
-    def run(pictures: Tensor) -> Tensor:
+    def run(images: Tensor) -> Tensor:
         if not hasattr(mine, "request"):
             mine.request = compiled.create_infer_request()
-        return torch.from_numpy(mine.request.infer([pictures.contiguous().numpy()])[0].copy())
+        return torch.from_numpy(mine.request.infer([images.contiguous().numpy()])[0].copy())
 
     return run
 
 
-def _torch_export(path: Path, how: How) -> Callable[[Tensor], Tensor]:
+def _torch_export(path: Path, how: RuntimeOptions) -> Callable[[Tensor], Tensor]:
     module: Callable[[Tensor], Tensor] = torch.export.load(path).module()
     return module
 
 
-def _torchscript(path: Path, how: How) -> Callable[[Tensor], Tensor]:
+def _torchscript(path: Path, how: RuntimeOptions) -> Callable[[Tensor], Tensor]:
     module: Any = torch.jit.load(str(path), "cpu")  # type: ignore[no-untyped-call]
     return module  # type: ignore[no-any-return]
 
 
-_LOADERS: dict[str, Callable[[Path, How], Callable[[Tensor], Tensor]]] = {
+_LOADERS: dict[str, Callable[[Path, RuntimeOptions], Callable[[Tensor], Tensor]]] = {
     "onnx": _onnx,
     "openvino": _openvino,
     "torch-export": _torch_export,

@@ -1,6 +1,6 @@
-"""A few pictures with the logits that a network gave for them: whether another copy of it is still the same.
+"""A few images with the logits that a network gave for them: whether another copy of it is still the same.
 
-A run leaves them (`probe.safetensors`), publishing holds what it is about to publish against them. Tensors: pictures,
+A run leaves them (`probe.safetensors`), publishing holds what it is about to publish against them. Tensors: images,
 uint8 [N, S, S, 3], resized and cropped; logits, float32 [N, classes]; labels, int64 [N].
 """
 
@@ -16,62 +16,64 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from fixefficientnet._internal.files import write_atomically
 from fixefficientnet.errors import CheckpointError
-from fixefficientnet.files import write_atomically
 from fixefficientnet.manifest import TestTime
 from fixefficientnet.preprocessing import Preprocess
 
 if TYPE_CHECKING:
-    from fixefficientnet.data import Pictures
+    from fixefficientnet.data.dataset import ImageDataset
     from fixefficientnet.evaluation.outcome import Evaluation
 
 FILENAME = "probe.safetensors"
 COUNT = 8
 TOLERANCE = 0.01
 """Largest difference of logits between two devices, relative to the largest logit: TF32 keeps ten bits."""
-_DTYPES = {"pictures": torch.uint8, "logits": torch.float32, "labels": torch.int64}
+_DTYPES = {"images": torch.uint8, "logits": torch.float32, "labels": torch.int64}
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Pictures and what a network made of them; see the module."""
+    """Images and what a network made of them; see the module."""
 
-    pictures: Tensor
+    images: Tensor
     logits: Tensor
     labels: Tensor
 
     @property
-    def right(self) -> int:
-        """How many have the label as best guess."""
+    def correct(self) -> int:
+        """How many have the label as top-1 prediction."""
         return int((self.logits.argmax(1) == self.labels).sum())
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
-def take(model: nn.Module, pictures: "Pictures", evaluation: "Evaluation", test: TestTime) -> Probe:
-    """Takes pictures from all over a data set, among those that could be read.
+def take(model: nn.Module, dataset: "ImageDataset", evaluation: "Evaluation", test: TestTime) -> Probe:
+    """Takes images from all over a dataset, among those that could be read.
 
     Args:
         model: In eval mode, float32.
-        pictures: What it was measured on.
+        dataset: What it was measured on.
         evaluation: How.
         test: With which preprocessing.
     """
-    judged = [index for index, judgement in enumerate(evaluation.judgements) if judgement is not None]
-    chosen = [judged[position] for position in np.linspace(0, len(judged) - 1, min(COUNT, len(judged))).astype(int)]
+    evaluated = [index for index, prediction in enumerate(evaluation.predictions) if prediction is not None]
+    chosen = [
+        evaluated[position] for position in np.linspace(0, len(evaluated) - 1, min(COUNT, len(evaluated))).astype(int)
+    ]
     preprocess = Preprocess.of(test)
-    images, labels = zip(*(pictures[index] for index in chosen), strict=True)
+    images, labels = zip(*(dataset[index] for index in chosen), strict=True)
     squares = torch.stack([torch.from_numpy(np.array(preprocess.crop(image))) for image in images])
     return Probe(squares, logits(model, squares, test), torch.tensor(labels))
 
 
 @torch.inference_mode()
-def logits(model: nn.Module, pictures: Tensor, test: TestTime) -> Tensor:
-    """What a model makes of a probe's pictures: float32 [N, classes], on the CPU."""
+def logits(model: nn.Module, images: Tensor, test: TestTime) -> Tensor:
+    """What a model makes of a probe's images: float32 [N, classes], on the CPU."""
     preprocess = Preprocess.of(test)
     device = next(model.parameters()).device
-    tensors = (preprocess.normalise(Image.fromarray(picture.numpy())) for picture in pictures)
+    tensors = (preprocess.normalise(Image.fromarray(image.numpy())) for image in images)
     return torch.cat([model(tensor[None].to(device)).float().cpu() for tensor in tensors])  # one by one: any size fits
 
 
@@ -92,8 +94,8 @@ def load(path: Path) -> Probe:
     except (safetensors.SafetensorError, OSError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
     sound = all(getattr(probe, name).dtype == dtype for name, dtype in _DTYPES.items())
-    shapes = probe.pictures.shape[:1], probe.logits.shape[:1], probe.labels.shape
-    if not sound or len(set(shapes)) != 1 or not len(probe) or probe.pictures.shape[3:] != (3,):
+    shapes = probe.images.shape[:1], probe.logits.shape[:1], probe.labels.shape
+    if not sound or len(set(shapes)) != 1 or not len(probe) or probe.images.shape[3:] != (3,):
         raise CheckpointError(f"{path} is no probe of a run.")
     return probe
 

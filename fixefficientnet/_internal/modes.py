@@ -1,4 +1,4 @@
-"""A model's mode while it only looks at pictures."""
+"""A model's mode while it only looks at images."""
 
 import contextlib
 import threading
@@ -9,7 +9,7 @@ from torch import nn
 
 _LOCK = threading.Lock()
 _LOOKING: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-"""How many look at pictures with a model now."""
+"""How many look at images with a model now."""
 _TRAINING: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
 """Its modules that were in train mode when the first of them began."""
 
@@ -18,7 +18,7 @@ _TRAINING: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Within, all of a model is in eval mode; afterwards each module is as it was.
 
-    timm's door leaves models in train mode, where a batch norm would even learn from the pictures it is shown. Of
+    timm's door leaves models in train mode, where a batch norm would even learn from the images it is shown. Of
     several that look at once (threads, generators), the last to end restores the mode.
     """
     with _LOCK:

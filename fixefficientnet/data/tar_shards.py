@@ -1,7 +1,7 @@
-"""Labelled pictures in tar files (webdataset's layout), addressed by index.
+"""Labelled images in tar files (webdataset's layout), addressed by index.
 
 timm and webdataset read such files as a stream, which knows no index. The files are plain tar, so their headers tell
-where each picture lies.
+where each image lies.
 """
 
 import io
@@ -18,7 +18,7 @@ from fixefficientnet.errors import DataError
 class TarShards:
     """One split of a folder of tar files.
 
-    A sample is the files of one tar that share a name up to its first dot: a picture, and its class as a number in
+    A sample is the files of one tar that share a name up to its first dot: an image, and its class as a number in
     `.cls`, or as "label" in `.json`.
 
     Args:
@@ -27,7 +27,7 @@ class TarShards:
             the files with that name in theirs: "imagenet1k-train-0000.tar".
 
     Raises:
-        DataError: No such split, a file is damaged, or a sample lacks its picture or label.
+        DataError: No such split, a file is damaged, or a sample lacks its image or label.
     """
 
     def __init__(self, folder: Path, splits: Sequence[str]):
@@ -57,12 +57,12 @@ class TarShards:
 
     @property
     def samples(self) -> list[tuple[str, int]]:
-        """Name and class of each picture, as timm's folder reader has them."""
+        """Name and class of each image, as timm's folder reader has them."""
         return [(name, label) for *_, label, name in self._samples]
 
     def _index(self, number: int, path: Path) -> None:
         suffixes: set[str] = get_img_extensions(as_set=True)  # type: ignore[no-untyped-call]
-        pictures: dict[str, tarfile.TarInfo] = {}
+        images: dict[str, tarfile.TarInfo] = {}
         labels: dict[str, int] = {}
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -72,7 +72,7 @@ class TarShards:
                 if not member.isfile():
                     continue
                 if suffix in suffixes:
-                    pictures[key] = member
+                    images[key] = member
                 elif suffix in (".cls", ".json") and (file := tar.extractfile(member)):
                     text = file.read()
                     record = json.loads(text) if suffix == ".json" else None
@@ -81,10 +81,10 @@ class TarShards:
                     elif isinstance(record, dict) and "label" in record:
                         labels.setdefault(key, int(record["label"]))
                 tar.members.clear()  # type: ignore[attr-defined]  # else each header stays in memory
-        if lacking := sorted(pictures.keys() ^ labels.keys()):
-            raise ValueError(f"{lacking[0].strip('/')} has a picture or a class, but not both")
+        if lacking := sorted(images.keys() ^ labels.keys()):
+            raise ValueError(f"{lacking[0].strip('/')} has an image or a class, but not both")
         self._samples += [
-            (number, member.offset_data, member.size, labels[key], member.name) for key, member in pictures.items()
+            (number, member.offset_data, member.size, labels[key], member.name) for key, member in images.items()
         ]
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fixefficientnet import manifest
+from fixefficientnet._internal.files import write_atomically
 from fixefficientnet.errors import ManifestError, PublishError
-from fixefficientnet.files import write_atomically
-from fixefficientnet.publishing.runs import Run
+from fixefficientnet.publishing.checks import Run
 
 WIDTH = 110
 """Longest object or list that stands on one line."""
@@ -41,7 +41,7 @@ def updated(path: Path, runs: Sequence[Run], repository: str, revisions: Mapping
             "license": run.delta.license,
             "measured": {
                 "dataset": run.dataset,
-                "pictures": tuned["pictures"],
+                "images": tuned["images"],
                 "top1": round(tuned["top1"], 3),
                 "top5": round(tuned["top5"], 3),
             },

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fixefficientnet import runtimes
-from fixefficientnet.data import InEveryEpoch, Pictures, load_batches
+from fixefficientnet.data.dataset import ImageDataset
+from fixefficientnet.data.loading import InEveryEpoch, load_batches
 from fixefficientnet.errors import DataError
+from fixefficientnet.runtimes import formats
 
 if TYPE_CHECKING:
-    from fixefficientnet.evaluation.judge import TestTransform
+    from fixefficientnet.evaluation.loop import TestTransform
 
 PACKAGES = {"onnx": ("sympy",), "openvino": ("nncf",)}
 """What quantizing a format needs besides its own packages."""
@@ -27,44 +28,44 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class Calibration:
-    """Labelled pictures, evenly spread over a data set: ranges of activations are taken from them, and accuracy.
+    """Labelled images, evenly spread over a dataset: ranges of activations are taken from them, and accuracy.
 
     Attributes:
-        pictures: The data set, in the model's numbering.
+        dataset: The dataset, in the model's numbering.
         transform: The test-time preprocessing.
         count: How many of them.
     """
 
-    pictures: Pictures
+    dataset: ImageDataset
     transform: "TestTransform"
     count: int
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """float32 [n, 3, S, S] and int64 [n]; pictures that cannot be read are left out."""
-        count = min(self.count, len(self.pictures))
-        indices = np.linspace(0, len(self.pictures) - 1, count).astype(int).tolist()
+        """float32 [n, 3, S, S] and int64 [n]; images that cannot be read are left out."""
+        count = min(self.count, len(self.dataset))
+        indices = np.linspace(0, len(self.dataset) - 1, count).astype(int).tolist()
         tasks = [[(0, index) for index in indices[at : at + _BATCH]] for at in range(0, count, _BATCH)]
-        for batch in load_batches(self.pictures, InEveryEpoch(self.transform), tasks):
+        for batch in load_batches(self.dataset, InEveryEpoch(self.transform), tasks):
             if len(batch.targets):
                 yield batch.inputs, batch.targets
 
     @torch.inference_mode()
-    def right(self, run: Callable[[Tensor], Tensor]) -> tuple[int, int]:
-        """How many pictures are right, and of how many.
+    def correct(self, run: Callable[[Tensor], Tensor]) -> tuple[int, int]:
+        """How many images are correct, and of how many.
 
         Args:
             run: float32 [N, 3, S, S] → float32 [N, classes].
 
         Raises:
-            DataError: None of the pictures can be read.
+            DataError: None of the images can be read.
         """
-        right = total = 0
+        correct = total = 0
         for inputs, targets in self.batches():
-            right += int((run(inputs).argmax(1) == targets).sum())
+            correct += int((run(inputs).argmax(1) == targets).sum())
             total += len(targets)
         if not total:
-            raise DataError(f"None of the pictures of {self.pictures.what} could be read.")
-        return right, total
+            raise DataError(f"None of the images of {self.dataset.what} could be read.")
+        return correct, total
 
 
 def quantise(kind: str, path: Path, calibration: Calibration, metadata: str) -> None:
@@ -74,7 +75,7 @@ def quantise(kind: str, path: Path, calibration: Calibration, metadata: str) -> 
         kind: "onnx" or "openvino".
         path: The file, in float32.
         calibration: Where ranges of activations are taken from.
-        metadata: What the file is to have under `runtimes.METADATA`.
+        metadata: What the file is to have under `formats.METADATA`.
     """
     with contextlib.redirect_stdout(sys.stderr):  # both tell of their progress
         _QUANTIZERS[kind](path, calibration, metadata)
@@ -91,7 +92,7 @@ def _onnx(path: Path, calibration: Calibration, metadata: str) -> None:
 
         def get_next(self) -> dict[str, Any] | None:
             inputs, _ = next(self.batches, (None, None))
-            return None if inputs is None else {runtimes.INPUT: inputs.numpy()}
+            return None if inputs is None else {formats.INPUT: inputs.numpy()}
 
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         prepared = Path(folder) / path.name
@@ -99,7 +100,7 @@ def _onnx(path: Path, calibration: Calibration, metadata: str) -> None:
         quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
         quantize_static(str(prepared), str(path), Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
     written = onnx.load(str(path))
-    onnx.helper.set_model_props(written, {runtimes.METADATA: metadata})
+    onnx.helper.set_model_props(written, {formats.METADATA: metadata})
     onnx.save(written, str(path))
 
 
@@ -116,11 +117,11 @@ def _openvino(path: Path, calibration: Calibration, metadata: str) -> None:
     model = openvino.Core().read_model(path)
     quantised = nncf.quantize(
         model,
-        nncf.Dataset(Singles(), lambda picture: {runtimes.INPUT: picture.numpy()}),
+        nncf.Dataset(Singles(), lambda image: {formats.INPUT: image.numpy()}),
         preset=nncf.QuantizationPreset.MIXED,  # activations that SiLU leaves are not symmetric
-        subset_size=min(calibration.count, len(calibration.pictures)),
+        subset_size=min(calibration.count, len(calibration.dataset)),
     )
-    quantised.set_rt_info(metadata, runtimes.METADATA)
+    quantised.set_rt_info(metadata, formats.METADATA)
     # the weights that stay as they are are mapped from the file: it is replaced, not written over
     draft = path.with_name(f"int8-{path.name}")
     openvino.save_model(quantised, draft, compress_to_fp16=False)

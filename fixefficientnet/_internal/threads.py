@@ -1,7 +1,7 @@
-"""Several batches at once on a CPU: each thread takes one from its files to its results with cores of its own.
+"""Batches in threads of a CPU: each thread takes a batch from its files to its results, on cores of its own.
 
 One batch after the other with all cores in each leaves cores idle: they wait for each other at the end of every layer,
-and for pictures to be decoded (docs/speed.md has the figures).
+and for images to be decoded (docs/speed.md has the figures).
 """
 
 import math
@@ -15,22 +15,22 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from fixefficientnet import compat
+from fixefficientnet._internal import compat
 
 MOST = 8
-"""Threads of one interpreter get in each other's way; further cores go into each stream."""
+"""More threads of one interpreter wait for each other; further cores go to each thread."""
 BATCH_SIZE = 2
-"""Pictures per forward pass of a stream: more do not fit into a core's caches, which makes them slower."""
+"""Images per forward pass of a thread: more do not fit into a core's caches, which makes them slower."""
 
 _STARTING = threading.Lock()
-"""The number of threads is the process's, and another one while streams begin: nobody may take that for the cores."""
+"""The number of threads is the process's, and another one while threads begin: nobody may take that for the cores."""
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")
 
 
-def number(model: nn.Module, batches: int | None = None) -> int:
-    """How many streams a model computes with.
+def default_threads(model: nn.Module, batches: int | None = None) -> int:
+    """How many threads compute a batch of a model each.
 
     Args:
         model: On a CPU it has several; unless hooks watch it, which want one forward pass after the other.
@@ -44,26 +44,28 @@ def number(model: nn.Module, batches: int | None = None) -> int:
     return max(1, min(most, most if batches is None else batches))
 
 
-def in_order(work: Callable[[Given], Result], items: Iterable[Given], streams: int) -> Generator[Result, None, None]:
-    """Does the same work on each item, several at once; gives the results in the items' order.
+def map_in_threads(
+    work: Callable[[Given], Result], items: Iterable[Given], threads: int
+) -> Generator[Result, None, None]:
+    """Does the same work on each item, in threads; gives the results in the items' order.
 
     Args:
         work: Called in threads that share the cores out, under the caller's autocast; inference mode is its own
             business.
         items: Drawn in the calling thread, a few ahead of the results.
-        streams: How many at once; 1 works in the calling thread. Fewer items have all cores among them.
+        threads: How many; 1 works in the calling thread. Fewer items have all cores among them.
     """
     items = iter(items)
-    first = list(islice(items, streams))
-    streams = min(streams, len(first))
-    if streams < 2:
+    first = list(islice(items, threads))
+    threads = min(threads, len(first))
+    if threads < 2:
         yield from map(work, chain(first, items))
         return
     autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-    begun = threading.Barrier(streams + 1)
+    begun = threading.Barrier(threads + 1)
 
     def begin() -> None:
-        torch.set_num_threads(max(1, cores // streams))  # of this thread, and of all that first ask after it
+        torch.set_num_threads(max(1, cores // threads))  # of this thread, and of all that first ask after it
         torch.get_num_threads()
         begun.wait()
 
@@ -71,7 +73,7 @@ def in_order(work: Callable[[Given], Result], items: Iterable[Given], streams: i
         with torch.autocast("cpu", dtype, enabled=autocast):
             return work(item)
 
-    pool = ThreadPoolExecutor(streams, "stream", begin)
+    pool = ThreadPoolExecutor(threads, "batch", begin)
     with _STARTING:
         cores = torch.get_num_threads()
         try:
@@ -82,11 +84,11 @@ def in_order(work: Callable[[Given], Result], items: Iterable[Given], streams: i
             pool.shutdown(cancel_futures=True)
             raise
         finally:
-            torch.set_num_threads(cores)  # threads that others begin are no streams
+            torch.set_num_threads(cores)  # for threads that others begin
     try:
         for item in items:
             waiting.append(pool.submit(working, item))
-            if len(waiting) > 2 * streams:  # a slow one must not make the others idle
+            if len(waiting) > 2 * threads:  # a slow one must not make the others idle
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -11,11 +11,12 @@ import torch
 from timm.models import filter_pretrained_cfg
 from torch import Tensor
 
-from fixefficientnet import checkpoint, compat, delta, zoo
-from fixefficientnet.checkpoint import listed
+from fixefficientnet import delta, zoo
+from fixefficientnet._internal import checkpoint_file, compat
+from fixefficientnet._internal.checkpoint_file import listed
+from fixefficientnet._internal.files import beside, replacing
 from fixefficientnet.delta import Delta
 from fixefficientnet.errors import CheckpointError
-from fixefficientnet.files import beside, replacing
 from fixefficientnet.manifest import TestTime, Variant
 
 TOLERANCE = 1e-6
@@ -67,7 +68,7 @@ def read(path: Path, variant: Variant, *, cache_dir: str | os.PathLike[str] | No
     """
     if delta.is_delta(path):
         raise CheckpointError(f"{path} is a delta already; `convert` takes a whole checkpoint.")
-    found = checkpoint.read_wrapped(path)
+    found = checkpoint_file.read_wrapped(path)
     backbone = zoo.backbone_tensors(variant, cache_dir)
     names = {name for name in backbone if not name.endswith(_IGNORED)}
     wrong = [name for name in sorted(names) if name not in found or found[name].shape != backbone[name].shape]

@@ -10,33 +10,47 @@
 """
 
 import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import safetensors
 import timm
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
-from fixefficientnet import delta, manifest, networks, zoo
+from fixefficientnet import delta, manifest, zoo
+from fixefficientnet._internal import checkpoint_file
+from fixefficientnet._internal.checkpoint_file import listed
+from fixefficientnet._internal.meta_device import without_weights
 from fixefficientnet.delta import Delta
-from fixefficientnet.errors import EvaluationError, MissingFileError, UnknownVariantError, WeightsNotPublishedError
-from fixefficientnet.evaluation.judge import TestTransform
+from fixefficientnet.errors import (
+    CheckpointError,
+    EvaluationError,
+    MissingFileError,
+    UnknownVariantError,
+    WeightsNotPublishedError,
+)
+from fixefficientnet.evaluation.loop import TestTransform
 from fixefficientnet.manifest import INTERPOLATIONS, TestTime, Variant
 from fixefficientnet.preprocessing import FastPreprocess, Preprocess
 
 TIMM = "timm/"
+DESCRIPTION = "fixefficientnet"
+"""Key of what a run tells of its network, in the metadata of its model.safetensors."""
 WEIGHTS_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin", ".tar"}
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A model and how to show it pictures.
+class LoadedModel:
+    """A model and how to show it images.
 
     Attributes:
         name: What the user calls it.
-        model: float32 [N, 3, S, S] → logits.
+        network: float32 [N, 3, S, S] → logits.
         test: Its own test-time preprocessing.
         crop_mode: timm's: "center", or what timm's transform does instead ("squash", "border").
         timm_name: The name in timm's result files.
@@ -49,7 +63,7 @@ class Opened:
     """
 
     name: str
-    model: nn.Module
+    network: nn.Module
     test: TestTime
     crop_mode: str = "center"
     timm_name: str = ""
@@ -63,7 +77,7 @@ class Opened:
     @property
     def num_classes(self) -> int:
         """Of its classifier."""
-        return int(cast(Any, self.model).num_classes)
+        return int(cast(Any, self.network).num_classes)
 
     @property
     def architecture(self) -> str:
@@ -73,14 +87,14 @@ class Opened:
     @property
     def parameters(self) -> int:
         """How many it has."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        return sum(parameter.numel() for parameter in self.network.parameters())
 
     @cached_property
     def identity(self) -> dict[str, str]:
         """Hashes that tell this network with these weights from every other."""
         return {
-            "weights": delta.fingerprint(self.model.state_dict()),
-            "network": hashlib.sha256(repr(self.model).encode()).hexdigest(),  # equal weights, another padding
+            "weights": delta.fingerprint(self.network.state_dict()),
+            "network": hashlib.sha256(repr(self.network).encode()).hexdigest(),  # equal weights, another padding
         }
 
     def at(self, size: int | None, crop_pct: float | None = None) -> TestTime:
@@ -105,7 +119,7 @@ class Opened:
             return (FastPreprocess if fast else Preprocess).of(test)
         if fast:
             raise EvaluationError(
-                f"{self.name} takes its pictures by {test.interpolation} interpolation and crop mode {self.crop_mode}, "
+                f"{self.name} takes its images by {test.interpolation} interpolation and crop mode {self.crop_mode}, "
                 "which fast preprocessing cannot do: leave --fast-preprocessing out."
             )
         made: TestTransform = create_transform(
@@ -119,7 +133,7 @@ class Opened:
         return made
 
 
-def open_model(name: str) -> Opened:
+def open_model(name: str) -> LoadedModel:
     """Opens a model; see the module's table for names.
 
     Raises:
@@ -147,23 +161,23 @@ def open_model(name: str) -> Opened:
     return _of_variant(name, variant, weights or variant.usual_weights)
 
 
-def of_module(model: nn.Module) -> Opened:
+def from_module(model: nn.Module) -> LoadedModel:
     """A model of `create`'s or timm's as it is, with its own preprocessing.
 
     Raises:
-        EvaluationError: It does not say how it wants its pictures.
+        EvaluationError: It does not say how it wants its images.
     """
     variant = getattr(model, "variant", None)
     preprocess = getattr(model, "preprocess", None)
     name = type(model).__name__
     if isinstance(variant, Variant) and isinstance(preprocess, Preprocess):
-        return Opened(variant.key, model, preprocess, timm_name=variant.timm_name, train_size=variant.train_size)
+        return LoadedModel(variant.key, model, preprocess, timm_name=variant.timm_name, train_size=variant.train_size)
     if not getattr(model, "pretrained_cfg", None) or not getattr(model, "num_classes", 0):
         raise EvaluationError(f"{name} is no classifier of timm's: it has no pretrained_cfg, or no classes.")
     return _described_by_timm(name, model)
 
 
-def _of_variant(name: str, variant: Variant, weights: bool | str) -> Opened:
+def _of_variant(name: str, variant: Variant, weights: bool | str) -> LoadedModel:
     try:
         model = zoo.create(variant.key, weights)
     except WeightsNotPublishedError as error:
@@ -171,9 +185,9 @@ def _of_variant(name: str, variant: Variant, weights: bool | str) -> Opened:
             f"{error}\nAs a MODEL here: {variant.key}:backbone, {variant.key}:PATH, or the run's folder."
         ) from None
     tuned = weights != "backbone"
-    return Opened(
+    return LoadedModel(
         name=name,
-        model=model,
+        network=model,
         test=model.preprocess,
         timm_name=variant.timm_name if tuned else variant.backbone.name,
         train_size=variant.train_size,
@@ -184,17 +198,17 @@ def _of_variant(name: str, variant: Variant, weights: bool | str) -> Opened:
     )
 
 
-def _of_run(name: str, folder: Path) -> Opened:
+def _of_run(name: str, folder: Path) -> LoadedModel:
     for file in ("model.safetensors", "delta.safetensors"):
         if (folder / file).is_file():
             return replace(_of_file(name, folder / file), name=name)
     raise MissingFileError(f"{folder} has no model.safetensors and no delta.safetensors: it is no finished run.")
 
 
-def _of_file(name: str, path: Path) -> Opened:
+def _of_file(name: str, path: Path) -> LoadedModel:
     if delta.is_delta(path):
         return _of_delta(name, path, delta.load(path))
-    described = networks.description(path)
+    described = description(path)
     if not described:
         raise EvaluationError(
             f"{path} does not say of which network it is: give it as timm/NAME:{path}, with timm's name."
@@ -215,9 +229,9 @@ def _of_file(name: str, path: Path) -> Opened:
             raise ValueError(test)
     except (KeyError, TypeError, ValueError) as error:
         raise EvaluationError(f"{path}: what it says of itself cannot be read ({error!r}).") from error
-    return Opened(
+    return LoadedModel(
         name=name,
-        model=networks.from_checkpoint(backbone.partition(".")[0], path),
+        network=from_checkpoint(backbone.partition(".")[0], path),
         test=test,
         timm_name=backbone,
         train_size=sizes["train"],
@@ -227,37 +241,37 @@ def _of_file(name: str, path: Path) -> Opened:
     )
 
 
-def _of_delta(name: str, path: Path, tuned: Delta) -> Opened:
+def _of_delta(name: str, path: Path, tuned: Delta) -> LoadedModel:
     if tuned.variant in manifest.load():
-        opened = _of_variant(name, manifest.find(tuned.variant), str(path))
-        return replace(opened, train_size=_train_size(path, tuned, opened))
-    opened = _of_timm(f"{TIMM}{tuned.backbone}")
-    delta.apply(opened.model, tuned)
+        loaded = _of_variant(name, manifest.find(tuned.variant), str(path))
+        return replace(loaded, train_size=_train_size(path, tuned, loaded))
+    loaded = _of_timm(f"{TIMM}{tuned.backbone}")
+    delta.apply(loaded.network, tuned)
     return replace(
-        opened,
+        loaded,
         name=name,
-        test=delta.test_time(tuned, opened.test),
-        train_size=_train_size(path, tuned, opened),
+        test=delta.test_time(tuned, loaded.test),
+        train_size=_train_size(path, tuned, loaded),
         tuned=True,
         untuned=f"{TIMM}{tuned.backbone}",
         own_weights=True,
     )
 
 
-def _train_size(path: Path, tuned: Delta, opened: Opened) -> int | None:
-    size = tuned.recipe.get("train_size", opened.train_size)
+def _train_size(path: Path, tuned: Delta, loaded: LoadedModel) -> int | None:
+    size = tuned.recipe.get("train_size", loaded.train_size)
     if size is not None and not isinstance(size, int):
         raise EvaluationError(f"{path}: the train_size {size!r} of its recipe is no size.")
     return size
 
 
-def _of_timm(name: str) -> Opened:
+def _of_timm(name: str) -> LoadedModel:
     known, _, file = name.removeprefix(TIMM).partition(":")
     architecture = known.partition(".")[0]
     if not timm.is_model(architecture):
         raise EvaluationError(f"timm {timm.__version__} has no model {known!r} (timm.list_models() names them).")
     if file:
-        model = networks.from_checkpoint(known, Path(file).expanduser())
+        model = from_checkpoint(known, Path(file).expanduser())
     else:
         try:
             model = timm.create_model(known, pretrained=True).eval()
@@ -275,18 +289,73 @@ def _of_timm(name: str) -> Opened:
     return replace(described, timm_name=full, own_weights=bool(file))
 
 
-def _described_by_timm(name: str, model: nn.Module) -> Opened:
+def _described_by_timm(name: str, model: nn.Module) -> LoadedModel:
     config = resolve_model_data_config(model, use_test_size=True)  # type: ignore[no-untyped-call]
     height, width = config["input_size"][1:]
     if height != width:
-        raise EvaluationError(f"{name} takes pictures of {height} x {width} pixels; only squares can be evaluated.")
+        raise EvaluationError(f"{name} takes images of {height} x {width} pixels; only squares can be evaluated.")
     cfg = cast(dict[str, Any], model.pretrained_cfg)
     mean, std = tuple(config["mean"]), tuple(config["std"])
-    return Opened(
+    return LoadedModel(
         name=name,
-        model=model,
+        network=model,
         test=TestTime(height, config["crop_pct"], config["interpolation"], mean, std),
         crop_mode=config["crop_mode"],
         timm_name=str(cfg.get("architecture") or name),
         train_size=cfg["input_size"][-1] if cfg.get("input_size") else None,
     )
+
+
+def from_checkpoint(architecture: str, path: Path) -> nn.Module:
+    """Builds a timm network with as many classes as a checkpoint of it has, in eval mode.
+
+    Args:
+        architecture: timm's name; with a tag, the model's preprocessing is the tag's.
+        path: safetensors, or a `.pth` of tensors alone (see `checkpoint_file.read_wrapped`).
+
+    Raises:
+        MissingFileError: There is no such file.
+        CheckpointError: It cannot be read, or is not of this network.
+    """
+    tensors = checkpoint_file.read_wrapped(path)
+    if not timm.is_model(architecture):
+        raise CheckpointError(
+            f"{path} is of the network {architecture!r}, which timm {timm.__version__} does not have."
+        )
+    try:
+        model = without_weights(architecture)
+    except RuntimeError as error:  # a tag that is none
+        raise CheckpointError(f"timm {timm.__version__} has no {architecture}: {error}") from error
+    name = delta.find_classifier(model)
+    weight = tensors.get(f"{name}.weight")
+    if weight is None or weight.ndim == 0:
+        raise CheckpointError(f"{path} has no {name}.weight: it is no checkpoint of {architecture}.")
+    model = timm.create_model(architecture, pretrained=False, num_classes=len(weight))
+    wanted = model.state_dict()
+    wrong = [
+        key
+        for key in wanted
+        if not key.endswith(".num_batches_tracked") and (key not in tensors or tensors[key].shape != wanted[key].shape)
+    ]
+    wrong += sorted(set(tensors) - set(wanted))
+    if wrong:
+        raise CheckpointError(
+            f"{path} is no checkpoint of {architecture}: {listed(wrong)} missing, too many, or of another shape."
+        )
+    model.load_state_dict(tensors, strict=False)
+    return model.eval()
+
+
+def description(path: Path) -> Mapping[str, Any]:
+    """What a fine-tuning run wrote of itself into its model.safetensors; nothing for other files.
+
+    Raises:
+        MissingFileError: There is no such file.
+    """
+    checkpoint_file.check_there(path)
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            described = json.loads((file.metadata() or {}).get(DESCRIPTION, "{}"))
+    except (safetensors.SafetensorError, OSError, ValueError):
+        return {}
+    return described if isinstance(described, dict) else {}

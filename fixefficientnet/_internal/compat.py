@@ -70,7 +70,7 @@ def forget_accelerate() -> None:
 
 
 def dataset_fingerprint(dataset: object) -> str | None:
-    """The hash that the package datasets keeps of a data set's content; None where there is none."""
+    """The hash that the package datasets keeps of a dataset's content; None where there is none."""
     return getattr(dataset, "_fingerprint", None)
 
 

@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from fixefficientnet import delta, manifest, probe, zoo
+from fixefficientnet import delta, manifest, zoo
 from fixefficientnet.delta import Delta
 from fixefficientnet.errors import CheckpointError, PublishError
 from fixefficientnet.evaluation import journal
 from fixefficientnet.evaluation.paper import IMAGENET_NAME
 from fixefficientnet.manifest import TestTime, Variant
+from fixefficientnet.reproduce import probe
 from fixefficientnet.reproduce.report import PAIRED, paired
 
 DELTA, REPORT, RECIPE = "delta.safetensors", "report.json", "recipe.json"
@@ -32,7 +33,7 @@ class Run:
         report: What it says of itself.
         test: The test-time preprocessing that it was tuned for.
         difference: Largest difference of its logits, computed again, relative to the largest.
-        right: How many of the probe's pictures are right.
+        correct: How many of the probe's images are correct.
         probed: How many there are.
     """
 
@@ -44,7 +45,7 @@ class Run:
     report: dict[str, Any]
     test: TestTime
     difference: float
-    right: int
+    correct: int
     probed: int
 
     @property
@@ -54,7 +55,7 @@ class Run:
             return f"{IMAGENET_NAME}, validation"
         path = PurePath(str(self.report["data"]["validation"]))
         whose = 3 if path.parts[1:2] in (("home",), ("Users",)) else 1  # /home/NAME tells who it was
-        return "/".join(path.parts[whose if path.is_absolute() else 0 :][-2:]) or "pictures of one's own"
+        return "/".join(path.parts[whose if path.is_absolute() else 0 :][-2:]) or "images of one's own"
 
     @property
     def filename(self) -> str:
@@ -82,7 +83,7 @@ class Run:
             "measured": report["measured"],
             PAIRED: report.get(PAIRED),
             "paper": asdict(paper) | {"comparable": self.comparable} if paper else None,
-            "train_pictures": report["train_pictures"],
+            "train_images": report["train_images"],
             "processes": report["processes"],
             "recipe": report["recipe"],
             "libraries": dict(self.delta.libraries),
@@ -115,9 +116,7 @@ def check(folder: Path, *, cache_dir: str | os.PathLike[str] | None = None) -> R
             "what is on the Hub. Its model.safetensors is the whole network: timm.models.push_to_hf_hub uploads that."
         )
     variant = known[key]
-    missing = [
-        name for name in ("delta_sha256", "data", "measured", "train_pictures", "processes") if name not in report
-    ]
+    missing = [name for name in ("delta_sha256", "data", "measured", "train_images", "processes") if name not in report]
     missing += [name for name in (DELTA, probe.FILENAME) if not (folder / name).is_file()]
     if missing:
         raise PublishError(
@@ -142,13 +141,13 @@ def check(folder: Path, *, cache_dir: str | os.PathLike[str] | None = None) -> R
     delta.check_variant(tuned, key, folder / DELTA)
     if dict(tuned.recipe) != recipe or saved.get("recipe") != recipe:
         raise PublishError(f"{folder}: {DELTA}, {REPORT} and {RECIPE} tell of different recipes.")
-    seen = saved.get("pictures")
+    seen = saved.get("images")
     if isinstance(seen, dict) and seen.get("train") == seen.get("validation"):
-        raise PublishError(f"{folder} was measured on the very pictures that it was trained on: that is no accuracy.")
+        raise PublishError(f"{folder} was measured on the very images that it was trained on: that is no accuracy.")
     _check_evaluation(folder, report)
     test = delta.test_time(tuned, variant.test)
-    difference, right, probed = _check_logits(folder, variant, test, cache_dir)
-    return Run(folder, variant, tuned, data, sha256, report, test, difference, right, probed)
+    difference, correct, probed = _check_logits(folder, variant, test, cache_dir)
+    return Run(folder, variant, tuned, data, sha256, report, test, difference, correct, probed)
 
 
 def _json(folder: Path, name: str) -> dict[str, Any]:
@@ -188,22 +187,22 @@ def _check_evaluation(folder: Path, report: dict[str, Any]) -> None:
 def _check_logits(
     folder: Path, variant: Variant, test: TestTime, cache_dir: str | os.PathLike[str] | None
 ) -> tuple[float, int, int]:
-    """Backbone and delta give the logits that the run left: relative difference, right ones, pictures."""
+    """Backbone and delta give the logits that the run left: relative difference, correct predictions, images."""
     left = probe.load(folder / probe.FILENAME)
     model = zoo.create(variant.key, folder / DELTA, cache_dir=cache_dir)
     try:
-        found = probe.logits(model, left.pictures, test)
+        found = probe.logits(model, left.images, test)
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{folder / probe.FILENAME} is of another network: {error}") from error
     difference = probe.difference(left, found)
-    right = int((found.argmax(1) == left.labels).sum())
+    correct = int((found.argmax(1) == left.labels).sum())
     if difference > probe.TOLERANCE:
         raise PublishError(
             f"{folder}: backbone and delta do not give the logits that the run left: they differ by up to "
-            f"{difference:.2g} of the largest, {right} instead of {left.right} of {len(left)} pictures are right. The "
-            "run was of another backbone, or its files were changed."
+            f"{difference:.2g} of the largest, {correct} instead of {left.correct} of {len(left)} images are correct. "
+            "The run was of another backbone, or its files were changed."
         )
-    return difference, right, len(left)
+    return difference, correct, len(left)
 
 
 def check_all(folders: list[Path], *, cache_dir: str | os.PathLike[str] | None = None) -> list[Run]:

@@ -16,13 +16,14 @@ from huggingface_hub import cached_assets_path, constants
 from huggingface_hub.utils import WeakFileLock
 from torch import Tensor
 
-from fixefficientnet import compat, requirements, runtimes
+from fixefficientnet._internal import compat, requirements
+from fixefficientnet._internal.files import remove_partial
 from fixefficientnet.errors import ExportError
-from fixefficientnet.files import remove_partial
 from fixefficientnet.manifest import TestTime
+from fixefficientnet.runtimes import formats
 
 if TYPE_CHECKING:
-    from fixefficientnet.evaluation.models import Opened
+    from fixefficientnet.models import LoadedModel
 
 EXPORTED = ("onnx", "openvino")
 """Engines that run an exported file."""
@@ -45,15 +46,15 @@ def check(engine: str, device: torch.device | str, precision: str = "no") -> Non
         raise ExportError("--engine onnx computes in float32: leave --mixed-precision out.")
     if engine == "openvino" and precision != "no":
         requirements.need("openvino")
-        if not runtimes.openvino_has(precision):
+        if not formats.openvino_has(precision):
             raise ExportError(f"--engine openvino: this processor cannot compute in {precision}.")
 
 
-def exported(opened: "Opened", test: TestTime, engine: str, say: Callable[[str], None] | None = None) -> Path:
+def exported(loaded: "LoadedModel", test: TestTime, engine: str, say: Callable[[str], None] | None = None) -> Path:
     """The exported file of a model at one size; made and checked where it is not kept yet.
 
     Args:
-        opened: The model, on the CPU.
+        loaded: The model, on the CPU.
         test: Its test-time preprocessing.
         engine: "onnx" or "openvino".
         say: Told what takes its time.
@@ -62,38 +63,38 @@ def exported(opened: "Opened", test: TestTime, engine: str, say: Callable[[str],
         ExportError: It cannot be exported, or the runtime disagrees with PyTorch.
         ModuleNotFoundError: The runtime is not installed.
     """
-    requirements.need(*runtimes.PACKAGES[engine])
-    deciding = ("torch", "timm", *runtimes.PACKAGES[engine])
-    identity = {"engine": engine, "size": test.size, "exporter": EXPORTER, **opened.identity}
+    requirements.need(*formats.PACKAGES[engine])
+    deciding = ("torch", "timm", *formats.PACKAGES[engine])
+    identity = {"engine": engine, "size": test.size, "exporter": EXPORTER, **loaded.identity}
     identity |= {package: requirements.version(package) for package in deciding}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     folder = cached_assets_path(
         "fixefficientnet", namespace="exports", subfolder=digest, assets_dir=constants.HF_ASSETS_CACHE
     )
-    path = folder / f"model-{test.size}{runtimes.SUFFIXES[engine]}"
+    path = folder / f"model-{test.size}{formats.SUFFIXES[engine]}"
     if not path.is_file():
-        from fixefficientnet import export
+        from fixefficientnet.runtimes import exporting
 
         with WeakFileLock(folder / ".lock"):  # other processes of the same evaluation want it too
             remove_partial(folder)
             if not path.is_file():
                 if say:
-                    say(f"{opened.name}: exporting for {engine} at {test.size} pixels; kept for the next time")
-                export.export(opened, path, test=test)
+                    say(f"{loaded.name}: exporting for {engine} at {test.size} pixels; kept for the next time")
+                exporting.export(loaded, path, test=test)
     return path
 
 
 @contextlib.contextmanager
 def running(
-    opened: "Opened", test: TestTime, engine: str, *, streams: int = 1, precision: str = "no"
+    loaded: "LoadedModel", test: TestTime, engine: str, *, threads: int = 1, precision: str = "no"
 ) -> Iterator[None]:
     """Within, the model's forward pass is the engine's: float32 [N, 3, S, S] → float32 [N, classes].
 
     Args:
-        opened: The model; its weights, mode and attributes stay as they are.
-        test: The size that it is shown pictures at.
+        loaded: The model; its weights, mode and attributes stay as they are.
+        test: The size that it is shown images at.
         engine: One of `ENGINES`.
-        streams: How many threads call it at once; they share the cores out. "compile" takes one.
+        threads: How many threads call it concurrently; they share the cores. "compile" takes one.
         precision: "no" or "bf16": what OpenVINO computes in.
 
     Raises:
@@ -102,14 +103,14 @@ def running(
     if engine == "eager":
         yield
         return
-    model: Any = opened.model
+    model: Any = loaded.network
     if engine in EXPORTED and (dtype := next(model.parameters()).dtype) != torch.float32:
         raise ExportError(f"The engine {engine} computes in float32, and the model is in {dtype}.")
     own = vars(model).get("forward")
     if engine == "compile":
         forward = _compiled(model.forward)
     else:
-        forward = _loaded(opened, test, engine, runtimes.How(torch.get_num_threads(), streams, precision))
+        forward = _loaded(loaded, test, engine, formats.RuntimeOptions(torch.get_num_threads(), threads, precision))
     model.forward = forward
     try:
         yield
@@ -119,19 +120,21 @@ def running(
             model.forward = own
 
 
-def _loaded(opened: "Opened", test: TestTime, engine: str, how: runtimes.How) -> Callable[[Tensor], Tensor]:
-    path = exported(opened, test, engine)
+def _loaded(
+    loaded: "LoadedModel", test: TestTime, engine: str, how: formats.RuntimeOptions
+) -> Callable[[Tensor], Tensor]:
+    path = exported(loaded, test, engine)
     try:
-        return runtimes.load(path, how)
+        return formats.load(path, how)
     except (ModuleNotFoundError, MemoryError):
         raise
     except Exception:  # the kept file is damaged, and each runtime has its own words for that
         path.unlink(missing_ok=True)
-        return runtimes.load(exported(opened, test, engine), how)
+        return formats.load(exported(loaded, test, engine), how)
 
 
 def _compiled(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Compiles once: smaller batches than the largest so far (a data set's last) are filled up.
+    """Compiles once: smaller batches than the largest so far (a dataset's last) are filled up.
 
     Weights are frozen into the code, so what was compiled for another model before must be forgotten.
     """
@@ -139,14 +142,14 @@ def _compiled(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
     compiled = torch.compile(forward, dynamic=False)
     largest = 0
 
-    def run(pictures: Tensor) -> Tensor:
+    def run(images: Tensor) -> Tensor:
         nonlocal largest
-        count = len(pictures)
+        count = len(images)
         largest = max(largest, count)
         if count < largest:
-            pictures = torch.cat([pictures, pictures[:1].expand(largest - count, -1, -1, -1)])
+            images = torch.cat([images, images[:1].expand(largest - count, -1, -1, -1)])
         with compat.freezing(), torch.no_grad():
-            logits: Tensor = compiled(pictures.contiguous(memory_format=torch.channels_last))
+            logits: Tensor = compiled(images.contiguous(memory_format=torch.channels_last))
         return logits[:count]
 
     return run

@@ -15,14 +15,14 @@ from fixefficientnet.evaluation.statistics import Comparison
 
 def row(measured: Measured) -> dict[str, Any]:
     """Everything about one evaluation, as JSON values; accuracies in per cent, loss in nats."""
-    opened, found = measured.opened, measured.evaluation
+    loaded, found = measured.loaded, measured.evaluation
     return {
-        "model": opened.name,
-        "timm_name": opened.timm_name,
-        "tuned": opened.tuned,
-        "parameters": opened.parameters,
-        "data": measured.pictures.what,
-        "interpolation": opened.test.interpolation,
+        "model": loaded.name,
+        "timm_name": loaded.timm_name,
+        "tuned": loaded.tuned,
+        "parameters": loaded.parameters,
+        "data": measured.dataset.what,
+        "interpolation": loaded.test.interpolation,
         **found.summary(),
         "calibration_error": found.calibration_error,
         "restricted_to_classes": len(measured.subset.classes) if measured.subset else None,
@@ -31,23 +31,23 @@ def row(measured: Measured) -> dict[str, Any]:
         "precision": measured.precision,
         "preprocessing": measured.preprocessing,
         "seconds": found.seconds,
-        "pictures_per_second": found.rate,
+        "images_per_second": found.rate,
     }
 
 
 def timm_row(measured: Measured) -> dict[str, Any]:
     """One evaluation with the columns of the files in timm's results folder, rounded as there."""
-    opened, found = measured.opened, measured.evaluation
+    loaded, found = measured.loaded, measured.evaluation
     return {
-        "model": opened.name if opened.own_weights else opened.timm_name,
+        "model": loaded.name if loaded.own_weights else loaded.timm_name,
         "img_size": found.size,
         "top1": round(found.top1, 4),
         "top1_err": round(100 - found.top1, 4),
         "top5": round(found.top5, 4),
         "top5_err": round(100 - found.top5, 4),
-        "param_count": round(opened.parameters / 1e6, 2),
+        "param_count": round(loaded.parameters / 1e6, 2),
         "crop_pct": found.crop_pct,
-        "interpolation": opened.test.interpolation,
+        "interpolation": loaded.test.interpolation,
     }
 
 
@@ -56,11 +56,11 @@ def per_class_rows(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     described = ImageNetInfo("imagenet-1k").label_name_to_description
     rows = []
     for one in measured:
-        names = one.pictures.classes
+        names = one.dataset.classes
         known = set(imagenet_order()) & set(names)
         for line in one.evaluation.per_class():
             index, taken_for = line["class"], line["taken_for"]
-            who = {"model": one.opened.name, "class": index, "name": names[index] if names else ""}
+            who = {"model": one.loaded.name, "class": index, "name": names[index] if names else ""}
             who["description"] = described(names[index]) if names and names[index] in known else ""
             line["taken_for"] = "" if taken_for is None else names[taken_for] if names else taken_for
             rows.append(who | line)
@@ -71,13 +71,13 @@ def comparison(first: Measured, second: Measured, found: Comparison) -> dict[str
     """A comparison as JSON values; differences in points, of the second less the first."""
     low, high = found.interval
     return {
-        "first": first.opened.name,
-        "second": second.opened.name,
-        "pictures": found.pictures,
-        "both_right": found.both,
-        "only_first_right": found.only_first,
-        "only_second_right": found.only_second,
-        "neither_right": found.neither,
+        "first": first.loaded.name,
+        "second": second.loaded.name,
+        "images": found.images,
+        "both_correct": found.both,
+        "only_first_correct": found.only_first,
+        "only_second_correct": found.only_second,
+        "neither_correct": found.neither,
         "difference": found.difference,
         "difference_low": low,
         "difference_high": high,

@@ -1,4 +1,4 @@
-"""A live bar over pictures in a terminal, and plain lines elsewhere."""
+"""A live bar over images in a terminal, and plain lines elsewhere."""
 
 import contextlib
 import time
@@ -13,11 +13,11 @@ PLAIN_SECONDS = 20.0
 
 @contextlib.contextmanager
 def bar(title: str, total: int, console: Console, say: Callable[[str], None]) -> Iterator["Bar"]:
-    """Shows a pass over `total` pictures; the bar's `advance` counts them.
+    """Shows a pass over `total` images; the bar's `advance` counts them.
 
     Args:
         title: Of the pass.
-        total: Pictures in all.
+        total: Images in all.
         console: Where a live bar goes; a quiet one shows none.
         say: Prints a plain line.
     """
@@ -33,7 +33,7 @@ def bar(title: str, total: int, console: Console, say: Callable[[str], None]) ->
 
 
 class Bar:
-    """One pass over the pictures; see `bar`."""
+    """One pass over the images; see `bar`."""
 
     def __init__(self, say: Callable[[str], None], title: str, total: int, progress: Progress | None):
         self._say, self._title, self._total, self._progress = say, title, total, progress
@@ -42,14 +42,14 @@ class Bar:
         self._done = self._skipped = 0
         self._said = ""
 
-    def skip(self, pictures: int) -> None:
-        """Counts pictures that an earlier run did."""
-        self._skipped += pictures
-        self.advance(pictures)
+    def skip(self, images: int) -> None:
+        """Counts images that an earlier run did."""
+        self._skipped += images
+        self.advance(images)
 
-    def advance(self, pictures: int, said: str = "") -> None:
-        """Counts pictures; `said` stands beside the bar (loss, accuracy)."""
-        self._done = min(self._done + pictures, self._total)
+    def advance(self, images: int, said: str = "") -> None:
+        """Counts images; `said` stands beside the bar (loss, accuracy)."""
+        self._done = min(self._done + images, self._total)
         self._said = said
         now = time.monotonic()
         if self._progress and self._task is not None:
@@ -72,4 +72,4 @@ class Bar:
         return f"{self._title}: {self._done}/{self._total}, {self._rate(now)}{said}"
 
     def _rate(self, now: float) -> str:
-        return f"{(self._done - self._skipped) / max(now - self._start, 1e-6):.1f} pictures/s"
+        return f"{(self._done - self._skipped) / max(now - self._start, 1e-6):.1f} images/s"

@@ -23,20 +23,22 @@ from timm.layers import set_exportable
 from torch import Tensor, nn
 from torch.export import Dim
 
-from fixefficientnet import int8, prediction, requirements, runtimes
+from fixefficientnet import prediction
+from fixefficientnet._internal import requirements
+from fixefficientnet._internal.files import beside
+from fixefficientnet._internal.modes import in_eval_mode
 from fixefficientnet.errors import ExportError, FixEfficientNetError
-from fixefficientnet.files import beside
-from fixefficientnet.int8 import Calibration
 from fixefficientnet.manifest import TestTime
-from fixefficientnet.modes import in_eval_mode
-from fixefficientnet.runtimes import INPUT, METADATA, OUTPUT
+from fixefficientnet.runtimes import formats, int8
+from fixefficientnet.runtimes.formats import INPUT, METADATA, OUTPUT
+from fixefficientnet.runtimes.int8 import Calibration
 
 if TYPE_CHECKING:
-    from fixefficientnet.evaluation.models import Opened
+    from fixefficientnet.models import LoadedModel
 
 TOLERANCES = {False: 1e-3, True: 3e-2}
 """Largest difference of logits from eager's, relative to the largest, by whether weights are in half precision."""
-_PICTURES = 8
+_IMAGES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +48,17 @@ class Checked:
     Attributes:
         difference: Largest difference of any logit.
         relative: The same, relative to eager's largest logit.
-        agreement: Share of pictures with the same best guess.
-        pictures: How many generated ones these are of.
-        right: In 8 bits: how many of the calibration's pictures are right in eager, and in the file.
+        agreement: Share of images with the same top-1 prediction.
+        images: How many generated ones these are of.
+        correct: In 8 bits: how many of the calibration's images eager and the file classify correctly.
         measured: In 8 bits: how many of these there are.
     """
 
     difference: float
     relative: float
     agreement: float
-    pictures: int
-    right: tuple[int, int] | None = None
+    images: int
+    correct: tuple[int, int] | None = None
     measured: int = 0
 
 
@@ -67,7 +69,7 @@ def files(path: Path) -> list[Path]:
 
 
 def export(
-    opened: "Opened",
+    loaded: "LoadedModel",
     path: Path,
     *,
     test: TestTime,
@@ -79,12 +81,12 @@ def export(
     """Writes a model as a file, and checks it in its own runtime, in a process of its own.
 
     Args:
-        opened: The model, on the CPU.
-        path: The file; its ending tells the format (see `runtimes.SUFFIXES`). OpenVINO writes a `.bin` beside.
+        loaded: The model, on the CPU.
+        path: The file; its ending tells the format (see `formats.SUFFIXES`). OpenVINO writes a `.bin` beside.
         test: The preprocessing that it is for.
         dynamic_size: Whether height and width are free too.
         half: Whether weights are float16; inputs and outputs stay float32.
-        calibration: Pictures, if it is to compute in 8-bit integers.
+        calibration: Images, if it is to compute in 8-bit integers.
         max_drop: In 8 bits, the loss of accuracy on these, in points, that is still accepted.
 
     Returns:
@@ -94,20 +96,20 @@ def export(
         ExportError: It cannot be exported, or the file disagrees with eager; no file is left then.
         ModuleNotFoundError: The format's packages are not installed.
     """
-    kind = runtimes.format_of(path)
-    requirements.need(*runtimes.PACKAGES.get(kind, ()))
+    kind = formats.format_of(path)
+    requirements.need(*formats.PACKAGES.get(kind, ()))
     if calibration:
         if kind not in int8.PACKAGES or half or dynamic_size:
             raise ExportError("8-bit integers are for onnx and openvino, of one size, and not with half precision.")
         if not math.isfinite(max_drop):
             raise ExportError(f"A drop of accuracy is a number of points, not {max_drop}.")
         requirements.need(*int8.PACKAGES[kind])
-    with in_eval_mode(opened.model):
-        return _export(opened, path, kind, test, dynamic_size, half, calibration, max_drop)
+    with in_eval_mode(loaded.network):
+        return _export(loaded, path, kind, test, dynamic_size, half, calibration, max_drop)
 
 
 def _export(
-    opened: "Opened",
+    loaded: "LoadedModel",
     path: Path,
     kind: str,
     test: TestTime,
@@ -116,12 +118,12 @@ def _export(
     calibration: Calibration | None,
     max_drop: float,
 ) -> Checked:
-    model = opened.model
-    metadata = json.dumps({"model": opened.timm_name, **asdict(test), "crop_mode": opened.crop_mode})
+    model = loaded.network
+    metadata = json.dumps({"model": loaded.timm_name, **asdict(test), "crop_mode": loaded.crop_mode})
     with beside(path) as folder:
         draft = folder / path.name
-        example = _pictures(2, test.size, test.size)
-        before, measured = calibration.right(model) if calibration else (0, 0)
+        example = _images(2, test.size, test.size)
+        before, measured = calibration.correct(model) if calibration else (0, 0)
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # deprecations inside torch and the exporters
@@ -132,23 +134,23 @@ def _export(
             raise
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-            raise ExportError(f"{opened.name} cannot be exported as {kind}: {reason}") from error
+            raise ExportError(f"{loaded.name} cannot be exported as {kind}: {reason}") from error
         checked = _check(model, draft, _sizes(test.size, dynamic_size), TOLERANCES[half])
         if calibration:
-            after, _ = calibration.right(runtimes.load(draft))
-            checked = replace(checked, right=(before, after), measured=measured)
+            after, _ = calibration.correct(formats.load(draft))
+            checked = replace(checked, correct=(before, after), measured=measured)
             if 100 * (before - after) > max_drop * measured:
                 raise ExportError(
-                    f"In 8-bit integers {after} instead of {before} of {measured} pictures are right, more than "
+                    f"In 8-bit integers {after} instead of {before} of {measured} images are correct, more than "
                     f"{max_drop:g} points less. {path} was not written."
                 )
         elif checked.relative > TOLERANCES[half] or checked.agreement < 1:
             raise ExportError(
                 f"The file disagrees with eager: logits differ by up to {checked.difference:.3g} "
-                f"({checked.relative:.2g} of the largest), {checked.agreement:.0%} of {checked.pictures} pictures have "
-                f"the same best guess. {path} was not written."
+                f"({checked.relative:.2g} of the largest), {checked.agreement:.0%} of {checked.images} images have "
+                f"the same top-1 prediction. {path} was not written."
             )
-        files(draft)[-1].write_text("\n".join(_labels(opened)) + "\n", encoding="utf-8")
+        files(draft)[-1].write_text("\n".join(_labels(loaded)) + "\n", encoding="utf-8")
         path.unlink(missing_ok=True)  # an older one must not meet the new weights
         for file in reversed(files(draft)):  # the file itself last: where it is, what belongs to it is there
             file.chmod(0o644)
@@ -156,8 +158,8 @@ def _export(
     return checked
 
 
-def _labels(opened: "Opened") -> Sequence[str]:
-    return opened.classes or [name for _, name in prediction.names_of(opened.num_classes)]
+def _labels(loaded: "LoadedModel") -> Sequence[str]:
+    return loaded.classes or [name for _, name in prediction.names_of(loaded.num_classes)]
 
 
 def _sizes(size: int, dynamic: bool) -> list[tuple[int, int]]:
@@ -165,8 +167,8 @@ def _sizes(size: int, dynamic: bool) -> list[tuple[int, int]]:
     return [(size, size), *([(size + 32, size), (max(32, size - 32), size + 31)] if dynamic else [])]
 
 
-def _pictures(count: int, height: int, width: int) -> Tensor:
-    """Smooth random pictures: noise alone is like nothing that a network was made for."""
+def _images(count: int, height: int, width: int) -> Tensor:
+    """Smooth random images: noise alone is like nothing that a network was made for."""
     generator = torch.Generator().manual_seed(height)
     coarse = torch.randn(count, 3, 8, 8, generator=generator)
     smooth = nn.functional.interpolate(coarse, (height, width), mode="bicubic", align_corners=False)
@@ -175,7 +177,7 @@ def _pictures(count: int, height: int, width: int) -> Tensor:
 
 def _check(model: nn.Module, path: Path, sizes: Sequence[tuple[int, int]], tolerance: float) -> Checked:
     """Runs a file in a fresh process, at batches of one and of several, and holds it against eager."""
-    batches = [pictures for size in sizes for pictures in _pictures(_PICTURES, *size).tensor_split([1])]
+    batches = [images for size in sizes for images in _images(_IMAGES, *size).tensor_split([1])]
     with torch.inference_mode():
         expected = [model(batch).float() for batch in batches]
     if not all(logits.isfinite().all() for logits in expected):
@@ -198,8 +200,8 @@ def _run_afresh(path: Path, batches: Sequence[Tensor]) -> list[Tensor]:
         given, found = Path(folder) / "given", Path(folder) / "found"
         given.write_bytes(safetensors.torch.save({str(i): batch for i, batch in enumerate(batches)}))
         # this very package is imported, also where it is not installed, and nothing of the working directory's (-P)
-        here = str(Path(__file__).resolve().parent.parent)
-        code = f"import sys; sys.path.append({here!r}); from fixefficientnet.runtimes import main; main()"
+        here = str(Path(__file__).resolve().parents[2])
+        code = f"import sys; sys.path.append({here!r}); from fixefficientnet.runtimes.formats import main; main()"
         command = [sys.executable, "-P", "-c", code, str(path.resolve()), str(given), str(found)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

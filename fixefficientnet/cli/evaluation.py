@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from fixefficientnet._internal.files import write_atomically
 from fixefficientnet.cli.app import AsJson, Engine, Fast, MixedPrecision, app, err, out, print_json, table
 from fixefficientnet.errors import FixEfficientNetError
-from fixefficientnet.files import write_atomically
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from fixefficientnet.data import Pictures
+    from fixefficientnet.data.dataset import ImageDataset
     from fixefficientnet.evaluation.evaluate import Measured, Settings
-    from fixefficientnet.evaluation.models import Opened
+    from fixefficientnet.models import LoadedModel
 
 MODEL = (
     "A variant (b4_ns; b4_ns:backbone, b4_ns:FILE), a fine-tuning run's folder or file, or timm/NAME (timm/NAME:FILE)."
@@ -23,11 +23,11 @@ MODEL = (
 Data = Annotated[
     str, typer.Option(help="A folder with val/, or of classes' folders; or hfds/NAME, torch/NAME, wds/NAME.")
 ]
-DataRoot = Annotated[str | None, typer.Option(help="Where a named data set lies or is cached.")]
+DataRoot = Annotated[str | None, typer.Option(help="Where a named dataset lies or is cached.")]
 Split = Annotated[str | None, typer.Option(help="Default: validation, or the whole folder.")]
-CropPct = Annotated[float | None, typer.Option(help="Share of the resized picture to keep. Default: the model's.")]
+CropPct = Annotated[float | None, typer.Option(help="Share of the resized image to keep. Default: the model's.")]
 BatchSize = Annotated[
-    int | None, typer.Option("--batch-size", "-b", min=1, help="Pictures per forward pass. Default: 32, on a CPU 2.")
+    int | None, typer.Option("--batch-size", "-b", min=1, help="Images per forward pass. Default: 32, on a CPU 2.")
 ]
 Workers = Annotated[
     int | None,
@@ -46,7 +46,7 @@ Restrict = Annotated[
         help="Restrict logits to the classes that the data has. Default: where these are 200 of ImageNet's.",
     ),
 ]
-RealLabels = Annotated[bool, typer.Option("--real-labels", help="Count as right what ReaL labels allow.")]
+RealLabels = Annotated[bool, typer.Option("--real-labels", help="Count as correct what ReaL labels allow.")]
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV.")]
 
 
@@ -60,7 +60,7 @@ def evaluate(
     crop_pct: CropPct = None,
     compare: Annotated[
         tuple[str, str] | None,
-        typer.Option(metavar="A B", help="Is B better than A, on the same pictures?"),
+        typer.Option(metavar="A B", help="Is B better than A, on the same images?"),
     ] = None,
     restrict_classes: Restrict = None,
     real_labels: RealLabels = False,
@@ -77,7 +77,7 @@ def evaluate(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for finished batches.")] = Path("evaluations"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed evaluation was.")] = False,
 ) -> None:
-    """Measure the accuracy of models on labelled pictures.
+    """Measure the accuracy of models on labelled images.
 
     On several devices: torchrun --nproc-per-node N -m fixefficientnet evaluate …
     """
@@ -86,11 +86,11 @@ def evaluate(
         raise typer.BadParameter("Name a model, or two after --compare.")
     _need_data(data)
     if per_class and real_labels:
-        raise typer.BadParameter("--per-class needs one label per picture, which ReaL labels are not.")
+        raise typer.BadParameter("--per-class needs one label per image, which ReaL labels are not.")
     for path in filter(None, (per_class, results_file)):
         if path.is_dir() or not next(folder for folder in path.absolute().parents if folder.exists()).is_dir():
             raise FixEfficientNetError(f"{path} cannot be written: it is a folder, or what it is in is none.")
-    from fixefficientnet.evaluation import results
+    from fixefficientnet.evaluation import tables
     from fixefficientnet.evaluation.evaluate import Settings
     from fixefficientnet.evaluation.statistics import compare as paired
 
@@ -109,7 +109,7 @@ def evaluate(
         engine=engine,
         fast_preprocessing=fast_preprocessing,
     )
-    from fixefficientnet import engines
+    from fixefficientnet.runtimes import engines
 
     accelerator = _accelerator(device or ("cpu" if engine in engines.EXPORTED else None), mixed_precision)
     found: dict[str, Measured] = {}
@@ -121,25 +121,25 @@ def evaluate(
                 said = f"What is finished is kept in {output}: the same command with --resume goes on."
                 err.print(escape(said), soft_wrap=True)
             raise
-        found[name].opened.model.to("meta")  # frees its memory
+        found[name].loaded.network.to("meta")  # frees its memory
     every = list(found.values())
-    rows = [results.row(one) for one in every]
+    rows = [tables.row(one) for one in every]
     pair = None
     if compare:
         first, second = (found[name] for name in compare)
-        pair = results.comparison(first, second, paired(first.evaluation.right, second.evaluation.right))
+        pair = tables.comparison(first, second, paired(first.evaluation.correct, second.evaluation.correct))
     if not accelerator.is_main_process:
         return
     if per_class:
-        _write(per_class, results.as_csv(results.per_class_rows(every)))
+        _write(per_class, tables.as_csv(tables.per_class_rows(every)))
     if results_file:
         best_first = sorted(every, key=lambda one: -one.evaluation.top1)
-        _write(results_file, results.as_csv([results.timm_row(one) for one in best_first]))
+        _write(results_file, tables.as_csv([tables.timm_row(one) for one in best_first]))
     if as_json:
-        unreadable = [{"model": one.opened.name, "pictures": _unreadable(one)} for one in every if _unreadable(one)]
+        unreadable = [{"model": one.loaded.name, "images": _unreadable(one)} for one in every if _unreadable(one)]
         print_json({"results": rows, "comparison": pair, "unreadable": unreadable})
     elif as_csv:
-        typer.echo(results.as_csv(rows), nl=False)
+        typer.echo(tables.as_csv(rows), nl=False)
     else:
         _show(every, pair)
     for one in every:
@@ -175,7 +175,7 @@ def sweep(
     A model that FixRes tuned is measured untuned too. The same command goes on where a killed one was.
     """
     _need_data(data)
-    from fixefficientnet.evaluation import figures, results
+    from fixefficientnet.evaluation import figures, tables
     from fixefficientnet.evaluation import sweep as sweeps
     from fixefficientnet.evaluation.evaluate import Settings
 
@@ -196,15 +196,15 @@ def sweep(
     accelerator = _accelerator(device, mixed_precision)
     every: list[Measured] = []
 
-    def take(opened: "Opened", settings: "Settings") -> "Measured":
-        known = every[-1].pictures if every and every[-1].opened.name == opened.name else None
-        every.append(_measure(opened, settings, accelerator, known))
+    def take(loaded: "LoadedModel", settings: "Settings") -> "Measured":
+        known = every[-1].dataset if every and every[-1].loaded.name == loaded.name else None
+        every.append(_measure(loaded, settings, accelerator, known))
         return every[-1]
 
     rows = sweeps.sweep(sweeps.with_untuned(models), chosen, settings, take)
     if not accelerator.is_main_process:
         return
-    _write(output / "sweep.csv", results.as_csv(rows))
+    _write(output / "sweep.csv", tables.as_csv(rows))
     for kind in figures.FORMATS:  # an earlier sweep's would not belong to the new table
         (output / f"statistics.{kind}").unlink(missing_ok=True)
     drawn = {"sweep": figures.sweep} | ({"statistics": figures.activations} if statistics else {})
@@ -215,7 +215,7 @@ def sweep(
     if as_json:
         print_json(rows)
     elif as_csv:
-        typer.echo(results.as_csv(rows), nl=False)
+        typer.echo(tables.as_csv(rows), nl=False)
     else:
         _show_sweep(rows)
         out.print(_said(every), soft_wrap=True)
@@ -242,7 +242,7 @@ def paper(
     if as_json:
         print_json(rows)
     elif as_csv:
-        from fixefficientnet.evaluation.results import as_csv as csv_of
+        from fixefficientnet.evaluation.tables import as_csv as csv_of
 
         typer.echo(csv_of(rows), nl=False)
     elif as_markdown:
@@ -259,7 +259,7 @@ def paper(
         err.print(
             escape(
                 f"{result.source}: {result.variant} at {result.fix.test_size}, top-1 {result.fix.top1:.2f} of "
-                f"{result.pictures:,} pictures: not comparable with the paper (other pictures, size or network)."
+                f"{result.images:,} images: not comparable with the paper (other images, size or network)."
             ),
             soft_wrap=True,
         )
@@ -284,7 +284,7 @@ def figure(
 def _show_sweep(rows: "list[dict[str, Any]]") -> None:
     from fixefficientnet.evaluation.sweep import best_size
 
-    shown = table("model", "size", "top-1", "95%", "top-5", "loss", "GMACs", "pict./s", "")
+    shown = table("model", "size", "top-1", "95%", "top-5", "loss", "GMACs", "img/s", "")
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         best = best_size(own)
@@ -299,18 +299,18 @@ def _show_sweep(rows: "list[dict[str, Any]]") -> None:
                 f"{row['top5']:.2f}",
                 f"{row['loss']:.3f}",
                 f"{row['gmacs']:.2f}",
-                f"{row['pictures_per_second']:.1f}",
+                f"{row['images_per_second']:.1f}",
                 ",".join(marks),
             )
     out.print(shown)
 
 
 def _show(every: "list[Measured]", pair: "dict[str, Any] | None") -> None:
-    shown = table("model", "size", "top-1", "95%", "top-5", "95%", "loss", "ECE", "pict./s")
+    shown = table("model", "size", "top-1", "95%", "top-5", "95%", "loss", "ECE", "img/s")
     for one in every:
         found = one.evaluation
         shown.add_row(
-            escape(one.opened.name),
+            escape(one.loaded.name),
             str(found.size),
             f"{found.top1:.2f}",
             "{:.1f}-{:.1f}".format(*found.interval),
@@ -326,8 +326,8 @@ def _show(every: "list[Measured]", pair: "dict[str, Any] | None") -> None:
         out.print(
             f"\n{escape(pair['second'])} against {escape(pair['first'])}: [bold]{pair['difference']:+.2f} points[/] "
             f"top-1 (95%: {pair['difference_low']:+.2f} to {pair['difference_high']:+.2f}), p = {pair['p']:.2g}\n"
-            f"right in the first alone: {pair['only_first_right']:,}, in the second alone: "
-            f"{pair['only_second_right']:,}, of {pair['pictures']:,} pictures (McNemar's exact test)",
+            f"correct in the first alone: {pair['only_first_correct']:,}, in the second alone: "
+            f"{pair['only_second_correct']:,}, of {pair['images']:,} images (McNemar's exact test)",
             soft_wrap=True,
         )
 
@@ -340,22 +340,22 @@ def _said(every: "list[Measured]") -> str:
     for one in every:
         line = _described(one) + (f"; {more}" if (more := restriction(one)) else "")
         names = whose.setdefault(line, [])
-        names += [one.opened.name] * (one.opened.name not in names)
+        names += [one.loaded.name] * (one.loaded.name not in names)
     lines = [f"{', '.join(names)}: {line}" if len(whose) > 1 else line for line, names in whose.items()]
     return escape("\n".join(lines))
 
 
 def _described(one: "Measured") -> str:
-    found, test = one.evaluation, one.opened.test
+    found, test = one.evaluation, one.loaded.test
     left_out = f" ({len(found.unreadable):,} more could not be read)" if found.unreadable else ""
-    crop = f"crop_pct {test.crop_pct:g}" + (f", {one.opened.crop_mode}" if one.opened.crop_mode != "center" else "")
+    crop = f"crop_pct {test.crop_pct:g}" + (f", {one.loaded.crop_mode}" if one.loaded.crop_mode != "center" else "")
     words = (
         (one.engine, "eager"),
         (one.precision, "no"),
         (f"{one.preprocessing} preprocessing", "exact preprocessing"),
     )
     how = "".join(f", {word}" for word, usual in words if word != usual)
-    return f"{found.pictures:,} pictures of {one.pictures.what}{left_out}; {crop}, {test.interpolation}{how}"
+    return f"{found.images:,} images of {one.dataset.what}{left_out}; {crop}, {test.interpolation}{how}"
 
 
 def _unreadable(one: "Measured") -> list[str]:
@@ -363,10 +363,10 @@ def _unreadable(one: "Measured") -> list[str]:
 
 
 def _complain(one: "Measured") -> None:
-    """Names the pictures that do not count."""
+    """Names the images that do not count."""
     reasons = _unreadable(one)
     if reasons:
-        err.print(f"{len(reasons)} of {len(one.pictures)} pictures could not be read and do not count:", soft_wrap=True)
+        err.print(f"{len(reasons)} of {len(one.dataset)} images could not be read and do not count:", soft_wrap=True)
         for reason in reasons[:20]:
             err.print(f"  {escape(reason)}", soft_wrap=True)
         if len(reasons) > 20:
@@ -379,24 +379,24 @@ def _need_data(data: str) -> None:
 
 
 def _accelerator(device: str | None, mixed_precision: str) -> "Accelerator":
-    from fixefficientnet import processes
+    from fixefficientnet._internal import processes
 
     return processes.accelerator(device, mixed_precision)
 
 
 def _measure(
-    model: "str | Opened", settings: "Settings", accelerator: "Accelerator", pictures: "Pictures | None" = None
+    model: "str | LoadedModel", settings: "Settings", accelerator: "Accelerator", dataset: "ImageDataset | None" = None
 ) -> "Measured":
     """Measures one model, under a progress bar."""
-    from fixefficientnet import engines
-    from fixefficientnet.evaluation.evaluate import measure, pictures_for
-    from fixefficientnet.evaluation.models import open_model
-    from fixefficientnet.progress import bar
+    from fixefficientnet._internal.progress import bar
+    from fixefficientnet.evaluation.evaluate import dataset_for, measure
+    from fixefficientnet.models import open_model
+    from fixefficientnet.runtimes import engines
 
-    opened = open_model(model) if isinstance(model, str) else model
-    pictures = pictures or pictures_for(opened, settings)
-    short = opened.name if len(opened.name) <= 30 else f"…{opened.name[-29:]}"  # a bar has one line
-    said = f"{short} at {settings.size or opened.test.size}"
+    loaded = open_model(model) if isinstance(model, str) else model
+    dataset = dataset or dataset_for(loaded, settings)
+    short = loaded.name if len(loaded.name) <= 30 else f"…{loaded.name[-29:]}"  # a bar has one line
+    said = f"{short} at {settings.size or loaded.test.size}"
     err.quiet = not accelerator.is_main_process
 
     def say(text: str) -> None:
@@ -404,9 +404,9 @@ def _measure(
 
     if settings.engine in engines.EXPORTED:
         engines.check(settings.engine, accelerator.device, accelerator.mixed_precision)
-        engines.exported(opened, opened.at(settings.size), settings.engine, say)
-    with bar(said, len(pictures), err, say) as shown:
-        return measure(opened, settings, accelerator, pictures=pictures, progress=shown)
+        engines.exported(loaded, loaded.at(settings.size), settings.engine, say)
+    with bar(said, len(dataset), err, say) as shown:
+        return measure(loaded, settings, accelerator, dataset=dataset, progress=shown)
 
 
 def _write(path: Path, text: str) -> None:

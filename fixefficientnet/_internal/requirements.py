@@ -83,7 +83,7 @@ def floors() -> dict[str, str]:
     import tomllib
     from importlib import metadata
 
-    file = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    file = Path(__file__).resolve().parents[2] / "pyproject.toml"
     project = {}
     with contextlib.suppress(OSError, ValueError):
         project = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {})

@@ -17,7 +17,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from fixefficientnet import __version__, compat, hub
+from fixefficientnet import hub
+from fixefficientnet._internal import compat
+from fixefficientnet._version import __version__
 from fixefficientnet.errors import FixEfficientNetError, PublishError
 from fixefficientnet.hub import HubFile
 

@@ -1,0 +1,1 @@
+"""Labelled images: datasets by index, loaded in workers."""

@@ -1,0 +1,236 @@
+"""Images with labels: any dataset that timm opens, its classes mapped to the model's, and batches of them.
+
+Images are addressed by their index, every batch says which it holds, and an image that cannot be read is
+named, never silently replaced.
+"""
+
+import contextlib
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from timm.data import create_dataset
+from timm.utils import natural_key
+
+from fixefficientnet import classes
+from fixefficientnet._internal import compat, requirements
+from fixefficientnet._internal.checkpoint_file import listed
+from fixefficientnet.data.tar_shards import TarShards
+from fixefficientnet.errors import DataError, ImageError
+from fixefficientnet.preprocessing import open_image
+
+TRAIN, VALIDATION = "train", "validation"
+_SYNONYMS = {
+    TRAIN: ("train", "training"),
+    VALIDATION: ("val", "valid", "validation", "eval", "evaluation"),
+}
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """A dataset's split with random access.
+
+    Attributes:
+        source: timm's reader, or a torchvision dataset.
+        classes: Names of the classes, by the model's index; empty where the dataset names none.
+        targets: From the dataset's class index to the model's; empty: they are the same.
+        what: The split, for messages.
+    """
+
+    source: Any
+    classes: tuple[str, ...]
+    targets: dict[int, int]
+    what: str
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """One image as RGB, and its class in the model's numbering.
+
+        Raises:
+            ImageError: It cannot be read; names it.
+        """
+        try:
+            image, target = self.source[index][:2]
+            if hasattr(image, "read"):
+                with image:
+                    image = image.read()
+            return open_image(image), self.targets.get(int(target), int(target))
+        except (ImageError, OSError) as error:
+            raise ImageError(f"{self.name(index)}: {error}") from error
+
+    @property
+    def imagenet(self) -> bool:
+        """Whether the classes are named by WordNet ids, as ImageNet's are."""
+        return classes.are_wordnet_ids(self.classes)
+
+    @property
+    def files(self) -> bool:
+        """Whether each image is read from a file that is opened for it, as several threads may do at once."""
+        return hasattr(self.source, "samples")
+
+    def present(self) -> set[int]:
+        """The classes that it may hold images of, in the model's numbering; all, where it does not tell."""
+        if hasattr(self.source, "samples"):
+            return {self.targets.get(int(label), int(label)) for _, label in self.source.samples}
+        return set(self.targets.values()) or set(range(len(self.classes)))
+
+    def name(self, index: int) -> str:
+        """What to call an image: its file, or its index."""
+        filename = None
+        with contextlib.suppress(Exception):  # readers without file names raise what they like
+            filename = self.source.filename(index)
+        return str(filename or f"image {index} of {self.what}")
+
+    def fingerprint(self) -> str:
+        """sha256 over number, classes, labels and file names, as far as the dataset tells; not over the pixels."""
+        digest = hashlib.sha256(f"{len(self)} {self.classes} {sorted(self.targets.items())}".encode())
+        if hasattr(self.source, "samples") and hasattr(self.source, "filename"):
+            for index, (_, label) in enumerate(self.source.samples):
+                digest.update(f"{self.name(index)}\0{label}\0".encode())
+        else:  # a name is all that there is to tell one from another, or Hugging Face's own fingerprint
+            known = compat.dataset_fingerprint(getattr(self.source, "dataset", None))
+            labels = [int(label) for label in getattr(self.source, "targets", ())]
+            digest.update(f"{known or self.what} {labels}".encode())
+        return digest.hexdigest()
+
+
+def open_dataset(
+    data: str,
+    split: str | None,
+    *,
+    root: str | None = None,
+    num_classes: int | None = None,
+    numbered: bool = False,
+) -> ImageDataset:
+    """Opens one split of a dataset.
+
+    Args:
+        data: A folder with one subfolder per split, each with one per class; or what timm's `create_dataset`
+            takes: "hfds/organisation/name", "torch/cifar10", "wds/name". What timm would stream is opened by
+            index: "hfids/" is downloaded as "hfds/" is, and "wds/" takes tar files on disk.
+        split: "train" or "validation", which finds training/, val/ and the like too; or the exact name of another.
+            None: "validation", or the folder itself where it holds the classes' folders.
+        root: Where a named dataset lies or is cached, as timm's `root`.
+        num_classes: Of the model. With 1000, classes named by WordNet ids are mapped to ImageNet's by these, and
+            some may be missing. None: as many as the dataset has.
+        numbered: Whether so are classes named by numbers from 0 to 999, as ImageNet-V2's are.
+
+    Raises:
+        DataError: No such folder or split, no images, a class without any, or other classes than the model's.
+    """
+    kind, _, name = data.partition("/")
+    kind = kind.lower()
+    may_be_whole, split = split is None, split or VALIDATION
+    if kind == "tfds":
+        raise DataError(f"{data} is a stream, but images are needed by index: use a folder, hfds/ or wds/.")
+    if kind in ("hfds", "hfids", "torch"):
+        source = _named("hfds" if kind == "hfids" else kind, name, split, root)
+        what = f"{data} ({split})"
+    elif kind == "wds":
+        source = TarShards(Path(root or name).expanduser(), _SYNONYMS.get(split, (split,)))
+        what = f"{data} ({split})"
+    else:
+        folder = _split_folder(Path(data).expanduser(), split, may_be_whole=may_be_whole)
+        what = str(folder)
+        source = _open_folder(folder)
+    if not len(source):
+        raise DataError(f"{what} holds no images.")
+    names = class_names(source)
+    return ImageDataset(source, *classes.mapping(names, num_classes, what, numbered=numbered), what)
+
+
+def follow(dataset: ImageDataset, order: tuple[str, ...], whose: str) -> ImageDataset:
+    """Gives a split the class numbers of a training split or a model, by name: folders are numbered as they come.
+
+    Args:
+        dataset: The split.
+        order: Names of the classes, by the index to follow; empty: nothing to follow.
+        whose: They are, for messages.
+
+    Raises:
+        DataError: The split has classes that are not among them.
+    """
+    if not dataset.classes or not order or dataset.classes == order:
+        return dataset
+    targets = classes.by_name(dataset.classes, order, dataset.what, whose)
+    return ImageDataset(dataset.source, order, targets, dataset.what)
+
+
+def _named(kind: str, name: str, split: str, root: str | None) -> Any:
+    if kind == "torch" and root is None:
+        raise DataError(f"torch/{name} needs the folder that it lies in: give it with --data-root.")
+    try:
+        dataset = create_dataset(f"{kind}/{name}", root=root, split=split, download=False)
+    except ImportError as error:
+        raise DataError(f"{kind}/{name} needs another package: {error}. `pip install datasets` brings it.") from error
+    except Exception as error:  # torchvision, datasets and timm raise a dozen kinds
+        hint = ""
+        if isinstance(error, AttributeError) and "'names'" in str(error):
+            installed = requirements.version("timm")
+            hint = f" Its labels have no names, which timm reads since 1.0.31; {installed} is installed."
+        raise DataError(f"{kind}/{name} ({split}) cannot be opened: {str(error).rstrip('.')}.{hint}") from error
+    return getattr(dataset, "reader", dataset)
+
+
+def _split_folder(folder: Path, split: str, *, may_be_whole: bool) -> Path:
+    if not folder.is_dir():
+        or_whole = ", or of classes' folders" if may_be_whole else ""
+        raise DataError(f"There is no folder {folder}. --data takes one with {split}/ in it{or_whole}.")
+    candidates = _SYNONYMS.get(split, (split,))
+    for name in candidates:
+        if (folder / name).is_dir():
+            return folder / name
+    there = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    splits = [name for name in there if name in {"test", *_SYNONYMS[TRAIN]}]
+    holds_classes = any(path.is_dir() for name in splits for path in (folder / name).iterdir())
+    if may_be_whole and there and not holds_classes:
+        return folder
+    raise DataError(
+        f"{folder} has no folder {candidates[0]}/ (nor {', '.join(candidates[1:]) or 'another name for it'}). "
+        f"It has: {listed(there) or 'no folder at all'}."
+    )
+
+
+def _open_folder(folder: Path) -> Any:
+    """timm's reader for a folder of classes, numbered in timm's order.
+
+    timm numbers each innermost folder with an image in it, so an empty class, a stray image or a folder within a
+    class would shift the others without a word; and it leaves the order of names that differ in case or leading
+    zeros alone ("Fox", "fox") to chance.
+    """
+    try:
+        source = create_dataset("", root=str(folder), split="", search_split=False).reader
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"{folder} holds no images: {error}") from error
+    folders = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    found = {os.path.dirname(path): path for path, _ in source.samples}  # noqa: PTH120 - a million of them
+    for parent, path in sorted(found.items()):
+        if Path(parent).parent != folder or Path(parent).name not in folders:
+            raise DataError(
+                f"{path} is in no class's folder. {folder} takes one folder per class, with images directly in it."
+            )
+    if empty := sorted(folders - {Path(parent).name for parent in found}):
+        raise DataError(f"The class {empty[0]} has no images in {folder / empty[0]}: add some, or remove the folder.")
+    number = {name: index for index, name in enumerate(sorted(folders, key=_in_order))}
+    of_folder = {parent: number[Path(parent).name] for parent in found}
+    samples = [(path, of_folder[os.path.dirname(path)]) for path, _ in source.samples]  # noqa: PTH120
+    source.samples = sorted(samples, key=lambda sample: _in_order(sample[0]))
+    source.class_to_idx = number
+    return source
+
+
+def _in_order(name: str) -> tuple[list[str | int], str]:
+    return natural_key(name), name  # type: ignore[no-untyped-call]
+
+
+def class_names(source: Any) -> tuple[str, ...]:
+    """A source's own names of its classes, by its own index; empty where it has none."""
+    numbers = getattr(source, "class_to_idx", None)
+    if numbers:
+        return tuple(str(name) for name, _ in sorted(numbers.items(), key=lambda item: item[1]))
+    return tuple(str(name) for name in getattr(source, "classes", ()))

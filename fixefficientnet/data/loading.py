@@ -1,0 +1,151 @@
+"""Batches of a dataset, loaded in order, in worker processes if asked.
+
+Every batch says which images it holds, and an image that cannot be read is named, never silently replaced.
+"""
+
+import contextlib
+import ctypes
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fixefficientnet.data.dataset import ImageDataset
+from fixefficientnet.errors import ImageError
+
+_PR_SET_PDEATHSIG = 1
+
+Transform = Callable[[Image.Image, int, int], Tensor]
+"""(RGB image, epoch, index) → tensor; every draw is a function of epoch and index alone."""
+Task = tuple[int, int]
+"""(epoch, index) of one image to load."""
+
+
+@dataclass(frozen=True, slots=True)
+class InEveryEpoch:
+    """A transform that is the same in every epoch and for every image."""
+
+    transform: Callable[[Image.Image], Tensor]
+
+    def __call__(self, image: Image.Image, epoch: int, index: int) -> Tensor:
+        """Transforms one RGB image."""
+        return self.transform(image)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a loader gives.
+
+    Attributes:
+        inputs: float32 [n, ...]: the transform's results, stacked.
+        targets: int64 [n].
+        indices: Of the images that the results are of; int64 [n].
+        unreadable: Those that were asked for and could not be read: index and reason.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    indices: Tensor
+    unreadable: list[tuple[int, str]]
+
+    def pin_memory(self) -> "Batch":
+        """The same in page-locked memory, as DataLoader asks for."""
+        return Batch(self.inputs.pin_memory(), self.targets, self.indices, self.unreadable)
+
+
+def load_batches(
+    dataset: ImageDataset,
+    transform: Transform,
+    tasks: Iterable[list[Task]],
+    *,
+    workers: int = 0,
+    substitute: bool = False,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Loads batches of images, in order, in worker processes if asked.
+
+    Args:
+        dataset: The dataset.
+        transform: What is done to each.
+        tasks: The images of each batch; drawn from as loading goes on.
+        workers: Number of loading processes; 0 loads in this one.
+        substitute: Whether the next readable image takes the place of an unreadable one, so that batches
+            keep their size; else it is left out.
+        pin_memory: As in DataLoader.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _Loading(dataset, transform, substitute),
+        batch_sampler=tasks,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_parent,
+    )
+    return iter(loader)
+
+
+def load_batch(dataset: ImageDataset, transform: Transform, tasks: list[Task]) -> Batch:
+    """Loads one batch in this thread; unreadable images are left out."""
+    loading = _Loading(dataset, transform, substitute=False)
+    return _collate([loading[task] for task in tasks])
+
+
+def shard_tasks(length: int, shard: int, batch: int, shards: Sequence[int]) -> list[list[Task]]:
+    """Batches for whole shards of a dataset: fixed runs of `shard` images, so that no batch is in two.
+
+    Args:
+        length: Images in all.
+        shard: Images per shard.
+        batch: Images per batch.
+        shards: Which shards, in order.
+    """
+    tasks = []
+    for number in shards:
+        indices = range(number * shard, min((number + 1) * shard, length))
+        tasks += [[(0, index) for index in indices[at : at + batch]] for at in range(0, len(indices), batch)]
+    return tasks
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A signal to the whole process group must not take the loading processes from a parent that is still saving.
+
+    They end with it instead, at once, also where it was killed.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # a C library that does not know it
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class _Loading(Dataset[Any]):
+    """What runs in a worker: (epoch, index) → the transformed image, or why not."""
+
+    def __init__(self, dataset: ImageDataset, transform: Transform, substitute: bool):
+        self.dataset, self.transform, self.substitute = dataset, transform, substitute
+
+    def __getitem__(self, task: Task) -> tuple[Tensor | None, int, int, list[tuple[int, str]]]:
+        epoch, index = task
+        unreadable: list[tuple[int, str]] = []
+        for _ in range(10 if self.substitute else 1):
+            try:
+                image, target = self.dataset[index]
+                return self.transform(image, epoch, index), target, index, unreadable
+            except ImageError as error:
+                unreadable.append((index, str(error)))
+                index = (index + 1) % len(self.dataset)
+        return None, -1, index, unreadable
+
+
+def _collate(items: list[tuple[Tensor | None, int, int, list[tuple[int, str]]]]) -> Batch:
+    good = [(tensor, target, index) for tensor, target, index, _ in items if tensor is not None]
+    inputs = torch.stack([tensor for tensor, _, _ in good]) if good else torch.empty(0)
+    targets = torch.tensor([target for _, target, _ in good], dtype=torch.int64)
+    indices = torch.tensor([index for _, _, index in good], dtype=torch.int64)
+    return Batch(inputs, targets, indices, [failure for *_, failures in items for failure in failures])
