@@ -1,1 +1,1 @@
-"""Measurements side by side with the peers; every figure in the docs comes from here."""
+"""Measurements beside other libraries; every measured figure in docs/speed.md comes from here."""

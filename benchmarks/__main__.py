@@ -5,8 +5,9 @@ r"""Runs benchmarks on this machine.
     python -m benchmarks load start --json docs/results/speed.json
     python -m benchmarks.tables docs/results/speed.json
 
-Figures of the benchmarks named take the place of those that the file has from
-the same machine; the others stay. Of all, what lacks its folder is left out.
+The figures of the named benchmarks replace those in the file; figures of other
+benchmarks stay. The file must be of the same machine and versions. `all` leaves
+out a benchmark whose folder was not given.
 """
 
 import importlib

@@ -1,6 +1,8 @@
-"""What each setup to be faster does to top-1: Lite0, 1 and 2, whose weights are at hand, at their test sizes.
+"""Top-1 of each faster engine, precision and preprocessing, against PyTorch in float32.
 
-python -m benchmarks accuracy --images FOLDER
+    python -m benchmarks accuracy --images FOLDER
+
+Lite0, Lite1 and Lite2 at their test sizes: their real weights are on PyPI.
 """
 
 import argparse
@@ -9,7 +11,7 @@ from typing import Any
 from benchmarks import machine
 
 NAME = "accuracy"
-WAYS: dict[str, dict[str, Any]] = {
+METHODS: dict[str, dict[str, Any]] = {
     "eager": {},
     "onnx": {"engine": "onnx"},
     "openvino": {"engine": "openvino"},
@@ -22,10 +24,9 @@ WAYS: dict[str, dict[str, Any]] = {
         "fast_preprocessing": True,
     },
 }
-
-
+"""Arguments of `fixefficientnet.evaluate` for each method."""
 ON_CUDA = {
-    **{setup: how for setup, how in WAYS.items() if "openvino" not in setup and setup != "onnx"},
+    **{name: settings for name, settings in METHODS.items() if "openvino" not in name and name != "onnx"},
     "eager in fp16": {"mixed_precision": "fp16"},
     "compile": {"engine": "compile"},
 }
@@ -38,26 +39,27 @@ def child(given: dict[str, Any]) -> dict[str, Any]:
     return {"correct": found.correct, "images": found.images}
 
 
-def _runs(setup: str) -> bool:
-    return "openvino in bf16" not in setup or machine.has_bf16()
+def _runs(method: str) -> bool:
+    return "openvino in bf16" not in method or machine.has_bf16()
 
 
 def rows(options: argparse.Namespace) -> list[machine.Row]:
-    """One per variant and setup."""
+    """Measures top-1; one row per variant and method."""
     made = []
     for variant in ("lite0", "lite1", "lite2"):
-        setups = ON_CUDA if options.device == "cuda" else {setup: how for setup, how in WAYS.items() if _runs(setup)}
+        on_cpu = {name: settings for name, settings in METHODS.items() if _runs(name)}
+        methods = ON_CUDA if options.device == "cuda" else on_cpu
         given = {"model": f"{variant}:backbone", "data": str(options.images), "device": options.device}
         found = machine.in_turns(
-            setups,
+            methods,
             1,
-            lambda setup: machine.fresh(NAME, {**given, **setups[setup]}),  # noqa: B023
+            lambda method: machine.fresh(NAME, {**given, **methods[method]}),  # noqa: B023
             f"accuracy of {variant}:",
         )
         exact = found["eager"][0]["correct"]
-        for setup, (taken,) in found.items():
+        for method, (taken,) in found.items():
             pairs = list(zip(exact, taken["correct"], strict=True))
-            row = {"benchmark": NAME, "variant": variant, "setup": setup, "images": taken["images"]}
+            row = {"benchmark": NAME, "variant": variant, "method": method, "images": taken["images"]}
             row |= {
                 "rounds": 1,
                 "correct": taken["correct"].count("1"),

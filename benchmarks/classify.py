@@ -1,18 +1,21 @@
-"""Images per second from a folder of JPEGs to labels: this package's engines against its peers.
+"""Throughput in images/s from a folder of JPEG files to labels: this package's engines beside other libraries.
 
     python -m benchmarks classify --images FOLDER
 
-FOLDER has one folder per WordNet id (or val/ with these in it). Each setup runs as its users run it, in fresh processes
-that take turns with the others'; the median of the rounds counts. All read the same files at the same size and batch
-size, on the same cores, at first with a warm-up; the clock runs from the first file to the last label.
+FOLDER has one folder per WordNet id, or a val/ with these in it. Each method runs as its users run it, in fresh
+processes; the methods take turns, and the median of the rounds counts. All methods read the same files at the same
+size and batch size on the same cores. After a warm-up, the clock runs from the first file to the last label.
 
-fixefficientnet: `evaluate` with each engine but compile (which benchmarks/forward.py has), and `predict` with ONNX
-Runtime; without loading processes, as is the default, but for "-j 1": one batch at a time, and one process that loads.
-What exporting takes is measured apart, where nothing is kept yet. timm: its model, loader and transform, as in its
-validate.py; "channels last" and "bf16" are its options. torchvision and transformers: their own EfficientNet of the
-same kind, transform and torch's DataLoader. The peers load in one process beside, timm in none and in two as well.
-Lite0 has its real weights, the others random ones, the same for us and timm; in float32 both must predict the
-same. Batches of 2 are our default.
+| library | what runs |
+|---|---|
+| fixefficientnet | `evaluate` with each engine but compile (see benchmarks/forward.py), `predict` with ONNX Runtime |
+| timm | its model, loader and transform, as in its validate.py; "channels last" and "bf16" are its options |
+| torchvision, transformers | their own EfficientNet and transform, with torch's DataLoader |
+
+fixefficientnet loads images in the threads that compute, which is its default; with "-j 1" it computes one batch at a
+time, and one process loads. The other libraries load in one process; timm is measured with none and with two as well.
+The time of an export is measured apart, before any exported file is kept. Lite0 has its real weights. B0 and B4 have
+random weights, the same for this package and timm; in float32 both must make the same predictions.
 """
 
 import argparse
@@ -30,7 +33,7 @@ NAME = "classify"
 
 SIZES = {"lite0": 256, "b0": 320, "b4": 472}
 IMAGES = {"lite0": 192, "b0": 128, "b4": 48}
-"""How many are enough for some seconds each."""
+"""Images per variant: enough for some seconds each."""
 TIMES_ON_CUDA = 32
 ALONE = "fixefficientnet, -j 1"
 OURS = {
@@ -42,7 +45,7 @@ OURS = {
     "fixefficientnet, openvino in bf16": ("openvino", "bf16"),
     "fixefficientnet, openvino in bf16, fast preprocessing": ("openvino", "bf16"),
 }
-"""Engine and precision of `evaluate`."""
+"""Engine and mixed precision of `evaluate`, by method."""
 ON_CUDA = {
     "fixefficientnet": ("eager", "no"),
     "fixefficientnet, compile": ("compile", "no"),
@@ -53,16 +56,16 @@ TIMM = "timm"
 LOADING = {"timm, 0 loading processes": 0, "timm, 2 loading processes": 2}
 PEERS = (TIMM, "timm, channels last", "timm, channels last, bf16", *LOADING, "torchvision", "transformers")
 ONLY_IN = {"torchvision": ("b0", "b4"), "transformers": ("b0", "b4")}
-"""Lite0 is in neither."""
+"""Variants that a library has; neither of these has Lite0."""
 BATCHES = {"cpu": (1, 2, 16), "cuda": (1, 16)}
 OUR_BATCH = 2
-"""Our default on a CPU."""
+"""The default batch size of this package on a CPU."""
 TRANSFORMERS = {"b0": (1.0, 1.0, 1280), "b4": (1.4, 1.8, 1792)}
-"""Width and depth coefficient, and hidden dimension, in transformers' configuration."""
+"""Width coefficient, depth coefficient and hidden dimension in transformers' configuration."""
 
 
 class Task:
-    """What a child process does: a variant on a list of images."""
+    """What a child process does: it classifies a list of images with a variant."""
 
     def __init__(self, given: dict[str, Any]):
         self.variant: str = given["variant"]
@@ -75,16 +78,16 @@ class Task:
 
     @property
     def name(self) -> str:
-        """What `evaluate` calls the model."""
+        """The model's name for `evaluate`."""
         return "lite0:backbone" if self.variant == "lite0" else f"timm/tf_efficientnet_{self.variant}:{self.weights}"
 
     @property
     def weights(self) -> Path:
-        """File of the random weights, beside the images."""
+        """The file with the random weights, beside the images."""
         return self.folder.parent / f"{self.variant}.safetensors"
 
     def timm_model(self) -> Any:
-        """timm's own model with these weights."""
+        """Builds timm's own model with these weights."""
         import timm
 
         import fixefficientnet
@@ -94,25 +97,26 @@ class Task:
         return timm.create_model(f"tf_efficientnet_{self.variant}", checkpoint_path=str(self.weights)).eval()
 
 
-def ours(task: Task, setup: str) -> dict[str, Any]:
+def ours(task: Task, method: str) -> dict[str, Any]:
     import math
 
     from fixefficientnet import prediction
     from fixefficientnet._internal.processes import accelerator
     from fixefficientnet._internal.threads import default_threads
     from fixefficientnet.evaluation.evaluate import Settings, dataset_for
-    from fixefficientnet.evaluation.loop import predict_dataset
+    from fixefficientnet.evaluation.loop import EvaluationLoop
     from fixefficientnet.models import open_model
+    from fixefficientnet.options import PredictionOptions
     from fixefficientnet.runtimes import engines
 
-    engine, precision = {**OURS, **ON_CUDA, PREDICT: ("onnx", "no")}[setup]
+    engine, precision = {**OURS, **ON_CUDA, PREDICT: ("onnx", "no")}[method]
     loaded = open_model(task.name)
     test = loaded.at(task.size, 1.0)
     settings = Settings(str(task.folder))
     images = dataset_for(loaded, settings)
     loaded.network.to(task.device)
     computing = accelerator(task.device, precision)
-    workers = task.workers if setup == ALONE or task.device == "cuda" else 0
+    workers = task.workers if method == ALONE or task.device == "cuda" else 0
     batches = math.ceil(len(images) / task.batch_size)
     threads = 1 if workers or engine == "compile" else default_threads(loaded.network, batches)
     exporting = 0.0
@@ -122,40 +126,41 @@ def ours(task: Task, setup: str) -> dict[str, Any]:
         exporting = time.perf_counter() - start
 
     def once() -> list[int]:
-        if setup == PREDICT:
+        if method == PREDICT:
             model: Any = loaded.network
             model.preprocess = loaded.transform(test)
-            found = prediction.stream(task.paths, model, batch_size=task.batch_size, threads=threads)
+            options = PredictionOptions(batch_size=task.batch_size, threads=threads)
+            found = prediction.iter_predictions(task.paths, model, options)
             return [one.labels[0].index for one in found]
-        evaluated = predict_dataset(
+        evaluation = EvaluationLoop(
             loaded.network,
             images,
             test,
-            transform=loaded.transform(test, fast="fast" in setup),
+            transform=loaded.transform(test, fast="fast" in method),
             batch_size=task.batch_size,
             shard=task.batch_size,
             workers=workers,
             threads=threads,
             accelerator=computing,
-        ).evaluated
-        return [prediction.top5[0] for prediction in evaluated]
+        ).run()
+        return [prediction.top5[0] for prediction in evaluation.evaluated]
 
     with engines.running(loaded, test, engine, threads=threads, precision=precision):
         return {**_timed(task, loaded.network, once), "exporting": exporting}
 
 
-def timms(task: Task, setup: str) -> dict[str, Any]:
+def timms(task: Task, method: str) -> dict[str, Any]:
     import torch
     from timm.data import create_dataset, create_loader, resolve_data_config
 
-    layout = torch.channels_last if "channels last" in setup else torch.contiguous_format
+    layout = torch.channels_last if "channels last" in method else torch.contiguous_format
     model = task.timm_model().to(memory_format=layout).to(task.device)
     config = resolve_data_config({"img_size": task.size, "crop_pct": 1.0}, model=model)  # type: ignore[no-untyped-call]
 
     dataset = create_dataset("", root=str(task.folder))
 
     def forward(inputs: Any) -> Any:
-        with torch.autocast(task.device, torch.bfloat16, enabled=setup.endswith("bf16")):
+        with torch.autocast(task.device, torch.bfloat16, enabled=method.endswith("bf16")):
             return model(inputs.contiguous(memory_format=layout))
 
     def batches() -> Iterable[Any]:
@@ -166,7 +171,7 @@ def timms(task: Task, setup: str) -> dict[str, Any]:
             interpolation=config["interpolation"],
             mean=config["mean"],
             std=config["std"],
-            num_workers=LOADING.get(setup, task.workers),
+            num_workers=LOADING.get(method, task.workers),
             crop_pct=config["crop_pct"],
             crop_mode=config["crop_mode"],
             device=torch.device(task.device),
@@ -183,7 +188,7 @@ def loader(task: Task, dataset: Any) -> Any:
     return DataLoader(dataset, task.batch_size, num_workers=task.workers, pin_memory=task.device == "cuda")
 
 
-def torchvisions(task: Task, setup: str) -> dict[str, Any]:
+def torchvisions(task: Task, method: str) -> dict[str, Any]:
     from torchvision import models
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import InterpolationMode
@@ -196,7 +201,7 @@ def torchvisions(task: Task, setup: str) -> dict[str, Any]:
     return _loop(task, model, lambda: loader(task, dataset))
 
 
-def transformers(task: Task, setup: str) -> dict[str, Any]:
+def transformers(task: Task, method: str) -> dict[str, Any]:
     from torchvision.datasets import ImageFolder
 
     peer: Any = importlib.import_module("transformers")  # without types, and only in the benchmark extra
@@ -229,7 +234,10 @@ def _loop(task: Task, model: Callable[[Any], Any], batches: Callable[[], Iterabl
 
 
 def _timed(task: Task, model: Callable[[Any], Any], once: Callable[[], list[int]]) -> dict[str, Any]:
-    """Times it when warm: on CUDA after doing it all once, as kernels are chosen and loaded at first."""
+    """Times `once` when the model is warm.
+
+    On CUDA everything runs once before: the first run chooses and loads the kernels.
+    """
     import torch
 
     if task.device == "cuda":
@@ -241,24 +249,24 @@ def _timed(task: Task, model: Callable[[Any], Any], once: Callable[[], list[int]
     return {"seconds": machine.settled(task.device) - start, "predictions": predicted}
 
 
-def setups_of(variant: str, device: str) -> list[str]:
-    """What there is for a variant; on CUDA, all sides load in as many processes."""
-    peers = [setup for setup in PEERS if variant in ONLY_IN.get(setup, SIZES)]
+def methods_of(variant: str, device: str) -> list[str]:
+    """Lists the methods for a variant; on CUDA, all methods load in the same number of processes."""
+    peers = [method for method in PEERS if variant in ONLY_IN.get(method, SIZES)]
     if device == "cuda":
-        return [*ON_CUDA, *(setup for setup in peers if setup not in LOADING)]
-    ours = [setup for setup in (*OURS, PREDICT) if "bf16" not in setup or machine.has_bf16()]
+        return [*ON_CUDA, *(method for method in peers if method not in LOADING)]
+    ours = [method for method in (*OURS, PREDICT) if "bf16" not in method or machine.has_bf16()]
     return [*ours, *peers]
 
 
 def child(given: dict[str, Any]) -> dict[str, Any]:
-    setup: str = given["setup"]
+    method: str = given["method"]
     run = {"fixefficientnet": ours, "timm": timms, "torchvision": torchvisions, "transformers": transformers}
-    return run[setup.replace(",", " ").split()[0]](Task(given), setup)
+    return run[method.replace(",", " ").split()[0]](Task(given), method)
 
 
 @contextmanager
 def prepared(folder: Path, variant: str, device: str) -> Iterator[tuple[Path, list[int]]]:
-    """Links to so many images, evenly spread, and their classes; the random weights beside."""
+    """Makes a folder with links to evenly spread images and the random weights; yields it and the images' labels."""
     import numpy as np
     import timm
     import torch
@@ -275,7 +283,7 @@ def prepared(folder: Path, variant: str, device: str) -> Iterator[tuple[Path, li
             link = Path(temporary) / "images" / every[index].parent.name / f"{number:06}{every[index].suffix}"
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(every[index].resolve())
-            link.read_bytes()  # all setups find it in the page cache
+            link.read_bytes()  # puts the file into the page cache for all methods
             labels.append(classes.index(every[index].parent.name))
         if variant != "lite0":
             torch.manual_seed(0)
@@ -285,7 +293,7 @@ def prepared(folder: Path, variant: str, device: str) -> Iterator[tuple[Path, li
 
 
 def rows(options: argparse.Namespace) -> list[machine.Row]:
-    """One per variant, batch size and setup."""
+    """Measures throughput; one row per variant, batch size and method."""
     every = []
     for variant in SIZES:
         if variant not in (options.variants or SIZES):
@@ -301,31 +309,31 @@ def _rows(
 ) -> list[machine.Row]:
     given = {"folder": str(folder), "variant": variant, "batch_size": batch_size, "device": options.device}
     found = machine.in_turns(
-        setups_of(variant, options.device),
+        methods_of(variant, options.device),
         options.rounds,
-        lambda setup: machine.fresh(
-            NAME, {**given, "setup": setup}, env={"HF_ASSETS_CACHE": str(folder.parent / "assets")}
+        lambda method: machine.fresh(
+            NAME, {**given, "method": method}, env={"HF_ASSETS_CACHE": str(folder.parent / "assets")}
         ),
         f"{variant} in batches of {batch_size}:",
     )
-    rates = {setup: len(labels) / machine.median(findings, "seconds") for setup, findings in found.items()}
+    rates = {method: len(labels) / machine.median(findings, "seconds") for method, findings in found.items()}
     theirs = found[TIMM][0]["predictions"]
     made = []
-    for setup, findings in found.items():
+    for method, findings in found.items():
         predicted = findings[0]["predictions"]
-        comparable = setup.startswith(("fix", "timm"))
+        comparable = method.startswith(("fix", "timm"))
         made.append(
             {
                 "benchmark": NAME,
                 "variant": variant,
                 "size": SIZES[variant],
                 "batch_size": batch_size,
-                "setup": setup,
+                "method": method,
                 "images": len(labels),
-                "images_per_second": rates[setup],
-                "times_timm": rates[setup] / rates[TIMM],
+                "images_per_second": rates[method],
+                "times_timm": rates[method] / rates[TIMM],
                 "spread": machine.spread(findings, "seconds"),
-                # the first that comes exports, the others find what is kept
+                # the first process exports; the others find the kept file
                 "exporting_seconds": max(finding.get("exporting", 0) for finding in findings),
                 "same_predictions": sum(map(int.__eq__, predicted, theirs)) if comparable else None,
                 "correct": sum(map(int.__eq__, predicted, labels)) if variant == "lite0" else None,

@@ -1,10 +1,11 @@
-"""What the paper's gain costs: each variant at its test size against the base model at the paper's size for that.
+"""The cost of the paper's gain: each variant at its test size, and its base model at the size of the paper's figure.
 
     python -m benchmarks cost
 
-Billions of multiply-adds are counted; seconds and memory are measured, of one image's forward pass in PyTorch, in
-fresh processes with random weights that take turns, of which the fastest counts. Memory is the growth of the process's
-peak, weights included, the median of the rounds. Variants of one architecture and size share what was measured.
+GMACs (billions of multiply-adds) are counted. Seconds and memory of one image's forward pass in PyTorch are measured,
+with random weights, in fresh processes that take turns. The fastest forward pass counts. Memory is the growth of the
+process's peak, weights included; the median of the rounds counts. Variants with the same architecture and size share
+one measurement.
 """
 
 import argparse
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 NAME = "cost"
 
 LONG_ENOUGH = 3.0
-"""Seconds of forward passes, of which the fastest counts."""
+"""Seconds of forward passes; the fastest one counts."""
 
 
 def child(given: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def child(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def rows(options: argparse.Namespace) -> list[machine.Row]:
-    """One per variant."""
+    """Measures the cost; one row per variant."""
     import fixefficientnet
     from fixefficientnet.evaluation import cost
 
@@ -75,7 +76,6 @@ def rows(options: argparse.Namespace) -> list[machine.Row]:
         row: machine.Row = {
             "benchmark": NAME,
             "variant": variant.key,
-            "setup": "fixefficientnet",
             "family": variant.family,
         }
         paper = variant.paper
@@ -91,12 +91,12 @@ def rows(options: argparse.Namespace) -> list[machine.Row]:
 
 
 def base_size(variant: "Variant") -> int:
-    """Where the paper measured the base model: at its train size, but L2 at 800."""
+    """Returns the size at which the paper measured the base model: its train size, or 800 for L2."""
     return variant.paper.base.test_size if variant.paper else variant.train_size
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> "Figure":
-    """The paper's top-1 against what an image costs: from each base model an arrow to what FixRes makes of it."""
+    """Draws the paper's top-1 against the cost of an image, with an arrow from each base model to its FixRes model."""
     from fixefficientnet.evaluation import figures
 
     figure, axes = figures.panels(2, width=9, height=4.4)

@@ -1,10 +1,10 @@
-r"""The same list on a GPU.
+r"""Runs the benchmarks on a GPU.
 
     python -m benchmarks.cuda --images DIR --train DIR --checkpoint FILE \
       --json speed-cuda.json
     python -m benchmarks.tables speed-cuda.json
 
-What has no GPU in it (preprocessing, imports) is taken on that machine's CPU.
+Preprocessing and imports use no GPU: they are measured on that machine's CPU.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""Draws every figure of the docs, from the manifest and the measured figures in docs/results.
+"""Draws every figure of the docs, from the manifest and the measurements in docs/results.
 
     python -m benchmarks.figures
 
-A test fails when a committed figure shows other data than these, or is drawn in another style.
+A test fails when a committed figure is of other data, or is drawn in another style.
 """
 
 import argparse
@@ -30,7 +30,7 @@ RESULTS: dict[str, tuple[str, "Callable[[Rows], Figure]"]] = {
 
 
 def every() -> dict[str, tuple[Rows, "Callable[[Rows], Figure]"]]:
-    """Data and drawing of each figure, by file name."""
+    """Returns the data and the drawing function of each figure, by file name."""
     found: dict[str, tuple[Rows, Callable[[Rows], Figure]]] = {
         "accuracy-params.png": (figures.accuracy_params_data(), figures.accuracy_params)
     }

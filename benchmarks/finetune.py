@@ -1,12 +1,14 @@
-"""FixRes fine-tuning: its step against a plain PyTorch loop, its two methods against each other, and how both grow.
+"""FixRes fine-tuning: a training step beside a plain PyTorch loop, and the whole command.
 
     python -m benchmarks finetune --train FOLDER --checkpoint model.safetensors
 
-FOLDER has train/ and val/ in it, with a folder per class; the checkpoint is a network trained on it, as
-`python -m fixefficientnet.reproduce lite0 --stage base` leaves it (docs/finetuning.md). Steps run in fresh processes
-that take turns, on the same images, batches, loading process and threads. The others time the command itself, from
-its start to its report: cached and online beside the accuracy that they reach; one and two processes; both methods over
-more images (those of the folder, linked as often as it takes), the step over larger images and batches.
+FOLDER has train/ and val/, with one folder per class in each. The checkpoint is a network trained on it, as
+`fixefficientnet reproduce lite0 --stage base` leaves it (docs/finetuning.md). There are three parts:
+
+- step: throughput and memory of the online method's training step, beside a plain loop, in fresh processes that take
+  turns, on the same images, batches, threads and number of loading processes; then at other sizes and batch sizes.
+- methods: seconds from start to report of the whole command, cached and online, with the accuracy that it reaches.
+- growth: the same command on more images (links to those of the folder), with one process and with two.
 """
 
 import argparse
@@ -31,19 +33,19 @@ PLAIN_CHANNELS_LAST = f"{PLAIN}, channels last"
 MODEL = "tf_efficientnet_lite0"
 TRAIN_SIZE, SIZE, BATCH = 128, 160, 64
 METHODS_SIZE = 224
-"""Far enough from the train size for FixRes to have something to win back."""
-ONLINE = ("--method", "online", "--set", f"batch_size={BATCH}", "--set", "base_lr=1e-2")
-KINDS = {
+"""Test size of the part "methods": far enough from the train size for FixRes to win accuracy back."""
+ONLINE = ("--method", "online", "--batch-size", str(BATCH), "--base-lr", "1e-2")
+METHODS = {
     "cached, statistics alone": ("--method", "cached", "--tune", "bn-stats"),
-    "cached, 1 view": ("--method", "cached", "--set", "views=1"),
+    "cached, 1 view": ("--method", "cached", "--views", "1"),
     "cached, 2 views": ("--method", "cached"),
-    "online, 1 epoch": (*ONLINE, "--set", "epochs=1"),
-    "online, 3 epochs": (*ONLINE, "--set", "epochs=3"),
+    "online, 1 epoch": (*ONLINE, "--epochs", "1"),
+    "online, 3 epochs": (*ONLINE, "--epochs", "3"),
 }
 
 
 def plain(given: dict[str, Any]) -> dict[str, Any]:
-    """The method as it is described, in the simplest setup."""
+    """Runs the online method as the paper describes it, in a plain PyTorch loop."""
     import random
 
     import timm
@@ -68,7 +70,7 @@ def plain(given: dict[str, Any]) -> dict[str, Any]:
     )
     images = datasets.ImageFolder(Path(given["data"], "train"), transform)
     model: Any = timm.create_model(given["model"], num_classes=len(images.classes)).eval()
-    layout = torch.channels_last if given["side"] == PLAIN_CHANNELS_LAST else torch.contiguous_format
+    layout = torch.channels_last if given["method"] == PLAIN_CHANNELS_LAST else torch.contiguous_format
     model.requires_grad_(False).to(given["device"], memory_format=layout)
     trained = [*model.bn2.parameters(), *model.classifier.parameters()]
     for parameter in trained:
@@ -98,7 +100,7 @@ def plain(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def ours(given: dict[str, Any]) -> dict[str, Any]:
-    """What the command does between its evaluations, logging and checkpoints included."""
+    """Runs what the command does between its evaluations, logging and checkpoints included."""
     import timm
     import torch
     import torch.utils.tensorboard  # before the clock starts
@@ -114,8 +116,7 @@ def ours(given: dict[str, Any]) -> dict[str, Any]:
 
     images = open_dataset(given["data"], "train")
     subject = recipes.subject_of_backbone(given["model"])
-    settings = [f"test_size={given['size']}", "epochs=1", f"batch_size={given['batch']}"]
-    recipe = recipes.resolve(subject, {}, settings)
+    recipe = recipes.resolve(subject, {"test_size": given["size"], "epochs": 1, "batch_size": given["batch"]})
     model: Any = timm.create_model(given["model"], num_classes=len(images.classes))
     net = network.prepare(model.to(given["device"], memory_format=torch.channels_last), recipe)
     with tempfile.TemporaryDirectory() as place:
@@ -126,8 +127,8 @@ def ours(given: dict[str, Any]) -> dict[str, Any]:
         checkpoints = Checkpoints(Path(place) / "state.safetensors", {}, 1000, 600)
         before = machine.forget_peak()
         start = machine.settled(given["device"])
-        done = online.tune(session, net, images, recipe, checkpoints)
-        return found(given, done["forwards"], start, before)
+        forwards = online.tune(session, net, images, recipe, checkpoints)
+        return found(given, forwards, start, before)
 
 
 def found(given: dict[str, Any], images: int, start: float, before: float) -> dict[str, Any]:
@@ -140,13 +141,13 @@ def found(given: dict[str, Any], images: int, start: float, before: float) -> di
 
 
 def child(given: dict[str, Any]) -> dict[str, Any]:
-    return plain(given) if given["side"].startswith(PLAIN) else ours(given)
+    return plain(given) if given["method"].startswith(PLAIN) else ours(given)
 
 
 def links(folder: Path, images: int, to: Path) -> Path:
-    """A dataset of so many training images, as often there as it takes, and one per class to measure on."""
-    kinds = [sorted(kind.iterdir()) for kind in sorted((folder / "train").iterdir())]
-    every = [path for turn in itertools.zip_longest(*kinds) for path in turn if path]  # all classes come early
+    """Makes a dataset of `images` links to training images, repeated as needed, and one validation image per class."""
+    classes = [sorted(of_class.iterdir()) for of_class in sorted((folder / "train").iterdir())]
+    every = [path for turn in itertools.zip_longest(*classes) for path in turn if path]  # every class comes early
     for number, path in zip(range(images), itertools.cycle(every), strict=False):
         link = to / "train" / path.parent.name / f"{number}{path.suffix}"
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +162,7 @@ def links(folder: Path, images: int, to: Path) -> Path:
 def command(
     options: argparse.Namespace, data: Path, arguments: Sequence[str], *, size: int = SIZE, processes: int = 1
 ) -> dict[str, Any]:
-    """Runs `reproduce`: seconds from start to end, memory of its largest process, what it reports."""
+    """Runs `reproduce`; returns its seconds, the peak memory of its largest process in MiB, and its report."""
     launcher = [sys.executable, "-m"]
     env = dict(os.environ)
     if processes > 1:
@@ -186,26 +187,26 @@ def command(
 
 
 def steps(options: argparse.Namespace, data: Path) -> list[machine.Row]:
-    """Ours beside a plain loop; then ours at other sizes and batches."""
+    """Measures training steps: beside a plain loop, then at other sizes and batch sizes."""
     made = []
     cases: list[tuple[int, int, tuple[str, ...]]] = [(SIZE, BATCH, (PLAIN, PLAIN_CHANNELS_LAST, OURS))]
     cases += [(size, BATCH, (OURS,)) for size in (128, 224)]
     cases += [(SIZE, batch, (OURS,)) for batch in (16, 32, 128)]
-    for size, batch, sides in cases:
+    for size, batch, names in cases:
         given = {"data": str(data), "model": MODEL, "size": size, "batch": batch, "device": options.device}
-        rounds = options.rounds if len(sides) > 1 else 1
+        rounds = options.rounds if len(names) > 1 else 1
         findings = machine.in_turns(
-            sides,
+            names,
             rounds,
-            lambda side: machine.fresh(NAME, {**given, "side": side}),  # noqa: B023
+            lambda method: machine.fresh(NAME, {**given, "method": method}),  # noqa: B023
             f"step at {size} in batches of {batch}:",
         )
-        for side, taken in findings.items():
+        for method, taken in findings.items():
             medians = {name: machine.median(taken, name) for name in ("images_per_second", "megabytes")}
             row = {
                 "benchmark": NAME,
                 "part": "step",
-                "setup": side,
+                "method": method,
                 "size": size,
                 "batch_size": batch,
                 "rounds": rounds,
@@ -215,13 +216,13 @@ def steps(options: argparse.Namespace, data: Path) -> list[machine.Row]:
 
 
 def methods(options: argparse.Namespace) -> list[machine.Row]:
-    """Each method's run: forward passes per image, seconds from start to report, accuracy."""
+    """Measures each method: forward passes per image, seconds from start to report, accuracy."""
     made: list[machine.Row] = []
-    for name, arguments in KINDS.items():
+    for name, arguments in METHODS.items():
         print(f"method: {name}", file=sys.stderr, flush=True)
         done = command(options, options.train, arguments, size=METHODS_SIZE)
         report = done["report"]
-        row = {"benchmark": NAME, "part": "methods", "setup": name, "size": METHODS_SIZE, "rounds": 1}
+        row = {"benchmark": NAME, "part": "methods", "method": name, "size": METHODS_SIZE, "rounds": 1}
         row["seconds"] = done["seconds"]
         row["forwards_per_image"] = report["forwards"] / report["train_images"]
         for which in ("base_at_test", "tuned"):
@@ -237,21 +238,21 @@ def _may_be_two(options: argparse.Namespace) -> bool:
 
 
 def growth(options: argparse.Namespace) -> list[machine.Row]:
-    """Both methods over more images; one process and two."""
+    """Measures both methods on more images, with one process and with two."""
     made: list[machine.Row] = []
-    kinds = {name: KINDS[name] for name in ("cached, 2 views", "online, 1 epoch")}
+    chosen = {name: METHODS[name] for name in ("cached, 2 views", "online, 1 epoch")}
     for images in (1000, 2000, 4000):
         with tempfile.TemporaryDirectory(prefix="fixefficientnet-finetune-") as temporary:
             data = links(options.train, images, Path(temporary))
             for processes in (1, 2) if images == 2000 and _may_be_two(options) else (1,):
-                for name, arguments in kinds.items():
+                for name, arguments in chosen.items():
                     print(f"growth: {images}, {name}, {processes}", file=sys.stderr, flush=True)
                     done = command(options, data, arguments, processes=processes)
                     made.append(
                         {
                             "benchmark": NAME,
                             "part": "growth",
-                            "setup": name,
+                            "method": name,
                             "images": images,
                             "processes": processes,
                             "rounds": 1,
@@ -263,8 +264,8 @@ def growth(options: argparse.Namespace) -> list[machine.Row]:
 
 
 def rows(options: argparse.Namespace) -> list[machine.Row]:
-    """Steps, methods, growth."""
+    """Measures the three parts; one row per measurement."""
     with tempfile.TemporaryDirectory(prefix="fixefficientnet-finetune-") as temporary:
-        images = 1000 if options.device == "cpu" else 32000  # enough for its start not to count
+        images = 1000 if options.device == "cpu" else 32000  # enough for the start not to count
         made = steps(options, links(options.train, images, Path(temporary)))
     return made + growth(options) + methods(options)

@@ -1,10 +1,10 @@
-"""What a folder of fine-tuning runs from the same weights shows, as a CSV file; table and figure come from it.
+"""Collects fine-tuning runs from the same weights in a CSV file, of which the docs' table and figure are made.
 
     python -m benchmarks.finetune_runs runs docs/results/finetuning.csv
     python -m benchmarks.figures
 
-Runs that differ in their seed alone are one row. Intervals are 95% (Wilson), tests are McNemar's exact one on the
-same images; where there are several seeds, both are of the run of middling accuracy.
+Runs that differ only in their seed are one row. Intervals are 95% (Wilson). Tests are McNemar's exact test on the same
+images. With several seeds, interval and test are those of the run with the median accuracy.
 """
 
 import argparse
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Kind(NamedTuple):
-    """What runs have in common that differ in their seed alone."""
+    """What runs that differ only in their seed have in common."""
 
     method: str
     tune: str | None
@@ -34,7 +34,7 @@ class Kind(NamedTuple):
 
 
 def read(folder: Path) -> tuple[dict[int, Evaluation], dict[Kind, list[Evaluation]], dict[Kind, float]]:
-    """Untuned evaluations by size, tuned ones by kind of run, forwards per image."""
+    """Reads runs: untuned evaluations by size, tuned ones by kind of run, and forward passes per image."""
     untuned: dict[int, Evaluation] = {}
     tuned: dict[Kind, list[Evaluation]] = defaultdict(list)
     forwards: dict[Kind, float] = {}
@@ -55,7 +55,7 @@ def read(folder: Path) -> tuple[dict[int, Evaluation], dict[Kind, list[Evaluatio
 def rows(
     untuned: Mapping[int, Evaluation], tuned: Mapping[Kind, Sequence[Evaluation]], forwards: Mapping[Kind, float]
 ) -> list[dict[str, Any]]:
-    """One per kind of run, the untuned sizes first."""
+    """Returns one row per kind of run, after one per size of the untuned network."""
     best = max(untuned.values(), key=lambda evaluation: evaluation.top1)
 
     def row(kind: Kind, found: Sequence[Evaluation], forwards: float) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def rows(
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown."""
+    """Returns the docs' table as Markdown."""
     short = {None: "", "all": "", "classifier": ", classifier alone", "bn-stats": ", statistics alone"}
     short["bn"] = ", norm alone"
     best = rows[0]["best_size"]
@@ -107,7 +107,7 @@ STYLES = {
 
 
 def draw(rows: Iterable[Mapping[str, Any]]) -> "Figure":
-    """Accuracy against test size; `rows` as this module writes them."""
+    """Draws accuracy against test size; `rows` are the CSV file's."""
     from fixefficientnet.evaluation import figures
 
     every = list(rows)

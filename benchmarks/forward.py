@@ -1,9 +1,9 @@
-"""The forward pass alone, in each form that might pay: what is kept, and what was left out.
+"""Throughput of the forward pass alone, with the methods that this package uses and those that it dropped.
 
     python -m benchmarks forward
 
-B0 at 320 and B4 at 472 pixels, random weights. On a CPU in batches of 2: one at a time, with all cores in it, and
-several at once, with a core for each. On CUDA in batches of 64, one at a time, without the engines for CPUs.
+B0 at 320 and B4 at 472 pixels, with random weights. On a CPU in batches of 2: one batch at a time on all cores, and
+one batch per core concurrently. On CUDA in batches of 64, one at a time, without the engines for CPUs.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from benchmarks.classify import SIZES
 NAME = "forward"
 BATCH = {"cpu": 2, "cuda": 64}
 LONG_ENOUGH = 3.0
-"""Seconds of forward passes."""
+"""Seconds of forward passes to measure."""
 ENGINES = {
     "compile": ("compile", "no"),
     "ONNX Runtime": ("onnx", "no"),
@@ -26,14 +26,14 @@ ENGINES = {
 }
 FOLDED = "channels last, batch norm folded"
 AHEAD = "compiled ahead (AOTInductor)"
-WAYS = ("plain", "channels last", FOLDED, "channels last, bf16", *ENGINES, AHEAD)
+METHODS = ("plain", "channels last", FOLDED, "channels last, bf16", *ENGINES, AHEAD)
 ON_CUDA = ("plain", "channels last", FOLDED, "channels last, bf16", "compile")
 ONE_BATCH = ("compile", AHEAD)
-"""What is compiled computes with the number of threads that it was compiled for."""
+"""Methods for one batch at a time: compiled code keeps the number of threads that it was compiled for."""
 
 
 def folded(model: Any) -> Any:
-    """A copy whose batch norms are part of the convolutions before them."""
+    """Returns a copy whose batch norms are folded into the convolutions before them."""
     import torch
     from torch import nn
     from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -41,7 +41,7 @@ def folded(model: Any) -> Any:
     original, model = model, copy.deepcopy(model)
     modules = dict(model.named_modules())
     before: tuple[Any, str] | None = None
-    for name, module in modules.items():  # in timm's EfficientNets, a norm is registered right after its convolution
+    for name, module in modules.items():  # in timm's EfficientNets, a norm follows its convolution
         parent, _, leaf = name.rpartition(".")
         if isinstance(module, nn.Conv2d):
             before = (modules[parent], leaf)
@@ -67,7 +67,7 @@ def child(given: dict[str, Any]) -> dict[str, Any]:
     from fixefficientnet.models import from_module
     from fixefficientnet.runtimes import engines
 
-    setup: str = given["setup"]
+    method: str = given["method"]
     device: str = given["device"]
     size, threads = SIZES[given["variant"]], given["threads"]
     torch.manual_seed(0)
@@ -77,22 +77,22 @@ def child(given: dict[str, Any]) -> dict[str, Any]:
         expected = model(images)
     run: Callable[[Any], Any] = model
     with contextlib.ExitStack() as stack:
-        if setup in ENGINES:
-            engine, precision = ENGINES[setup]
+        if method in ENGINES:
+            engine, precision = ENGINES[method]
             loaded = from_module(model)
             test = loaded.at(size, 1.0)
             stack.enter_context(engines.running(loaded, test, engine, threads=threads, precision=precision))
-        elif setup == AHEAD:
+        elif method == AHEAD:
             run = _ahead(model, images)
         else:
-            run = folded(model) if setup == FOLDED else model
-            if "channels last" in setup:
+            run = folded(model) if method == FOLDED else model
+            if "channels last" in method:
                 run = run.to(memory_format=torch.channels_last)  # type: ignore[attr-defined]
                 images = images.contiguous(memory_format=torch.channels_last)
 
         @torch.inference_mode()
         def once(_: int) -> Any:
-            with torch.autocast(device, torch.bfloat16, enabled=setup.endswith(", bf16") and setup not in ENGINES):
+            with torch.autocast(device, torch.bfloat16, enabled=method.endswith(", bf16") and method not in ENGINES):
                 return run(images).float()
 
         list(map_in_threads(once, range(2 * threads), threads))
@@ -120,27 +120,27 @@ def _ahead(model: Any, images: Any) -> Callable[[Any], Any]:
 
 
 def rows(options: argparse.Namespace) -> list[machine.Row]:
-    """One per variant, number of streams and setup."""
+    """Measures the forward pass; one row per variant, number of threads and method."""
     from fixefficientnet._internal.threads import MOST
 
     made = []
     on_cuda = options.device == "cuda"
-    every = ON_CUDA if on_cuda else [setup for setup in WAYS if setup != "OpenVINO, bf16" or machine.has_bf16()]
+    every = ON_CUDA if on_cuda else [method for method in METHODS if method != "OpenVINO, bf16" or machine.has_bf16()]
     for variant in ("b0", "b4"):
         for threads in (1,) if on_cuda else dict.fromkeys((1, min(options.threads, MOST))):
             given = {"variant": variant, "threads": threads, "device": options.device}
             found = machine.in_turns(
-                [setup for setup in every if threads == 1 or setup not in ONE_BATCH],
+                [method for method in every if threads == 1 or method not in ONE_BATCH],
                 options.rounds,
-                lambda setup: machine.fresh(NAME, {**given, "setup": setup}),  # noqa: B023
-                f"forward of {variant}, {threads} at once:",
+                lambda method: machine.fresh(NAME, {**given, "method": method}),  # noqa: B023
+                f"forward of {variant}, {threads} concurrently:",
             )
-            for setup, findings in found.items():
+            for method, findings in found.items():
                 row = {
                     "benchmark": NAME,
                     "variant": variant,
                     "size": SIZES[variant],
-                    "setup": setup,
+                    "method": method,
                     "threads": threads,
                 }
                 medians = {name: machine.median(findings, name) for name in findings[0]}

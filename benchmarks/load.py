@@ -1,14 +1,14 @@
-"""Loading a model: `fixefficientnet.create` against timm, on the same local files; time, memory, bytes to download.
+"""Loading a model: `fixefficientnet.create` beside `timm.create_model`; time, memory, bytes to download.
 
     python -m benchmarks load
 
-Both sides read the backbone from one Hub cache, offline, in fresh processes that take turns; the median of the rounds
-counts; imports are done before the clock starts. Ours also checks and applies a FixRes delta. The weights are random;
-the Lite variants have no delta, and ours reads their real weights from the package that ships them.
+Both read the backbone from the same Hub cache, offline, in fresh processes that take turns. The median of the rounds
+counts. Imports are done before the clock starts. fixefficientnet also checks and applies a FixRes delta. The weights
+are random. The Lite variants have no delta; fixefficientnet reads their real weights from the package that ships them.
 
-Cold: the file has been dropped from the page cache; the clock runs until the first image (64 pixels) is through, as
-our weights are read when first used. Warm: once more in the same process. Memory: growth of the process's peak, cold;
-on CUDA too, as what differs are the copies on the setup there.
+The clock runs until the first image (64 pixels) is through, because mapped weights are read when they are first used.
+Cold: the files were dropped from the page cache. Warm: the model is loaded once more in the same process. Memory is the
+growth of the process's peak when cold; on CUDA too, where the copies on the host are what differs.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from benchmarks import machine
 NAME = "load"
 
 COMMIT = "0" * 40
-SIDES = ("timm", "fixefficientnet")
+METHODS = ("timm", "fixefficientnet")
 
 
 def prepare(home: Path, key: str) -> dict[str, Any]:
-    """A Hub cache with a random backbone of this variant and a delta for it; the environment that uses them."""
+    """Makes a Hub cache with a random backbone and a delta; returns the environment, files and sizes for it."""
     import safetensors.torch
     import timm
 
@@ -43,7 +43,7 @@ def prepare(home: Path, key: str) -> dict[str, Any]:
     weights = snapshot / "model.safetensors"
     safetensors.torch.save_file(model.state_dict(), weights)
     env = {"HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub"), "HF_HUB_OFFLINE": "1"}
-    if variant.backbone_only:  # no delta, and ours reads the package's file
+    if variant.backbone_only:  # it has no delta, and fixefficientnet reads the file that the package ships
         packaged = hub.backbone_file(variant.backbone)
         sizes = {"backbone_bytes": packaged.stat().st_size, "delta_bytes": 0}
         return {"env": env, "files": [str(weights), str(packaged)], "sizes": sizes}
@@ -79,12 +79,12 @@ def child(given: dict[str, Any]) -> dict[str, Any]:
     image = torch.zeros(1, 3, 64, 64, device=device)
 
     def load() -> Any:
-        if given["side"] == "timm":
+        if given["method"] == "timm":
             return timm.create_model(variant.backbone.name, pretrained=True).eval().to(device)
         return fixefficientnet.create(variant.key, variant.usual_weights, device=device)
 
     with torch.inference_mode():
-        timm.create_model("test_efficientnet").eval().to(device)(image)  # whatever a first model imports or sets up
+        timm.create_model("test_efficientnet").eval().to(device)(image)  # a first model imports and sets up more
     found = {}
     for state in ("cold", "warm"):
         if state == "cold":
@@ -103,7 +103,7 @@ def child(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def rows(options: argparse.Namespace) -> list[machine.Row]:
-    """One per variant and side."""
+    """Measures loading; one row per variant and library."""
     import fixefficientnet
 
     every: list[machine.Row] = []
@@ -112,16 +112,16 @@ def rows(options: argparse.Namespace) -> list[machine.Row]:
             ready = prepare(Path(home), key)
             given = {"variant": key, "files": ready["files"], "device": options.device}
             found = machine.in_turns(
-                SIDES,
+                METHODS,
                 options.rounds,
-                lambda side: machine.fresh(NAME, {**given, "side": side}, ready["env"]),  # noqa: B023
+                lambda method: machine.fresh(NAME, {**given, "method": method}, ready["env"]),  # noqa: B023
                 f"load {key}:",
             )
         medians = {
-            side: {name: machine.median(findings, name) for name in findings[0]} for side, findings in found.items()
+            method: {name: machine.median(findings, name) for name in findings[0]} for method, findings in found.items()
         }
         every += [
-            {"benchmark": NAME, "variant": key, "setup": side, **ready["sizes"], **values}
-            for side, values in medians.items()
+            {"benchmark": NAME, "variant": key, "method": method, **ready["sizes"], **values}
+            for method, values in medians.items()
         ]
     return every

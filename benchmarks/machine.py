@@ -1,4 +1,4 @@
-"""Where figures are taken: this machine, its versions, fresh processes on a fixed number of cores."""
+"""The machine and its versions; fresh processes on a fixed number of cores; rounds in turns."""
 
 import json
 import os
@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 
 def facts(device: str) -> dict[str, Any]:
-    """What stands beside each figure."""
+    """Returns the machine and the versions, which stand beside the figures."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     versions = {}
@@ -45,16 +45,16 @@ def facts(device: str) -> dict[str, Any]:
 
 
 def use(device: str, count: int) -> None:
-    """This process and those that it starts run there, and on so many cores, with as many threads."""
+    """Makes this process and those that it starts run on the device, on `count` cores, with as many threads."""
     if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # commands that choose for themselves choose the CPU too
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # commands that choose a device choose the CPU too
     cores = sorted(os.sched_getaffinity(0))[:count]
     os.sched_setaffinity(0, cores)
     os.environ["OMP_NUM_THREADS"] = str(len(cores))
 
 
 def fresh(name: str, given: Mapping[str, Any], env: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """What a benchmark's `child` makes of this, in a process of its own."""
+    """Runs a benchmark's `child` in a fresh process; returns what it returns."""
     command = [sys.executable, "-m", "benchmarks", CHILD, name, json.dumps(given)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **(env or {})})
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -62,7 +62,7 @@ def fresh(name: str, given: Mapping[str, Any], env: Mapping[str, str] | None = N
 
 
 def commit() -> str:
-    """Of this project, with a + where files differ from it."""
+    """Returns this project's commit, with a + where files differ from it."""
     try:
         said = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True)
     except FileNotFoundError:
@@ -71,30 +71,34 @@ def commit() -> str:
 
 
 def in_turns(
-    setups: Iterable[str], rounds: int, take: Callable[[str], dict[str, Any]], say: str = ""
+    methods: Iterable[str], rounds: int, take: Callable[[str], dict[str, Any]], say: str = ""
 ) -> dict[str, list[dict[str, Any]]]:
-    """Each setup's findings of so many rounds; a round takes each setup once, every second one backwards."""
-    found: dict[str, list[dict[str, Any]]] = {setup: [] for setup in setups}
+    """Measures each method once per round; every second round takes them in reverse order."""
+    found: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     for number in range(rounds):
-        for setup in reversed(found) if number % 2 else found:
-            print(f"{say} {setup}, {number + 1} of {rounds}", file=sys.stderr, flush=True)
-            found[setup].append(take(setup))
+        for method in reversed(found) if number % 2 else found:
+            print(f"{say} {method}, {number + 1} of {rounds}", file=sys.stderr, flush=True)
+            found[method].append(take(method))
     return found
 
 
 def median(findings: Iterable[Mapping[str, Any]], name: str) -> float:
-    """Of one figure over the rounds."""
+    """Returns the median of one figure over the rounds."""
     return float(statistics.median(finding[name] for finding in findings))
 
 
 def spread(findings: Iterable[Mapping[str, Any]], name: str) -> float:
-    """Of one figure over the rounds: by what share the largest is above the smallest."""
+    """Returns the share by which a figure's largest value in the rounds is above its smallest."""
     values = [finding[name] for finding in findings]
     return float(max(values) / min(values) - 1)
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The files in a folder's classes, or in those of its val/."""
+    """Lists the images in the class folders of a folder, or of its val/.
+
+    Raises:
+        DataError: The folder has no class folders with images.
+    """
     from timm.data import get_img_extensions
 
     place = folder / "val" if (folder / "val").is_dir() else folder
@@ -106,12 +110,15 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def loading_processes(device: str) -> int:
-    """For all sides; on CUDA, decoding would be all that is measured with one, and starting them with very many."""
+    """Returns the number of loading processes for all methods.
+
+    On CUDA, one process would measure little but decoding, and very many little but their start.
+    """
     return 1 if device == "cpu" else min(16, len(os.sched_getaffinity(0)))
 
 
 def settled(device: str) -> float:
-    """The time, in seconds, when all that was asked of the device is done."""
+    """Waits until the device is done; returns the time in seconds."""
     if device == "cuda":
         import torch
 
@@ -127,17 +134,17 @@ def has_bf16() -> bool:
 
 
 def kilobytes(name: str) -> int:
-    """A line of /proc/self/status: VmRSS, or VmHWM, the most that this was."""
+    """Returns a line of /proc/self/status in KiB: VmRSS, or its peak VmHWM."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(name))
 
 
 def forget_peak() -> float:
-    """Makes VmHWM begin anew; the memory in use, in MiB."""
+    """Resets the peak of the memory in use; returns the memory in use, in MiB."""
     Path("/proc/self/clear_refs").write_text("5")
     return kilobytes("VmRSS") / 1024
 
 
 def grown_since(before: float) -> float:
-    """Growth of peak memory since `forget_peak`, in MiB."""
+    """Returns the growth of peak memory since `forget_peak`, in MiB."""
     return kilobytes("VmHWM") / 1024 - before

@@ -1,11 +1,11 @@
-"""From JPEG to tensor: the test-time preprocessing alone, on one core, against timm's transform and torchvision's.
+"""Throughput of the test-time preprocessing alone, from JPEG to tensor, on one core.
 
     python -m benchmarks preprocess --images FOLDER
 
-Every setup takes the same files (from the page cache) to the same float32 tensor [3, S, S], in one process, in turns;
-the median of the rounds counts. "torchvision v2" is its present transforms on Pillow's images; "on tensors" decodes and
-resizes with torchvision itself, whose pixels are a little others; so are those of our fast mode. Pixels are compared
-with torchvision v2's on every image.
+Every method makes a float32 tensor [3, S, S] of the same files (from the page cache), in one process, in turns; the
+median of the rounds counts. "torchvision v2" is torchvision's transforms v2 on Pillow's images. "on tensors" decodes
+and resizes with torchvision itself, whose pixels differ a little, as those of --fast-preprocessing do. Pixels are
+compared with torchvision v2's on every image.
 """
 
 import argparse
@@ -21,10 +21,10 @@ NAME = "preprocess"
 CASES = (("224, crop_pct 0.875", 224, 0.875), ("320", 320, 1.0), ("472", 472, 1.0))
 REFERENCE = "torchvision v2"
 STD = 0.5
-"""Of B0's normalisation: what a tensor's 1 is of an image's 255."""
+"""B0's standard deviation for normalisation; it turns differences of tensors into those of pixels."""
 
 
-def setups_of(size: int, crop_pct: float) -> dict[str, Callable[[str], Any]]:
+def methods_of(size: int, crop_pct: float) -> dict[str, Callable[[str], Any]]:
     import torch
     from PIL import Image
     from timm.data import create_transform
@@ -54,25 +54,25 @@ def child(given: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     paths: list[str] = given["paths"]
-    setups = setups_of(given["size"], given["crop_pct"])
-    differences = dict.fromkeys(setups, 0.0)
+    methods = methods_of(given["size"], given["crop_pct"])
+    differences = dict.fromkeys(methods, 0.0)
     for path in paths:
-        tensors = {setup: transform(path) for setup, transform in setups.items()}
-        for setup, tensor in tensors.items():
+        tensors = {method: transform(path) for method, transform in methods.items()}
+        for method, tensor in tensors.items():
             off = (torch.as_tensor(tensor) - tensors[REFERENCE]).abs().max().item() * STD * 255
-            differences[setup] = max(differences[setup], off)
-    seconds: dict[str, list[float]] = {setup: [] for setup in setups}
+            differences[method] = max(differences[method], off)
+    seconds: dict[str, list[float]] = {method: [] for method in methods}
     for _ in range(given["rounds"]):
-        for setup, transform in setups.items():
+        for method, transform in methods.items():
             start = time.perf_counter()
             for path in paths:
                 transform(path)
-            seconds[setup].append(time.perf_counter() - start)
+            seconds[method].append(time.perf_counter() - start)
     return {"seconds": seconds, "differences": differences}
 
 
 def rows(options: argparse.Namespace) -> list[machine.Row]:
-    """One per size and setup."""
+    """Measures preprocessing; one row per size and method."""
     import statistics
 
     paths = [str(path) for path in machine.images_in(options.images)[:200]]
@@ -80,17 +80,17 @@ def rows(options: argparse.Namespace) -> list[machine.Row]:
     for case, size, crop_pct in CASES:
         given = {"paths": paths, "size": size, "crop_pct": crop_pct, "rounds": options.rounds}
         found = machine.fresh(NAME, given, {"OMP_NUM_THREADS": "1"})
-        rates = {setup: len(paths) / statistics.median(seconds) for setup, seconds in found["seconds"].items()}
+        rates = {method: len(paths) / statistics.median(seconds) for method, seconds in found["seconds"].items()}
         every += [
             {
                 "benchmark": NAME,
                 "case": case,
-                "setup": setup,
+                "method": method,
                 "images": len(paths),
                 "images_per_second": rate,
                 "times_timm": rate / rates["timm"],
-                "largest_difference": found["differences"][setup],  # of 255
+                "largest_difference": found["differences"][method],  # of 255
             }
-            for setup, rate in rates.items()
+            for method, rate in rates.items()
         ]
     return every

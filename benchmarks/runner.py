@@ -1,4 +1,4 @@
-"""Runs benchmarks by name on fixed cores, and writes their rows to one file."""
+"""Runs benchmarks by name on a fixed number of cores, and writes their rows to one file."""
 
 import argparse
 import datetime
@@ -17,42 +17,26 @@ from fixefficientnet.errors import FixEfficientNetError, UnknownVariantError
 BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "start": ("imports, first predictions, whole evaluations", ("images",)),
     "preprocess": ("from JPEG to tensor", ("images",)),
-    "accuracy": ("what the faster setups do to top-1", ("images",)),
-    "load": ("a model and its first image", ()),
-    "cost": ("each variant at its size and at the base model's", ()),
-    "forward": ("the forward pass alone, in each form", ()),
+    "accuracy": ("top-1 of the faster engines", ("images",)),
+    "load": ("loading a model, to its first image", ()),
+    "cost": ("each variant and its base model", ()),
+    "forward": ("the forward pass alone", ()),
     "classify": ("from a folder of images to labels", ("images",)),
-    "finetune": ("steps, methods, growth", ("train", "checkpoint")),
+    "finetune": ("fine-tuning steps and whole runs", ("train", "checkpoint")),
 }
-"""What each measures, and the options that it needs."""
+"""What each benchmark measures, and the options that it needs."""
 BY_VARIANT = ("load", "cost", "classify")
-"""Those that take `--variants`."""
+"""Benchmarks that take `--variants`."""
 
 
 def run(options: argparse.Namespace, names: list[str] | None = None) -> None:
-    """Runs benchmarks, and writes after each; one that fails does not keep the others from running.
+    """Runs benchmarks, and writes the file after each; one that fails does not stop the others.
 
     Args:
-        options: Of `parser`, and the device.
-        names: Which; None: all that have what they need.
+        options: The options of `parser`, and `device`.
+        names: The benchmarks to run; None: all whose folders were given.
     """
-    try:
-        options.variants = options.variants and [manifest.find(key).key for key in options.variants]
-    except UnknownVariantError as error:
-        raise SystemExit(f"--variants: {error}") from None
-    for option in ("images", "train", "checkpoint"):
-        path = getattr(options, option)
-        if path and not path.exists():
-            raise SystemExit(f"--{option}: there is no {path}.")
-    lacking = {
-        name: [f"--{need}" for need in BENCHMARKS[name][1] if getattr(options, need) is None]
-        for name in names or BENCHMARKS
-    }
-    for name, needs in lacking.items():
-        if needs and names:
-            raise SystemExit(f"{name} needs {' and '.join(needs)}.")
-        if needs:
-            print(f"{name} is left out: it needs {' and '.join(needs)}.", file=sys.stderr)
+    chosen = _checked(options, names)
     commit = machine.commit()
     machine.use(options.device, options.threads)
     facts = machine.facts(options.device)
@@ -60,9 +44,9 @@ def run(options: argparse.Namespace, names: list[str] | None = None) -> None:
     if options.json and options.json.exists():
         found = tables.read(options.json)
         if found["machine"] != facts:
-            raise SystemExit(f"{options.json} is of another machine or of other versions: name another file.")
+            raise SystemExit(f"{options.json} is of another machine or of other versions: give another file.")
     failed: list[str] = []
-    for name in (name for name, needs in lacking.items() if not needs):
+    for name in chosen:
         try:
             rows = importlib.import_module(f"benchmarks.{name}").rows(options)
         except (subprocess.CalledProcessError, ImportError, FixEfficientNetError) as error:
@@ -81,10 +65,32 @@ def run(options: argparse.Namespace, names: list[str] | None = None) -> None:
         raise SystemExit(f"Failed: {', '.join(failed)}.")
 
 
+def _checked(options: argparse.Namespace, names: list[str] | None) -> list[str]:
+    """Checks the options; returns the benchmarks to run, without those that lack a folder if none was named."""
+    try:
+        options.variants = options.variants and [manifest.find(key).key for key in options.variants]
+    except UnknownVariantError as error:
+        raise SystemExit(f"--variants: {error}") from None
+    for option in ("images", "train", "checkpoint"):
+        path = getattr(options, option)
+        if path and not path.exists():
+            raise SystemExit(f"--{option}: there is no {path}.")
+    chosen = []
+    for name in names or BENCHMARKS:
+        lacking = [f"--{need}" for need in BENCHMARKS[name][1] if getattr(options, need) is None]
+        if lacking and names:
+            raise SystemExit(f"{name} needs {' and '.join(lacking)}.")
+        if lacking:
+            print(f"{name} is left out: it needs {' and '.join(lacking)}.", file=sys.stderr)
+        else:
+            chosen.append(name)
+    return chosen
+
+
 def merged(
     earlier: list[machine.Row], taken: list[machine.Row], name: str, variants: list[str] | None
 ) -> list[machine.Row]:
-    """All rows, those of a benchmark replaced; of variants that were not taken again, they stay, in the zoo's order."""
+    """Replaces the rows of a benchmark; rows of variants that were not measured again stay, in the manifest's order."""
     others = [row for row in earlier if row["benchmark"] != name]
     if variants is not None and name in BY_VARIANT:
         order = manifest.list_models()
@@ -100,7 +106,7 @@ def _one_or_more(text: str) -> int:
 
 
 def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
-    """Options that all benchmarks have."""
+    """Makes the parser of the options that all benchmarks share."""
     every = (
         f"  {name:<11} {', '.join([what, *(f'--{need}' for need in needs)])}"
         for name, (what, needs) in BENCHMARKS.items()
@@ -115,9 +121,9 @@ def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--train", type=Path, help="folder with train/ and val/, one folder per class in each")
     made.add_argument("--checkpoint", type=Path, help="a network trained on these at 128 pixels")
     made.add_argument("--variants", nargs="+", metavar="VARIANT", help="cost, load and classify: only these")
-    made.add_argument("--threads", type=_one_or_more, default=2, help="cores to run on and to compute with (2)")
+    made.add_argument("--threads", type=_one_or_more, default=2, help="cores to use, with one thread each (2)")
     made.add_argument(
-        "--rounds", type=_one_or_more, default=3, help="each setup so often, in turns; the median counts (3)"
+        "--rounds", type=_one_or_more, default=3, help="measurements of each method, in turns; the median counts (3)"
     )
-    made.add_argument("--json", type=Path, help="write the figures to this file; else tables are printed")
+    made.add_argument("--json", type=Path, help="write the figures to this file, instead of printing tables")
     return made

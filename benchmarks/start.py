@@ -1,10 +1,10 @@
-"""What a user waits for before anything happens, and for whole commands: imports, the command line, a first prediction.
+"""Wall time of whole processes: imports, the command line, a first prediction, a whole evaluation.
 
     python -m benchmarks start --images FOLDER
 
-Wall time of whole processes in turns, the median of the rounds. The peers are scripts that do the same with timm, from
-the same file of weights: of `predict`, one that classifies the same image; of `evaluate`, one that measures top-1 on
-the same folder, with one loading process. What `--engine onnx` exports is kept from before; on CUDA, it has no part.
+The commands take turns; the median of the rounds counts. Beside `predict` and `evaluate` run scripts that do the same
+with timm, from the same file of weights: one classifies the same image, one measures top-1 on the same folder with one
+loading process. The export of `--engine onnx` is kept from a run before the clock starts; on CUDA it is left out.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def commands(weights: Path, images: Path, temporary: Path, device: str) -> dict[
 
 
 def rows(options: argparse.Namespace) -> list[machine.Row]:
-    """One per command."""
+    """Measures wall times; one row per command."""
     import tempfile
 
     import safetensors.torch
@@ -104,6 +104,6 @@ def rows(options: argparse.Namespace) -> list[machine.Row]:
         found = machine.in_turns(every, options.rounds, take, "start:")
     seconds = {name: machine.median(findings, "seconds") for name, findings in found.items()}
     return [
-        {"benchmark": NAME, "setup": name, "seconds": value, "beyond_bare": value - seconds[BARE]}
+        {"benchmark": NAME, "command": name, "seconds": value, "beyond_bare": value - seconds[BARE]}
         for name, value in seconds.items()
     ]

@@ -1,14 +1,15 @@
-"""Writes what `python -m benchmarks` measured into the docs.
+"""Writes the measurements of `python -m benchmarks` into the docs, as tables.
 
     python -m benchmarks.tables docs/results/speed.json docs/speed.md
 
-Each table takes the place of what stands between its mark, `<!-- NAME -->`, and `<!-- end -->`.
+Each table replaces what the page has between `<!-- NAME -->` and `<!-- end -->`.
 """
 
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,58 +20,58 @@ from fixefficientnet._internal.files import write_atomically
 
 Rows = Sequence[Mapping[str, Any]]
 FLOAT32 = tuple(f"{OURS}, {engine}" for engine in ("compile", "onnx", "openvino"))
-"""Ways of `classify` that give up nothing and are not the default."""
+"""Methods of `classify` in float32 that are not the default."""
 TIMM_FLOAT32 = ("timm", "timm, channels last", *LOADING)
+STEP = ("step", 160, 64)
+"""Part, size and batch size of the fine-tuning step in the summary."""
 END = "<!-- end -->"
 
 
-def markdown(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+def markdown(header: Iterable[str], rows: Iterable[Iterable[object]], align: str = "---:") -> str:
+    """Returns a Markdown table; `align` is the delimiter of the columns after the first."""
     lines = [list(header), *([str(cell) for cell in row] for row in rows)]
-    lines.insert(1, ["---"] + ["---:"] * (len(lines[0]) - 1))
+    lines.insert(1, ["---"] + [align] * (len(lines[0]) - 1))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def one(rows: Rows, **fields: object) -> Mapping[str, Any]:
-    """The row with these values."""
+    """Returns the only row with these values."""
     (found,) = (row for row in rows if fields.items() <= row.items())
     return found
 
 
 def in_order(values: Iterable[Any]) -> list[Any]:
-    """Each value once, as they come."""
+    """Returns each value once, in order of first appearance."""
     return list(dict.fromkeys(values))
 
 
 def usual(batch_sizes: Iterable[int]) -> int:
-    """Our default on a CPU, if it is among them; else the smallest."""
+    """Returns the default batch size on a CPU if it is among these, or the smallest."""
     sizes = set(batch_sizes)
     return OUR_BATCH if OUR_BATCH in sizes else min(sizes)
 
 
 def machine(found: Mapping[str, Any]) -> str:
+    """Returns the tables of the machine and of the rounds, and the spread of the rounds."""
     facts = found["machine"]
     versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
     device = f"{facts['gpu']}; " if facts.get("gpu") else ""
-    taken: dict[str, dict[str, set[int]]] = {}
+    cores = f"{device}{facts['threads']} cores ({facts['cpu']})"
+    parts = [markdown(["machine", cores], [["versions", f"Python {facts['python']}, {versions}"]], "---")]
+    rounds: dict[tuple[str, str, str], set[int]] = {}
     for row in found["rows"]:
-        then = taken.setdefault(f"{row['date']} from commit {row['commit']}", {})
-        then.setdefault(row["benchmark"], set()).add(row["rounds"])
-    when = "; ".join(
-        f"{when}: {', '.join(f'{name} ({_listed(rounds)})' for name, rounds in names.items())}"
-        for when, names in taken.items()
-    )
-    said = f"Machine: {device}{facts['threads']} cores ({facts['cpu']}); Python {facts['python']}, {versions}.\n"
-    said += f"Taken on {when}."
+        rounds.setdefault((row["benchmark"], row["date"], row["commit"]), set()).add(row["rounds"])
+    lines = ([*run, " or ".join(map(str, sorted(counts)))] for run, counts in rounds.items())
+    parts.append(markdown(["benchmark", "date", "commit", "rounds"], lines))
     noted = [row for row in found["rows"] if row["rounds"] > 1 and "spread" in row]
     if spreads := sorted(row["spread"] for row in noted):
-        usual, most = spreads[len(spreads) // 2], spreads[-1]
-        said += f"\nOf {' and '.join(in_order(row['benchmark'] for row in noted))}, the slowest round took {usual:.0%}"
-        said += f" longer than its fastest (the median of {len(spreads)}; at most {most:.0%})."
-    return said
-
-
-def _listed(rounds: set[int]) -> str:
-    return f"{' or '.join(map(str, sorted(rounds)))} round{'s' if rounds != {1} else ''}"
+        median, most = spreads[len(spreads) // 2], spreads[-1]
+        names = " and ".join(in_order(row["benchmark"] for row in noted))
+        parts.append(
+            f"Of {names}, a method's slowest round took {median:.0%} longer than its fastest\n"
+            f"(the median of {len(spreads)}; at most {most:.0%})."
+        )
+    return "\n\n".join(parts)
 
 
 def classify(rows: Rows) -> str:
@@ -79,34 +80,34 @@ def classify(rows: Rows) -> str:
         mine = [row for row in rows if row["variant"] == variant]
         batches = in_order(row["batch_size"] for row in mine)
         header = [f"{variant} at {size}: images/s (times timm)", *(f"batches of {batch}" for batch in batches)]
-        header += ["predictions as timm's, the fewest"]
+        header += ["predictions equal to timm's (fewest)"]
         lines = []
-        for setup in in_order(row["setup"] for row in mine):
-            of_setup = {row["batch_size"]: row for row in mine if row["setup"] == setup}
-            line = [setup]
+        for method in in_order(row["method"] for row in mine):
+            of_method = {row["batch_size"]: row for row in mine if row["method"] == method}
+            line = [method]
             for batch in batches:
-                row = of_setup.get(batch)
+                row = of_method.get(batch)
                 line.append(f"{row['images_per_second']:.1f} ({row['times_timm']:.2f})" if row else "-")
-            same = [row["same_predictions"] for row in of_setup.values() if row["same_predictions"] is not None]
+            same = [row["same_predictions"] for row in of_method.values() if row["same_predictions"] is not None]
             lines.append([*line, f"{min(same)} of {mine[0]['images']}" if same else "-"])
         tables.append(markdown(header, lines))
     return "\n\n".join(filter(None, (*tables, _exporting(rows))))
 
 
 def _exporting(rows: Rows) -> str:
-    """What an exported file costs, and after how many images it has paid."""
+    """Returns the table of export times, and of the images after which an export has saved as much."""
     networks = in_order((row["variant"], row["size"]) for row in rows)
     lines = []
-    for setup in in_order(row["setup"] for row in rows if row["setup"] in FLOAT32 and row.get("exporting_seconds")):
+    for method in in_order(row["method"] for row in rows if row["method"] in FLOAT32 and row.get("exporting_seconds")):
         seconds, images = [], []
         for variant, _ in networks:
             mine = [row for row in rows if row["variant"] == variant]
-            exporting = max(row["exporting_seconds"] for row in mine if row["setup"] == setup)
+            exporting = max(row["exporting_seconds"] for row in mine if row["method"] == method)
             batch = usual(row["batch_size"] for row in mine)
-            rates = [one(mine, setup=each, batch_size=batch)["images_per_second"] for each in (OURS, setup)]
+            rates = [one(mine, method=each, batch_size=batch)["images_per_second"] for each in (OURS, method)]
             seconds.append(f"{exporting:.1f} s")
             images.append(f"{exporting / (1 / rates[0] - 1 / rates[1]):.0f}" if rates[1] > rates[0] else "never")
-        lines += [[f"{setup}: exporting", *seconds], [f"{setup}: images until it has paid", *images]]
+        lines += [[f"{method}: exporting", *seconds], [f"{method}: images to break even", *images]]
     return (
         markdown(["once per model and size", *(f"{variant} at {size}" for variant, size in networks)], lines)
         if lines
@@ -118,10 +119,10 @@ def preprocess(rows: Rows) -> str:
     cases = in_order(row["case"] for row in rows)
     header = ["images/s (times timm)", *cases, "largest difference, of 255"]
     lines = []
-    for setup in in_order(row["setup"] for row in rows):
-        mine = [one(rows, setup=setup, case=case) for case in cases]
+    for method in in_order(row["method"] for row in rows):
+        mine = [one(rows, method=method, case=case) for case in cases]
         rates = [f"{row['images_per_second']:.0f} ({row['times_timm']:.2f})" for row in mine]
-        lines.append([setup, *rates, f"{max(row['largest_difference'] for row in mine):.0f}"])
+        lines.append([method, *rates, f"{max(row['largest_difference'] for row in mine):.0f}"])
     return markdown(header, lines)
 
 
@@ -132,35 +133,37 @@ def accuracy(rows: Rows) -> str:
         return f"{row['correct']} (+{row['won']} -{row['lost']})"
 
     header = [f"correct, of {rows[0]['images']} images (against eager)", *variants]
-    setups = in_order(row["setup"] for row in rows)
+    methods = in_order(row["method"] for row in rows)
     return markdown(
-        header, ([setup, *(cell(one(rows, setup=setup, variant=key)) for key in variants)] for setup in setups)
+        header, ([method, *(cell(one(rows, method=method, variant=key)) for key in variants)] for method in methods)
     )
 
 
 def forward(rows: Rows) -> str:
     cases = in_order((row["variant"], row["size"], row["threads"]) for row in rows)
-    header = ["images/s (times plain, one batch at a time)"]
-    header += [f"{key} at {size}, {'one at a time' if n == 1 else 'several at once'}" for key, size, n in cases]
-    header += ["largest difference, relative"]
+    header = ["images/s (times plain PyTorch, one batch at a time)"]
+    header += [
+        f"{key} at {size}, {'one batch at a time' if n == 1 else 'one batch per core'}" for key, size, n in cases
+    ]
+    header += ["largest relative difference"]
     lines = []
-    for setup in in_order(row["setup"] for row in rows):
-        line = [setup]
+    for method in in_order(row["method"] for row in rows):
+        line = [method]
         for key, _, count in cases:
-            mine = [row for row in rows if (row["setup"], row["variant"], row["threads"]) == (setup, key, count)]
-            plain = one(rows, setup="plain", variant=key, threads=1)["images_per_second"]
+            mine = [row for row in rows if (row["method"], row["variant"], row["threads"]) == (method, key, count)]
+            plain = one(rows, method="plain", variant=key, threads=1)["images_per_second"]
             rate = mine[0]["images_per_second"] if mine else 0
             line.append(f"{rate:.1f} ({rate / plain:.2f})" if mine else "-")
-        lines.append([*line, f"{max(row['largest_difference'] for row in rows if row['setup'] == setup):.0e}"])
+        lines.append([*line, f"{max(row['largest_difference'] for row in rows if row['method'] == method):.0e}"])
     return markdown(header, lines)
 
 
 def load(rows: Rows) -> str:
     header = ["", "warm, s: timm", "ours", "times", "cold, s: timm", "ours", "times", "MiB: timm", "ours"]
-    header += ["to download, MB", "with the backbone there"]
+    header += ["to download, MB", "with the backbone cached"]
     lines = []
     for key in in_order(row["variant"] for row in rows):
-        timm, ours = (one(rows, variant=key, setup=setup) for setup in ("timm", OURS))
+        timm, ours = (one(rows, variant=key, method=method) for method in ("timm", OURS))
         line = [key]
         for name in ("warm", "cold"):
             line += [f"{timm[name]:.2f}", f"{ours[name]:.2f}", f"{timm[name] / ours[name]:.1f}"]
@@ -172,7 +175,7 @@ def load(rows: Rows) -> str:
 
 def start(rows: Rows) -> str:
     header = ["", "seconds", "beyond the bare interpreter"]
-    return markdown(header, ([row["setup"], f"{row['seconds']:.2f}", f"{row['beyond_bare']:.2f}"] for row in rows))
+    return markdown(header, ([row["command"], f"{row['seconds']:.2f}", f"{row['beyond_bare']:.2f}"] for row in rows))
 
 
 def finetune(rows: Rows) -> str:
@@ -180,7 +183,13 @@ def finetune(rows: Rows) -> str:
     steps = markdown(
         ["step of Lite0", "size", "batch", "images/s", "growth of peak memory, MiB"],
         (
-            [row["setup"], row["size"], row["batch_size"], f"{row['images_per_second']:.1f}", f"{row['megabytes']:.0f}"]
+            [
+                row["method"],
+                row["size"],
+                row["batch_size"],
+                f"{row['images_per_second']:.1f}",
+                f"{row['megabytes']:.0f}",
+            ]
             for row in parts["step"]
         ),
     )
@@ -199,7 +208,7 @@ def finetune(rows: Rows) -> str:
         [
             ["untuned", "0", "-", accuracy(untuned, "base_at_test")],
             *(
-                [row["setup"], f"{row['forwards_per_image']:.2f}", f"{row['seconds']:.0f}", accuracy(row, "tuned")]
+                [row["method"], f"{row['forwards_per_image']:.2f}", f"{row['seconds']:.0f}", accuracy(row, "tuned")]
                 for row in parts["methods"]
             ),
         ],
@@ -207,7 +216,7 @@ def finetune(rows: Rows) -> str:
     growth = markdown(
         ["whole command, at 160", "images", "processes", "seconds", "largest process, MiB"],
         (
-            [row["setup"], row["images"], row["processes"], f"{row['seconds']:.0f}", f"{row['megabytes']:.0f}"]
+            [row["method"], row["images"], row["processes"], f"{row['seconds']:.0f}", f"{row['megabytes']:.0f}"]
             for row in parts["growth"]
         ),
     )
@@ -216,7 +225,7 @@ def finetune(rows: Rows) -> str:
 
 def cost(rows: Rows) -> str:
     header = ["", "size", "GMACs", "MiB", "images/s", "times the base's time", "paper's top-1"]
-    header += ["base models' in the same time"]
+    header += ["base models' top-1 in the same time"]
     lines = []
     for row in rows:
         rates = [1 / row[f"{which}_seconds"] for which in ("base", "fix")]
@@ -237,7 +246,7 @@ def cost(rows: Rows) -> str:
 
 
 def _base_in_the_same_time(row: Mapping[str, Any], rows: Rows) -> str:
-    """Top-1 of the family's base models in the time that FixRes takes: on the line between the two neighbours."""
+    """Interpolates the top-1 of the family's base models at the time that the FixRes model takes."""
     family = [one for one in rows if one["family"] == row["family"] and one["base_top1"]]
     bases = sorted((one["base_seconds"], one["base_top1"]) for one in family)
     for (fewer, low), (more, high) in pairwise(bases):
@@ -247,60 +256,92 @@ def _base_in_the_same_time(row: Mapping[str, Any], rows: Rows) -> str:
     return "-"
 
 
+@dataclass(frozen=True)
+class Headline:
+    """A line of the summary: a figure of this package beside another library's.
+
+    Attributes:
+        what: What was measured.
+        ours: The figure of this package, in `unit`.
+        theirs: The figure of the other library, in `unit`.
+        unit: "images/s", of which more is better, or "s" or "MiB", of which less is better.
+        digits: Decimal places to show.
+        peer: The other library.
+    """
+
+    what: str
+    ours: float
+    theirs: float
+    unit: str
+    digits: int
+    peer: str = "timm"
+
+    @property
+    def cells(self) -> list[str]:
+        """The line's cells."""
+        times = self.ours / self.theirs if self.unit == "images/s" else self.theirs / self.ours
+        figures = [f"{figure:.{self.digits}f} {self.unit}" for figure in (self.ours, self.theirs)]
+        return [self.what, figures[0], f"{figures[1]} ({self.peer})", f"{times:.2f}"]
+
+
 def summary(found: Mapping[str, Any]) -> str:
-    """The other tables' headlines."""
-    rows = found["rows"]
-    of = {name: [row for row in rows if row["benchmark"] == name] for name in TABLES}
-    lines: list[list[str]] = []
+    """Returns the table of the most important figures of all benchmarks."""
+    of = {name: [row for row in found["rows"] if row["benchmark"] == name] for name in TABLES}
+    lines = [
+        *_classify_headlines(of["classify"]),
+        *_preprocess_headlines(of["preprocess"]),
+        *_load_headlines(of["load"]),
+        *_start_headlines(of["start"]),
+    ]
+    if steps := [row for row in of["finetune"] if (row["part"], row.get("size"), row.get("batch_size")) == STEP]:
+        ours, plain = (one(steps, method=method)["images_per_second"] for method in (OURS, PLAIN))
+        lines.append(Headline("FixRes step, Lite0 at 160", ours, plain, "images/s", 1, "plain PyTorch loop"))
+    return markdown(["", "fixefficientnet", "peer", "times as good"], (line.cells for line in lines))
 
-    def add(what: str, ours: float, theirs: float, unit: str, digits: int, peer: str = "timm") -> None:
-        times = ours / theirs if unit == "images/s" else theirs / ours
-        lines.append([what, f"{ours:.{digits}f} {unit}", f"{theirs:.{digits}f} {unit} ({peer})", f"{times:.2f}"])
 
-    cases = in_order((row["variant"], row["size"], row["batch_size"]) for row in of["classify"])
+def _classify_headlines(rows: Rows) -> Iterator[Headline]:
+    cases = in_order((row["variant"], row["size"], row["batch_size"]) for row in rows)
     batches = {usual(case[2] for case in cases)} if cases else set()
     for variant, size, batch in (case for case in cases if case[2] in batches):
-        mine = [row for row in of["classify"] if (row["variant"], row["batch_size"]) == (variant, batch)]
-        timm = one(mine, setup="timm")["images_per_second"]
-        default = one(mine, setup=OURS)["images_per_second"]
+        mine = [row for row in rows if (row["variant"], row["batch_size"]) == (variant, batch)]
+        rates = {row["method"]: float(row["images_per_second"]) for row in mine}
         what = f"folder to labels, {variant} at {size}, batches of {batch}"
-        add(f"{what}, default engine", default, timm, "images/s", 1)
-        best = max((row for row in mine if row["setup"] in TIMM_FLOAT32), key=lambda row: float(row["times_timm"]))
-        if best["setup"] != "timm":
-            add(
-                "the same, against timm's fastest setup",
-                default,
-                best["images_per_second"],
-                "images/s",
-                1,
-                best["setup"],
-            )
-        if engines := [row for row in mine if row["setup"] in FLOAT32]:
-            best = max(engines, key=lambda row: float(row["times_timm"]))
-            engine = best["setup"].rpartition(", ")[2]
-            add(f"{what}, --engine {engine}", best["images_per_second"], timm, "images/s", 1)
+        yield Headline(f"{what}, default engine", rates[OURS], rates["timm"], "images/s", 1)
+        best = max((method for method in rates if method in TIMM_FLOAT32), key=rates.__getitem__)
+        if best != "timm":
+            yield Headline("the same, against timm's fastest options", rates[OURS], rates[best], "images/s", 1, best)
+        if engines := [method for method in rates if method in FLOAT32]:
+            best = max(engines, key=rates.__getitem__)
+            engine = best.rpartition(", ")[2]
+            yield Headline(f"{what}, --engine {engine}", rates[best], rates["timm"], "images/s", 1)
+
+
+def _preprocess_headlines(rows: Rows) -> Iterator[Headline]:
+    rates = {row["method"]: row["images_per_second"] for row in rows if row["case"] == "320"}
     tensors = "torchvision v2, on tensors"
-    for setup, name, peer in ((OURS, "the same pixels", "timm"), (f"{OURS}, fast", "--fast-preprocessing", tensors)):
-        if mine := [row for row in of["preprocess"] if row["case"] == "320"]:
-            ours, theirs = (one(mine, setup=each)["images_per_second"] for each in (setup, peer))
-            add(f"JPEG to tensor at 320, {name}, one core", ours, theirs, "images/s", 0, peer)
+    for method, name, peer in ((OURS, "the same pixels", "timm"), (f"{OURS}, fast", "--fast-preprocessing", tensors)):
+        if rates:
+            what = f"JPEG to tensor at 320, {name}, one core"
+            yield Headline(what, rates[method], rates[peer], "images/s", 0, peer)
+
+
+def _load_headlines(rows: Rows) -> Iterator[Headline]:
     for key in ("b0", "b8", "l2"):
-        if mine := [row for row in of["load"] if row["variant"] == key]:
-            timm, ours = (one(mine, setup=setup) for setup in ("timm", OURS))
-            add(f"create {key} and first image, warm", ours["warm"], timm["warm"], "s", 2)
-            add("the same, memory", ours["cold_megabytes"], timm["cold_megabytes"], "MiB", 0)
-    if of["start"]:
-        seconds = {row["setup"]: row["seconds"] for row in of["start"]}
-        first = seconds["fixefficientnet predict cat.jpg"], seconds["the same prediction with timm"]
-        add("first prediction, from the command line", *first, "s", 2)
-        for setup in (setup for setup in seconds if "evaluat" in setup and "timm" not in setup):
-            what = setup.replace(f"{OURS} evaluate", "a whole evaluation, from the command line")
-            add(what, seconds[setup], seconds["the same evaluation with timm"], "s", 1)
-    steps = [row for row in of["finetune"] if row["part"] == "step" and (row["size"], row["batch_size"]) == (160, 64)]
-    if steps:
-        ours, plain = (one(steps, setup=setup)["images_per_second"] for setup in (OURS, PLAIN))
-        add("FixRes step, Lite0 at 160", ours, plain, "images/s", 1, "plain PyTorch loop")
-    return markdown(["", "fixefficientnet", "peer", "times as good"], lines)
+        if mine := [row for row in rows if row["variant"] == key]:
+            timm, ours = (one(mine, method=method) for method in ("timm", OURS))
+            yield Headline(f"create {key} and first image, warm", ours["warm"], timm["warm"], "s", 2)
+            yield Headline("the same, memory", ours["cold_megabytes"], timm["cold_megabytes"], "MiB", 0)
+
+
+def _start_headlines(rows: Rows) -> Iterator[Headline]:
+    seconds = {row["command"]: row["seconds"] for row in rows}
+    if not seconds:
+        return
+    first = seconds["fixefficientnet predict cat.jpg"], seconds["the same prediction with timm"]
+    yield Headline("first prediction, from the command line", *first, "s", 2)
+    for command in (command for command in seconds if "evaluat" in command and "timm" not in command):
+        what = command.replace(f"{OURS} evaluate", "a whole evaluation, from the command line")
+        yield Headline(what, seconds[command], seconds["the same evaluation with timm"], "s", 1)
 
 
 TABLES: dict[str, Callable[[Rows], str]] = {
@@ -316,37 +357,50 @@ TABLES: dict[str, Callable[[Rows], str]] = {
 
 
 def rendered(found: Mapping[str, Any], text: str) -> str:
-    """A page with the tables of these figures.
+    """Replaces the tables of a page by those of these figures.
+
+    Args:
+        found: The measurements, as `python -m benchmarks --json` writes them.
+        text: The page.
+
+    Returns:
+        The new page.
 
     Raises:
-        ValueError: It has no mark for one of them; or there are no figures for a table of its.
+        ValueError: The page has no place for a table, or there are no figures for one of its tables.
     """
     tables = every_table(found)
     for name in ("machine", "summary", *TABLES):
-        before, mark, after = text.partition(f"<!-- {name} -->\n")
+        before, opening, after = text.partition(f"<!-- {name} -->\n")
         _, end, rest = after.partition(END)
-        if not mark or not end:
+        if not opening or not end:
             raise ValueError(f"the page has no <!-- {name} --> with an {END} for its table.")
         if name not in tables:
-            raise ValueError(f"there are no figures of {name} for the page. Without a page, what there is is printed.")
-        text = f"{before}{mark}{tables[name]}\n{END}{rest}"
+            raise ValueError(
+                f"there are no figures of {name} for the page. Leave out the page to print the tables that there are."
+            )
+        text = f"{before}{opening}{tables[name]}\n{END}{rest}"
     return text
 
 
 def every_table(found: Mapping[str, Any]) -> dict[str, str]:
-    """What there is to be shown, by name."""
+    """Returns the tables for which there are figures, by name."""
     parts = {name: [row for row in found["rows"] if row["benchmark"] == name] for name in TABLES}
     tables = {name: TABLES[name](rows) for name, rows in parts.items() if rows}
     return {"machine": machine(found), "summary": summary(found), **tables}
 
 
 def shown(found: Mapping[str, Any]) -> str:
-    """All tables that there are, one after the other."""
+    """Returns all tables for which there are figures, as one text."""
     return "\n\n".join(f"## {name}\n\n{table}" for name, table in every_table(found).items())
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The figures in a file; where there are none, one line says so and the program ends."""
+    """Reads the figures of a file.
+
+    Raises:
+        SystemExit: The file has no figures; the message says so.
+    """
     try:
         found = json.loads(path.read_text())
     except OSError as error:

@@ -30,6 +30,7 @@ from fixefficientnet.errors import (
     ImageError,
     ManifestError,
     MissingFileError,
+    OptionError,
     OutdatedPackageError,
     RecipeError,
     RunError,
@@ -43,7 +44,8 @@ from fixefficientnet.timm_models import register_with_timm
 
 if TYPE_CHECKING:
     from fixefficientnet.evaluation.evaluate import evaluate
-    from fixefficientnet.prediction import predict
+    from fixefficientnet.options import PredictionOptions
+    from fixefficientnet.prediction import iter_predictions, predict
     from fixefficientnet.preprocessing import preprocess
     from fixefficientnet.zoo import create
 
@@ -60,7 +62,9 @@ __all__ = [
     "ImageError",
     "ManifestError",
     "MissingFileError",
+    "OptionError",
     "OutdatedPackageError",
+    "PredictionOptions",
     "RecipeError",
     "RunError",
     "UnknownVariantError",
@@ -70,12 +74,21 @@ __all__ = [
     "create",
     "evaluate",
     "info",
+    "iter_predictions",
     "list_models",
     "predict",
     "preprocess",
 ]
 
-_LAZY = {"create": "zoo", "evaluate": "evaluation.evaluate", "predict": "prediction", "preprocess": "preprocessing"}
+_LAZY = {
+    "PredictionOptions": "options",
+    "create": "zoo",
+    "evaluate": "evaluation.evaluate",
+    "iter_predictions": "prediction",
+    "predict": "prediction",
+    "preprocess": "preprocessing",
+}
+"""Public names whose modules are imported when they are first asked for."""
 
 
 def __getattr__(name: str) -> Any:

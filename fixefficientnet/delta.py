@@ -1,18 +1,18 @@
 """The FixRes delta: the classifier and the last batch norm before pooling, all that FixRes changes.
 
-A small safetensors file. Tensors: by their timm state-dict names, float32 (`num_batches_tracked` is
-left out: it has no effect at test time). Metadata, all strings: `format`, `format_version`, `variant`,
-`backbone`, `fingerprint` (of the tensors that it replaces), `recipe` and `measured` (JSON), `license`,
-`libraries` (JSON). The bytes are deterministic: the same content gives the same sha256.
+A small safetensors file. Its tensors are those two modules', by their timm state-dict names, float32
+(`num_batches_tracked` is left out: it has no effect at test time). Its metadata has one key, `fixefficientnet-delta`:
+JSON with sorted keys, see `_Metadata`. The bytes are deterministic (the same content gives the same sha256), and a
+sha256 over tensors and metadata stands in the file itself, so that no bit of them changes unnoticed.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import safetensors
 import safetensors.torch
@@ -20,6 +20,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from fixefficientnet._internal import records
 from fixefficientnet._internal.checkpoint_file import listed
 from fixefficientnet._internal.files import write_atomically
 from fixefficientnet.errors import (
@@ -28,12 +29,10 @@ from fixefficientnet.errors import (
     DeltaMismatchError,
     UnsupportedModelError,
 )
-from fixefficientnet.manifest import INTERPOLATIONS, TestTime, Triple
+from fixefficientnet.manifest import Sha256, TestTime
 
 FORMAT = "fixefficientnet-delta"
-FORMAT_VERSION = "1"
-_JSON_KEYS = ("recipe", "measured", "libraries")
-_TEXT_KEYS = ("variant", "backbone", "fingerprint", "license")
+FORMAT_VERSION: Final = 2
 _SHORTCUTS = ("downsample", "shortcut")
 _DAMAGED = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError, RecursionError)
 _SPATIAL_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -61,29 +60,51 @@ class Head:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """A FixRes delta in memory.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What a delta tells of itself.
 
     Attributes:
-        tensors: The tuned tensors by state-dict name; float32, on the CPU.
         variant: The manifest's key, or the model's timm name where it is none of ours.
         backbone: timm name of the network that was tuned.
         fingerprint: `fingerprint()` of the tensors that the delta replaces.
         license: SPDX identifier of the delta, lower case.
-        recipe: Everything that decided the result; JSON.
-        measured: What was measured with these weights; JSON.
-        libraries: Versions that made it.
+        recipe: The settings that decided the result; JSON.
+        measured: The accuracy of these weights; JSON.
+        libraries: Versions of the libraries that made the delta, by name.
+    """
+
+    variant: str
+    backbone: str
+    fingerprint: Sha256
+    license: str
+    recipe: Mapping[str, Any]
+    measured: Mapping[str, Any]
+    libraries: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta(Description):
+    """A FixRes delta in memory; see `Description` for the other attributes.
+
+    Attributes:
+        tensors: The tuned tensors by state-dict name; float32, on the CPU.
     """
 
     tensors: Mapping[str, Tensor]
-    variant: str
-    backbone: str
-    fingerprint: str
-    license: str
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    measured: Mapping[str, Any] = field(default_factory=dict)
-    libraries: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Metadata(Description):
+    """The metadata of a delta file.
+
+    Attributes:
+        format_version: The version of this format.
+        sha256: `_sha256` of the delta.
+    """
+
+    format_version: Literal[2]
+    sha256: Sha256
 
 
 def find_head(model: nn.Module) -> Head:
@@ -140,9 +161,9 @@ def extract(
         base: State dict of the same model before tuning, cloned (the head's tensors suffice).
         variant: The manifest's key, or the model's timm name where it is none of ours.
         backbone: timm name of the network.
-        license: Of the delta; SPDX, lower case.
-        recipe: Everything that decided the result; JSON values.
-        measured: What was measured with the tuned model; JSON values.
+        license: The delta's license; SPDX identifier, lower case.
+        recipe: The settings that decided the result; JSON values.
+        measured: The accuracy of the tuned model; JSON values.
 
     Raises:
         DeltaMismatchError: `base` is not of the same architecture, or is the tuned model's own memory.
@@ -181,13 +202,13 @@ def of_tensors(
     """Makes a delta of a tuned head's tensors; see `extract`.
 
     Args:
-        tuned: By state-dict name; float32, on the CPU.
-        replaced: The backbone's, which they replace.
-        variant: As all that follow, see `extract`.
+        tuned: The tuned tensors by state-dict name; float32, on the CPU.
+        replaced: The backbone's tensors, which they replace, by the same names.
+        variant: The manifest's key, or the model's timm name where it is none of ours.
         backbone: timm name of the network.
-        license: Of the delta.
-        recipe: What decided the result.
-        measured: What was measured.
+        license: The delta's license; SPDX identifier, lower case.
+        recipe: The settings that decided the result; JSON values.
+        measured: The accuracy of the tuned model; JSON values.
 
     Raises:
         DeltaMismatchError: The two are not of the same architecture.
@@ -223,22 +244,14 @@ def dumps(delta: Delta) -> bytes:
     """The bytes of a delta file; equal deltas give equal bytes.
 
     Raises:
-        DeltaFormatError: Its metadata cannot be written: not text, or not JSON (NaN, for one).
+        DeltaFormatError: Its metadata cannot be written: a field of another type, or not JSON (NaN, for one).
     """
-    metadata = {"format": FORMAT, "format_version": FORMAT_VERSION}
-    metadata |= {key: getattr(delta, key) for key in _TEXT_KEYS}
-    if wrong := [key for key in _TEXT_KEYS if not isinstance(metadata[key], str)]:
-        raise DeltaFormatError(f"The delta's {', '.join(wrong)} must be text.")
-    try:
-        metadata |= {key: json.dumps(getattr(delta, key), sort_keys=True, allow_nan=False) for key in _JSON_KEYS}
-    except (TypeError, ValueError) as error:
-        raise DeltaFormatError(f"The delta's {', '.join(_JSON_KEYS)} must be JSON values: {error}") from error
-    data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in delta.tensors.items()})
-    # safetensors writes metadata in the order of a hash map, another one each time: write its header anew
-    header, body = _header(data), data[8 + int.from_bytes(data[:8], "little") :]
-    text = json.dumps({"__metadata__": metadata, **header}, sort_keys=True, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + body
+    described = _described(delta)
+    metadata = _Metadata(**described, format_version=FORMAT_VERSION, sha256=_sha256(described, delta.tensors))
+    records.check(metadata, DeltaFormatError)
+    # one key only: of several, safetensors writes another order each time
+    text = {FORMAT: _sorted_json(records.to_json(metadata))}
+    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in delta.tensors.items()}, text)
 
 
 def load(path: str | os.PathLike[str], *, sha256: str | None = None) -> Delta:
@@ -246,12 +259,12 @@ def load(path: str | os.PathLike[str], *, sha256: str | None = None) -> Delta:
 
     Args:
         path: The file.
-        sha256: What its bytes must hash to, if known.
+        sha256: The hash that its bytes must have, if known.
 
     Raises:
         ChecksumError: The bytes have another hash.
-        DeltaFormatError: Not a delta: unreadable, truncated, malformed, of an unknown version, of a wrong
-            dtype, or with NaN or Inf.
+        DeltaFormatError: The file is no sound delta: unreadable, truncated, malformed, changed, of another version,
+            of another dtype than float32, or with NaN or Inf.
     """
     try:
         data = Path(path).read_bytes()
@@ -269,72 +282,92 @@ def loads(data: bytes, *, source: str) -> Delta:
     """Reads and checks the bytes of a delta file; see `load`."""
     try:
         tensors = safetensors.torch.load(data)
-        metadata = _header(data).get("__metadata__") or {}
+        header = json.loads(
+            data[8 : 8 + int.from_bytes(data[:8], "little")]
+        )  # of bytes, safetensors gives tensors only
+        metadata = header.get("__metadata__") or {}
     except (safetensors.SafetensorError, *_DAMAGED) as error:
         raise DeltaFormatError(f"{source} is no sound safetensors file (truncated or damaged): {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise DeltaFormatError(
-            f"{source} is a safetensors file, but not a FixRes delta (its metadata has no format {FORMAT!r}). "
-            "A full checkpoint does not go here."
-        )
-    if metadata.get("format_version") != FORMAT_VERSION:
-        raise DeltaFormatError(
-            f"{source} has the delta format version {metadata.get('format_version')!r}, this release reads "
-            f"{FORMAT_VERSION!r}. Upgrade fixefficientnet."
-        )
-    if missing := [key for key in _TEXT_KEYS + _JSON_KEYS if key not in metadata]:
-        raise DeltaFormatError(f"{source} lacks the metadata {', '.join(missing)}.")
-    try:
-        records = {key: json.loads(metadata[key]) for key in _JSON_KEYS}
-    except (ValueError, RecursionError) as error:
-        raise DeltaFormatError(f"{source}: its metadata is not JSON where it must be: {error}") from error
-    if wrong := [key for key, record in records.items() if not isinstance(record, dict)]:
-        raise DeltaFormatError(f"{source}: its metadata {', '.join(wrong)} must be a JSON object.")
+    found = _read_metadata(metadata, source)
     _check_values(tensors, source)
-    return Delta(tensors=tensors, **{key: metadata[key] for key in _TEXT_KEYS}, **records)
+    delta = Delta(tensors=tensors, **_described(found))
+    if (sha256 := _sha256(_described(delta), tensors)) != found.sha256:
+        raise DeltaFormatError(
+            f"{source} was damaged or changed after it was written: its tensors and metadata have the sha256 {sha256}, "
+            f"and it records {found.sha256}. Get the file again from where it was made."
+        )
+    return delta
 
 
 def is_delta(path: str | os.PathLike[str]) -> bool:
-    """Whether a file says that it is a delta; `load` tells whether it is a sound one."""
+    """Whether a file says that it is a delta, of whatever version; `load` tells whether it is a sound one."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
+            return _says_delta(file.metadata() or {})
     except (safetensors.SafetensorError, OSError):
         return False
+
+
+def _says_delta(metadata: Mapping[str, Any]) -> bool:
+    """Whether a safetensors file's metadata is a delta's; version 1 had a key `format` for it."""
+    return FORMAT in metadata or metadata.get("format") == FORMAT
+
+
+def _read_metadata(metadata: Mapping[str, Any], source: str) -> _Metadata:
+    if not _says_delta(metadata):
+        raise DeltaFormatError(
+            f"{source} is a safetensors file, but not a FixRes delta (its metadata has no {FORMAT!r}). "
+            "A full checkpoint does not go here."
+        )
+    try:
+        found = json.loads(metadata[FORMAT]) if FORMAT in metadata else {"format_version": 1}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DeltaFormatError(f"{source}: its metadata {FORMAT!r} is not JSON: {error}") from error
+    version = found.get("format_version") if isinstance(found, dict) else None
+    if isinstance(version, int) and version != FORMAT_VERSION:
+        remedy = "Upgrade fixefficientnet."
+        if version < FORMAT_VERSION:
+            remedy = (
+                "Make the delta again with this release: by the fine-tuning run, or from a checkpoint by `convert`."
+            )
+        raise DeltaFormatError(
+            f"{source} has the delta format version {version}, this release reads {FORMAT_VERSION}. {remedy}"
+        )
+    return records.read(_Metadata, found, f"{source}: metadata", DeltaFormatError)
+
+
+def _described(record: Description) -> dict[str, Any]:
+    """What a delta or its metadata tells of the delta, by field."""
+    return {field.name: getattr(record, field.name) for field in fields(Description)}
+
+
+def _sorted_json(value: Any) -> str:
+    try:
+        as_read_again = json.loads(json.dumps(value, allow_nan=False))  # keys become text, by which they are sorted
+        return json.dumps(as_read_again, sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DeltaFormatError(f"The delta's recipe, measured and libraries must be JSON values: {error}") from error
+
+
+def _sha256(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over all that a delta is: what it tells of itself, and its tensors."""
+    return hashlib.sha256(f"{_sorted_json(records.to_json(described))}\0{fingerprint(tensors)}".encode()).hexdigest()
 
 
 def test_time(delta: Delta, usual: TestTime) -> TestTime:
     """The test-time preprocessing that a delta was tuned for, as its recipe says.
 
     Args:
-        delta: Whose.
-        usual: What holds where its recipe says nothing.
+        delta: The delta.
+        usual: The preprocessing of its variant, for what the recipe does not say.
+
+    Raises:
+        DeltaFormatError: The recipe names a preprocessing that cannot be.
     """
-    recipe = asdict(usual) | {key: value for key, value in delta.recipe.items() if key in usual.__slots__}
-    try:
-        test = TestTime(
-            int(delta.recipe.get("test_size", usual.size)),
-            float(recipe["crop_pct"]),
-            str(recipe["interpolation"]),
-            _triple(recipe["mean"]),
-            _triple(recipe["std"]),
-        )
-    except (TypeError, ValueError) as error:
-        raise DeltaFormatError(f"The delta for {delta.variant} has a recipe that cannot be read: {error}.") from error
-    if not is_sound(test):
-        raise DeltaFormatError(f"The delta for {delta.variant} was tuned for a preprocessing that cannot be: {test}.")
-    return test
-
-
-def is_sound(test: TestTime) -> bool:
-    """Whether images can be shown that way."""
-    sound = 0 < test.size < 2**16 and 0 < test.crop_pct <= 1 and min(test.std) > 0
-    return sound and test.interpolation in INTERPOLATIONS
-
-
-def _triple(values: Any) -> Triple:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
+    names = {"test_size" if name == "size" else name: name for name in TestTime.__slots__}
+    known = {names[key]: value for key, value in delta.recipe.items() if key in names}
+    where = f"The recipe of the delta for {delta.variant}"
+    return records.read(TestTime, records.to_json(usual) | known, where, DeltaFormatError)
 
 
 def merge(tensors: Mapping[str, Tensor], delta: Delta, head: Head) -> dict[str, Tensor]:
@@ -342,8 +375,8 @@ def merge(tensors: Mapping[str, Tensor], delta: Delta, head: Head) -> dict[str, 
 
     Args:
         tensors: The backbone's full state dict.
-        delta: What to put in.
-        head: Which tensors a delta for this network must have.
+        delta: The delta to put in.
+        head: The head of the network, whose tensors the delta must have.
 
     Raises:
         DeltaMismatchError: The delta has other tensors or shapes, or was tuned from another backbone.
@@ -432,9 +465,3 @@ def _check_values(tensors: Mapping[str, Tensor], source: str) -> None:
             raise DeltaFormatError(f"{source}: {name} has NaN or Inf.")
         if name.endswith(".running_var") and (tensor < 0).any():
             raise DeltaFormatError(f"{source}: {name} has a negative variance.")
-
-
-def _header(data: bytes) -> dict[str, Any]:
-    """A safetensors file's header, decoded: its length in 8 bytes, then JSON, then the tensors."""
-    header: dict[str, Any] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return header

@@ -1,7 +1,9 @@
-"""Everything this package raises on bad input: one base class, one class per kind of trouble.
+"""Everything this package raises on bad input: one base class, one class per kind of error.
 
 Each message says what is wrong, where, and what to do next; the command line prints it as it is.
 """
+
+import signal
 
 
 class FixEfficientNetError(Exception):
@@ -10,6 +12,10 @@ class FixEfficientNetError(Exception):
 
 class OutdatedPackageError(FixEfficientNetError, ImportError):
     """An installed package is too old; names what was found, what is needed, and pip's command."""
+
+
+class OptionError(FixEfficientNetError, ValueError):
+    """An option has a value that it cannot have; names the option and what it takes."""
 
 
 class ManifestError(FixEfficientNetError, ValueError):
@@ -25,7 +31,7 @@ class WeightsNotPublishedError(FixEfficientNetError, LookupError):
 
 
 class DownloadError(FixEfficientNetError, OSError):
-    """A file could not be brought from the Hub or from a package; names the file and where it belongs."""
+    """A file could not be had from the Hub or from a package; names the file and where it belongs."""
 
 
 class ChecksumError(FixEfficientNetError, ValueError):
@@ -45,7 +51,7 @@ class DeltaError(FixEfficientNetError, ValueError):
 
 
 class DeltaFormatError(DeltaError):
-    """The file is no delta: truncated, malformed, of an unknown version, or with unusable values."""
+    """The file is no sound delta: truncated, malformed, changed, of another version, or with unusable values."""
 
 
 class DeltaMismatchError(DeltaError):
@@ -81,4 +87,16 @@ class RecipeError(FixEfficientNetError, ValueError):
 
 
 class RunError(FixEfficientNetError, RuntimeError):
-    """A fine-tuning run cannot start, go on or finish; what it had reached is kept."""
+    """A fine-tuning run cannot start, continue or finish; what was done is kept."""
+
+
+class Interrupted(Exception):  # noqa: N818 - no error: the same call continues
+    """A fine-tuning run was asked to stop, and has saved what it had.
+
+    Attributes:
+        number: Number of the signal.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f"Stopped by {signal.Signals(number).name}.")
+        self.number = number

@@ -30,11 +30,12 @@ from huggingface_hub.utils import WeakFileLock
 
 from fixefficientnet._internal.files import write_atomically
 from fixefficientnet._version import __version__
-from fixefficientnet.errors import ChecksumError, DownloadError, ManifestError
-from fixefficientnet.manifest import Backbone, relative_filename
+from fixefficientnet.errors import ChecksumError, DownloadError
+from fixefficientnet.manifest import RELATIVE_FILE, Backbone
 
 T = TypeVar("T")
 PathLike = str | os.PathLike[str]
+ReadAndHash = Callable[[Path, bool], tuple[T, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +43,10 @@ class HubFile:
     """One file in a Hub repository.
 
     Attributes:
-        repository: organisation/name.
-        filename: Path inside the repository.
-        revision: Branch, tag or commit.
-        sha256: What the bytes must hash to; None where it is not known.
+        repository: The repository, organisation/name.
+        filename: The file's path inside the repository.
+        revision: The branch, tag or commit.
+        sha256: The hash that the bytes must have; None where it is not known.
     """
 
     repository: str
@@ -65,12 +66,9 @@ def parse_uri(uri: str) -> HubFile:
             that the same line means the same bytes tomorrow.
     """
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)/([^@]+)@([\w./-]+)", uri)
-    try:
-        if match:
-            return HubFile(match[1], relative_filename(match[2], "the file"), match[3])
-        why = ""
-    except ManifestError as error:
-        why = f" ({error})"
+    if match and RELATIVE_FILE.accepts(match[2]):
+        return HubFile(match[1], match[2], match[3])
+    why = f"; the file must be {RELATIVE_FILE.text}" if match else ""
     raise DownloadError(
         f"{uri!r} is not of the form hf://organisation/repository/file.safetensors@revision{why}; "
         "the revision, best a commit hash, is required."
@@ -78,42 +76,42 @@ def parse_uri(uri: str) -> HubFile:
 
 
 def read(file: HubFile, cache_dir: PathLike | None = None) -> bytes:
-    """Brings a small file whole; the sha256 is that of the very bytes returned.
+    """Downloads a small file and gives its bytes, which are what was hashed.
 
     Args:
-        file: Which; its sha256, if given, is checked at every call.
-        cache_dir: Hub cache to use instead of the user's.
+        file: The file to read; its sha256, if given, is checked at every call.
+        cache_dir: The Hub cache to use instead of the user's.
 
     Raises:
-        DownloadError: It can be had neither from the cache nor from the Hub.
+        DownloadError: The file is neither in the cache nor to be had from the Hub.
         ChecksumError: The bytes have another hash, also after one fresh download.
     """
 
-    def inspect(path: Path, _afresh: bool) -> tuple[bytes, str]:
+    def read_and_hash(path: Path, _afresh: bool) -> tuple[bytes, str]:
         data = path.read_bytes()
         return data, hashlib.sha256(data).hexdigest()
 
-    return _verified(file, cache_dir, inspect)
+    return _download_verified(file, cache_dir, read_and_hash)
 
 
 def fetch(file: HubFile, cache_dir: PathLike | None = None) -> Path:
-    """Brings a large file to the cache; its sha256, if given, is checked once and remembered.
+    """Downloads a large file to the cache; its sha256, if given, is checked once and remembered.
 
     Args:
-        file: Which.
-        cache_dir: Hub cache to use instead of the user's.
+        file: The file to download.
+        cache_dir: The Hub cache to use instead of the user's.
 
     Raises:
-        DownloadError: It can be had neither from the cache nor from the Hub.
+        DownloadError: The file is neither in the cache nor to be had from the Hub.
         ChecksumError: The file has another hash, also after one fresh download.
     """
 
-    def inspect(path: Path, afresh: bool) -> tuple[Path, str]:
+    def read_and_hash(path: Path, afresh: bool) -> tuple[Path, str]:
         if not file.sha256:
             return path, ""
-        return path, sha256_of(path) if afresh else _remembered_sha256(path, _repository_folder(file, cache_dir))
+        return path, sha256_of(path) if afresh else _cached_sha256(path, _repository_folder(file, cache_dir))
 
-    return _verified(file, cache_dir, inspect)
+    return _download_verified(file, cache_dir, read_and_hash)
 
 
 def backbone_file(backbone: Backbone, cache_dir: PathLike | None = None) -> Path:
@@ -133,7 +131,7 @@ def backbone_file(backbone: Backbone, cache_dir: PathLike | None = None) -> Path
         except metadata.PackageNotFoundError:
             pass
         else:
-            return _check_packaged(path, package.name, package.sha256)
+            return _verified_in_package(path, package.name, package.sha256)
     file = HubFile(backbone.repository, backbone.filename, backbone.revision, backbone.sha256)
     try:
         return fetch(file, cache_dir)
@@ -146,11 +144,11 @@ def backbone_file(backbone: Backbone, cache_dir: PathLike | None = None) -> Path
 
 def sha256_of(path: PathLike) -> str:
     """The sha256 of a file, in hex, read in pieces."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_packaged(path: Path, package: str, expected: str) -> Path:
+def _verified_in_package(path: Path, package: str, expected: str) -> Path:
     remedy = f"Install it again: pip install --force-reinstall --no-deps {package}"
     try:
         found = sha256_of(path)
@@ -161,17 +159,20 @@ def _check_packaged(path: Path, package: str, expected: str) -> Path:
     return path
 
 
-def _verified(file: HubFile, cache_dir: PathLike | None, inspect: Callable[[Path, bool], tuple[T, str]]) -> T:
-    """Downloads and inspects; a wrong copy is deleted and downloaded once more.
+def _download_verified(file: HubFile, cache_dir: PathLike | None, read_and_hash: ReadAndHash[T]) -> T:
+    """Downloads a file, and checks its sha256; a wrong copy is deleted and downloaded once more.
 
-    `inspect` gives the result and its sha256, computed afresh or as remembered.
+    Args:
+        file: The file to download.
+        cache_dir: The Hub cache to use instead of the user's.
+        read_and_hash: Gives the result and its sha256 (computed afresh if the second argument is true).
     """
     with contextlib.suppress(FileNotFoundError):  # another process may be replacing the same bad copy
-        result, found = inspect(_download(file, cache_dir), False)
+        result, found = read_and_hash(_download(file, cache_dir), False)
         if file.sha256 in (None, found):
             return result
     try:
-        return _replaced(file, cache_dir, inspect)
+        return _replace_wrong_copy(file, cache_dir, read_and_hash)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
@@ -180,11 +181,11 @@ def _verified(file: HubFile, cache_dir: PathLike | None, inspect: Callable[[Path
         ) from error
 
 
-def _replaced(file: HubFile, cache_dir: PathLike | None, inspect: Callable[[Path, bool], tuple[T, str]]) -> T:
+def _replace_wrong_copy(file: HubFile, cache_dir: PathLike | None, read_and_hash: ReadAndHash[T]) -> T:
     lock = _repository_folder(file, cache_dir) / ".fixefficientnet.lock"
     with WeakFileLock(lock):  # processes that meet the same bad copy must not delete each other's fresh one
         path = _download(file, cache_dir)
-        result, found = inspect(path, True)
+        result, found = read_and_hash(path, True)
         if file.sha256 in (None, found):
             return result
         _delete(path)
@@ -195,7 +196,7 @@ def _replaced(file: HubFile, cache_dir: PathLike | None, inspect: Callable[[Path
                 f"The cached copy of {file} was damaged and is deleted "
                 f"(its sha256 was {found}, expected is {file.sha256}).\n{error}"
             ) from error
-        result, second = inspect(path, True)
+        result, second = read_and_hash(path, True)
         if second == file.sha256:
             return result
         _delete(path)
@@ -221,14 +222,14 @@ def _download(file: HubFile, cache_dir: PathLike | None, *, afresh: bool = False
             )
         )
     except LocalEntryNotFoundError as error:
-        raise DownloadError(_bring_it_yourself(file, cache_dir, error.__cause__)) from error
+        raise DownloadError(_offline_hint(file, cache_dir, error.__cause__)) from error
     except GatedRepoError as error:
         raise DownloadError(
             f"{file.repository} asks its users to accept its terms: do so on its page, then run `hf auth login`."
         ) from error
     except RepositoryNotFoundError as error:
         raise DownloadError(
-            f"{file} is not to be had: {constants.ENDPOINT} has no repository {file.repository} with it, "
+            f"{file} was not found: {constants.ENDPOINT} has no repository {file.repository} with it, "
             "or it is private. Check the names, or run `hf auth login`."
         ) from error
     except RevisionNotFoundError as error:
@@ -246,7 +247,7 @@ def _download(file: HubFile, cache_dir: PathLike | None, *, afresh: bool = False
         ) from error
 
 
-def _bring_it_yourself(file: HubFile, cache_dir: PathLike | None, cause: BaseException | None) -> str:
+def _offline_hint(file: HubFile, cache_dir: PathLike | None, cause: BaseException | None) -> str:
     folder = _repository_folder(file, cache_dir)
     if constants.HF_HUB_OFFLINE:
         why = "HF_HUB_OFFLINE is set"
@@ -273,7 +274,7 @@ def _delete(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def _remembered_sha256(path: Path, folder: Path) -> str:
+def _cached_sha256(path: Path, folder: Path) -> str:
     """The file's sha256, computed once per content: a gigabyte is not hashed again at every load."""
     real = path.resolve()
     stat = real.stat()

@@ -1,9 +1,10 @@
 """The one reader of `weights_manifest.json`: everything known about a variant, as frozen dataclasses.
 
-Imports neither torch nor timm, so that listing models feels instant.
+The annotations of the dataclasses are the manifest's only rules: reading, its errors and the JSON Schema follow from
+them. Imports neither torch nor timm, so that listing models feels instant.
 
-`FIXEFFICIENTNET_MANIFEST` (a path, or the JSON itself) lays rows over the packaged ones: an
-organisation's own published weights, or a run of one's own, without touching the package.
+`FIXEFFICIENTNET_MANIFEST` (a path, or the JSON itself) lays rows over the packaged ones: an organisation's own
+published weights, or a run of one's own, without touching the package.
 """
 
 import difflib
@@ -11,13 +12,14 @@ import fnmatch
 import functools
 import json
 import os
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
+from fixefficientnet._internal import records
+from fixefficientnet._internal.records import AboveZero, Percent, Positive, Rule, Share
 from fixefficientnet.errors import ManifestError, UnknownVariantError
 
 if TYPE_CHECKING:
@@ -25,15 +27,30 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 OVERLAY_VARIABLE = "FIXEFFICIENTNET_MANIFEST"
-FAMILIES = ("advprop", "noisy_student", "lite")
 INTERPOLATIONS = ("bilinear", "bicubic")
 PREFIX = "fixefficientnet"
 DEFAULT_MODEL = "lite0"
-"""What `predict` runs when it is not told: its weights need no Hub."""
+"""The default model of `predict`: its weights need no Hub."""
 
 STEM, CLASSIFIER = "conv_stem", "classifier"
 """timm's names of the first and the last layer of an EfficientNet."""
 
+_PART = r"(?!\.\.?(?:/|$))[^/\\:\x00-\x1f]+"
+"""One part of a relative path: neither "." nor "..", and without what starts a root or a drive on any system."""
+RELATIVE_FILE = Rule("a relative path that does not leave its folder", pattern=f"{_PART}(?:/{_PART})*")
+_SAFETENSORS = "a .safetensors file, by a relative path that does not leave its folder"
+
+T = TypeVar("T")
+Key = Annotated[str, Rule("lower-case letters, digits and single underscores", pattern="[a-z0-9]+(?:_[a-z0-9]+)*")]
+TimmName = Annotated[str, Rule("timm's architecture.tag", pattern=r"[a-z0-9_]+\.[a-z0-9_]+")]
+Repository = Annotated[str, Rule("organisation/name on the Hub", pattern=r"(?!.*\.\.)[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+")]
+RelativeFile = Annotated[str, RELATIVE_FILE]
+Safetensors = Annotated[str, Rule(_SAFETENSORS, pattern=rf"(?:{_PART}/)*{_PART}\.safetensors")]
+LocalSafetensors = Annotated[Path, Rule(_SAFETENSORS, pattern=rf"(?:\./)*(?:{_PART}/)*{_PART}\.safetensors")]
+Sha256 = Annotated[str, Rule("64 lower-case hex digits", pattern="[0-9a-f]{64}")]
+Commit = Annotated[str, Rule("40 lower-case hex digits", pattern="[0-9a-f]{40}")]
+Pixels = Annotated[int, Rule("a whole number of pixels from 1 to 65535", least=1, most=65535)]
+Mean = Annotated[float, Rule("a number in [0, 1]", least=0, most=1)]
 Triple = tuple[float, float, float]
 
 
@@ -43,13 +60,13 @@ class Package:
 
     Attributes:
         name: The distribution's name on PyPI.
-        filename: The file inside it, relative to its installation folder.
-        sha256: Of that file.
+        filename: The weights file, relative to the package's installation folder.
+        sha256: The file's hash.
     """
 
     name: str
-    filename: str
-    sha256: str
+    filename: RelativeFile
+    sha256: Sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +75,19 @@ class Backbone:
 
     Attributes:
         name: timm's name, architecture and tag.
-        repository: On the Hugging Face Hub.
-        filename: In that repository; safetensors.
-        revision: Branch, tag or commit.
-        sha256: Of the file; None where it was never recorded (the delta's fingerprint guards then).
+        repository: The repository on the Hugging Face Hub.
+        filename: The file in that repository.
+        revision: The branch, tag or commit of that repository.
+        sha256: The file's hash; null where it was never recorded (the delta's fingerprint guards then).
         license: SPDX identifier, lower case.
         package: A PyPI package that ships the same network's weights, if there is one.
     """
 
-    name: str
-    repository: str
-    filename: str
+    name: TimmName
+    repository: Repository
+    filename: Safetensors
     revision: str
-    sha256: str | None
+    sha256: Sha256 | None
     license: str
     package: Package | None
 
@@ -93,15 +110,15 @@ class TestTime:
         size: Test size: side of the square crop, in pixels.
         crop_pct: Share of the resized shorter side that the crop keeps, in (0, 1].
         interpolation: "bicubic" or "bilinear".
-        mean: Per channel (RGB), on the [0, 1] scale.
-        std: Per channel (RGB), on the [0, 1] scale.
+        mean: Mean per channel (RGB), on the [0, 1] scale.
+        std: Standard deviation per channel (RGB), on the [0, 1] scale.
     """
 
-    size: int
-    crop_pct: float
-    interpolation: str
-    mean: Triple
-    std: Triple
+    size: Pixels
+    crop_pct: Share
+    interpolation: Annotated[str, Rule("bilinear or bicubic", pattern="|".join(INTERPOLATIONS))]
+    mean: tuple[Mean, Mean, Mean]
+    std: tuple[Share, Share, Share]
 
     def timm_fields(self) -> dict[str, Any]:
         """The same as fields of timm's `PretrainedCfg`."""
@@ -117,11 +134,17 @@ class TestTime:
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """ImageNet-2012 validation accuracy, single crop, in per cent, at one test size in pixels."""
+    """ImageNet-2012 validation accuracy, single crop.
 
-    test_size: int
-    top1: float
-    top5: float
+    Attributes:
+        test_size: Test size, in pixels.
+        top1: Top-1 accuracy, in per cent.
+        top5: Top-5 accuracy, in per cent.
+    """
+
+    test_size: Pixels
+    top1: Percent
+    top5: Percent
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,83 +153,138 @@ class PaperRow:
 
     Attributes:
         table: 1 (with extra data, Noisy Student) or 2 (without, AdvProp).
-        parameters_millions: As printed there.
+        parameters_millions: The number of parameters as printed there, in millions.
         base: The baseline that FixRes starts from.
         fix: The result of FixRes.
     """
 
-    table: int
-    parameters_millions: float
+    table: Literal[1, 2]
+    parameters_millions: AboveZero
     base: Accuracy
     fix: Accuracy
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Accuracy that was measured with the published weights, in per cent, and on what."""
+    """Accuracy that was measured with the published weights.
+
+    Attributes:
+        dataset: The dataset and its split.
+        images: The number of images.
+        top1: Top-1 accuracy, in per cent.
+        top5: Top-5 accuracy, in per cent.
+    """
 
     dataset: str
-    images: int
-    top1: float
-    top5: float
+    images: Positive
+    top1: Percent
+    top5: Percent
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Where the FixRes delta of a variant lies: a pinned Hub file, or (overlays only) a local one.
+    """The FixRes delta of a variant: a file on the Hub, pinned.
 
     Attributes:
-        repository: On the Hugging Face Hub; None for a local file.
-        filename: In that repository; None for a local file.
-        revision: Full commit hash, 40 hex digits; None for a local file.
-        path: A local file beside the overlay manifest; None for a Hub file.
-        sha256: Of the file, checked at every load.
-        bytes: Size of the file.
+        repository: The repository on the Hugging Face Hub.
+        filename: The file in that repository.
+        revision: The commit's full hash.
+        sha256: The file's hash, checked at every load.
+        bytes: The file's size.
         license: SPDX identifier, lower case.
-        measured: Accuracy of these very weights.
+        measured: The accuracy of these very weights.
     """
 
-    repository: str | None
-    filename: str | None
-    revision: str | None
-    path: Path | None
-    sha256: str
-    bytes: int | None
-    license: str | None
-    measured: Measured | None
+    repository: Repository
+    filename: Safetensors
+    revision: Commit
+    sha256: Sha256
+    bytes: Positive | None = None
+    license: str | None = None
+    measured: Measured | None = None
+
+    def __str__(self) -> str:
+        return f"{self.repository}/{self.filename}@{self.revision}"
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
-    """One row of the manifest: one model of the zoo.
+class PackagedWeights(Weights):
+    """The FixRes delta of a variant as the packaged manifest tells it: with all that is known."""
+
+    bytes: Positive
+    license: str
+    measured: Measured
+
+
+@dataclass(frozen=True, slots=True)
+class LocalWeights:
+    """The FixRes delta of a variant: a local file in the folder of the overlay that names it, or below.
 
     Attributes:
-        key: Its short name, such as "b4_ns".
-        title: Its full name, for people.
+        path: The file; relative to the overlay's folder in JSON, absolute once read.
+        sha256: The file's hash, checked at every load.
+        bytes: The file's size.
+        license: SPDX identifier, lower case.
+        measured: The accuracy of these very weights.
+    """
+
+    path: LocalSafetensors
+    sha256: Sha256
+    bytes: Positive | None = None
+    license: str | None = None
+    measured: Measured | None = None
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One row of a manifest.
+
+    Attributes:
+        title: The variant's full name, for people.
         family: "advprop", "noisy_student" or "lite".
         backbone: The original network.
         parameters: Exact number of parameters with 1000 classes.
         train_size: Size at which the backbone was trained, in pixels.
         test: Test-time preprocessing.
-        paper: The paper's figures; None for our own extension (the lite family).
-        weights: The published FixRes delta; None while nothing is published.
-        note: What a user must know besides; None where there is nothing.
+        paper: The paper's figures; null for our own extension (the lite family).
+        weights: The FixRes delta; null while nothing is published.
+        note: A sentence that users must know; null where there is none.
+    """
+
+    title: str
+    family: Literal["advprop", "noisy_student", "lite"]
+    backbone: Backbone
+    parameters: Positive
+    train_size: Pixels
+    test: TestTime
+    paper: PaperRow | None
+    weights: Weights | LocalWeights | None
+    note: str | None = None
+
+
+class PackagedRow(Row):  # no dataclass anew: the fields are Row's, and each dataclass takes a millisecond to import
+    """One row of the packaged manifest: everything about one variant."""
+
+    __slots__ = ()
+    weights: PackagedWeights | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant(Row):
+    """One model of the zoo: a row of the manifest and its key; see `Row` for the other attributes.
+
+    Attributes:
+        key: The variant's short name, such as "b4_ns".
     """
 
     key: str
-    title: str
-    family: str
-    backbone: Backbone
-    parameters: int
-    train_size: int
-    test: TestTime
-    paper: PaperRow | None
-    weights: Weights | None
-    note: str | None
 
     @property
     def hub_name(self) -> str:
-        """The entrypoint in hubconf.py, such as "fixefficientnet_b4_ns"."""
+        """The entry point in hubconf.py, such as "fixefficientnet_b4_ns"."""
         return f"{PREFIX}_{self.key}"
 
     @property
@@ -226,7 +304,7 @@ class Variant:
 
     @property
     def usual_weights(self) -> bool | str:
-        """What `predict` takes for `pretrained` when it is not told: "backbone" where nothing else exists."""
+        """The default of `pretrained` in `predict`: "backbone" where nothing else exists."""
         return "backbone" if self.backbone_only else True
 
     def pretrained_cfg(self) -> "PretrainedCfg":
@@ -234,9 +312,10 @@ class Variant:
         from timm.models import PretrainedCfg
 
         weights = self.weights
+        on_hub = weights if isinstance(weights, Weights) else None
         return PretrainedCfg(
-            hf_hub_id=weights.repository if weights else None,
-            hf_hub_filename=weights.filename if weights else None,
+            hf_hub_id=on_hub.repository if on_hub else None,
+            hf_hub_filename=on_hub.filename if on_hub else None,
             architecture=self.architecture,
             tag=self.backbone.tag,
             first_conv=STEM,
@@ -259,35 +338,50 @@ class Variant:
         return names
 
 
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """weights_manifest.json: one row per variant, the single source of everything about a model.
+
+    Attributes:
+        schema_version: The version of this format.
+        variants: The rows by key, in the order of listings.
+    """
+
+    schema_version: Literal[1]
+    variants: Mapping[Key, Mapping[str, Any]]
+
+
 def load() -> Mapping[str, Variant]:
     """All variants by key, in the manifest's order, with the overlay of the environment applied.
 
     Raises:
-        ManifestError: The manifest or the overlay is malformed; names row and key.
+        ManifestError: The manifest or the overlay is malformed; the message names row and key.
     """
     overlay = os.environ.get(OVERLAY_VARIABLE, "").strip()
-    if not overlay or overlay.startswith("{"):
-        return _load(overlay, Path.cwd() if overlay else Path())
+    if not overlay:
+        return _load_packaged()
+    if overlay.startswith("{"):
+        return _load_overlay(overlay, Path.cwd(), OVERLAY_VARIABLE)
     file = Path(overlay).expanduser().absolute()
     try:
-        stat = file.stat()
-    except OSError as error:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(
-            f"{OVERLAY_VARIABLE} names {overlay!r}, which cannot be read ({error.strerror}). "
+            f"{OVERLAY_VARIABLE} names {overlay!r}, which cannot be read ({error}). "
             "Give the path of a manifest, or the JSON itself, or unset the variable."
         ) from None
-    return _load("", file, (stat.st_mtime_ns, stat.st_size))
+    return _load_overlay(text, file.resolve().parent, str(file))
 
 
 def find(name: str) -> Variant:
-    """The variant of this name: its key, an alias, the hub entrypoint's name or a timm name.
+    """The variant of this name: its key, an alias, the torch.hub entry point's name or a timm name.
 
     Args:
-        name: Such as "b4", "b4_ap", "fixefficientnet_b4_ns", "FixEfficientNet-B4",
+        name: The name, such as "b4", "b4_ap", "fixefficientnet_b4_ns", "FixEfficientNet-B4",
             "fixefficientnet_b4.ns_jft_in1k" or "tf_efficientnet_b4.ns_jft_in1k".
 
     Raises:
-        UnknownVariantError: No variant has this name; the message has the closest ones.
+        UnknownVariantError: No variant has this name; the message names the closest ones.
     """
     variants = load()
     wanted = name.strip().lower().replace("-", "_").removeprefix(f"{PREFIX}_")
@@ -308,8 +402,8 @@ def list_models(filter: str = "", *, pretrained: bool = False) -> list[str]:
     """Keys of the variants, in the manifest's order.
 
     Args:
-        filter: Shell-style wildcard on the key, such as "*_ns"; all if empty.
-        pretrained: Only those with published FixRes weights.
+        filter: A shell-style wildcard on the key, such as "*_ns"; empty for all variants.
+        pretrained: Whether to leave out variants without published FixRes weights.
     """
     return [
         key
@@ -325,293 +419,109 @@ def packaged_path() -> Path:
     return inside if inside.exists() else here.parent / "weights_manifest.json"
 
 
-def parse(document: object, *, folder: Path | None = None, source: str = "manifest") -> dict[str, Variant]:
-    """Checks a whole manifest document and turns it into variants.
+def parse(document: object, *, source: str = "manifest") -> dict[str, Variant]:
+    """Checks a whole manifest, as the packaged one must be, and turns it into variants.
 
     Args:
         document: The decoded JSON.
-        folder: Folder that local weights may lie in; None where they are not allowed.
-        source: What to call the document in errors.
+        source: The document's name in errors.
 
     Raises:
-        ManifestError: Names the row and the key at fault.
+        ManifestError: The message names the row and the key at fault.
     """
-    try:
-        variants = {key: _variant(key, row, folder) for key, row in _rows(document).items()}
-        names: dict[str, str] = {}
-        for key, variant in variants.items():
-            if (other := names.setdefault(variant.timm_name, key)) != key:
-                raise ManifestError(f"{key}: its timm name {variant.timm_name} is that of the row {other}")
-        return variants
-    except ManifestError as error:
-        raise ManifestError(f"{source}: {error}") from None
-
-
-@functools.lru_cache(maxsize=8)
-def _load(overlay: str, place: Path, _version: object = None) -> Mapping[str, Variant]:
-    """The packaged rows with an overlay: JSON text relative to the folder `place`, or the file `place`."""
-    path = packaged_path()
-    packaged = _read_json(path.read_text(encoding="utf-8"), str(path))
-    variants = parse(packaged, source=str(path))
-    if place == Path():
-        return MappingProxyType(variants)
-    if overlay:
-        source, folder, text = OVERLAY_VARIABLE, place, overlay
-    else:
-        source, folder = str(place), place.resolve().parent
-        try:
-            text = place.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ManifestError(f"{place} ({OVERLAY_VARIABLE}) cannot be read: {error}") from None
-    return MappingProxyType(parse_overlay(_read_json(text, source), folder=folder, source=source))
+    return _variants(_rows(document, source), PackagedRow, source)
 
 
 def parse_overlay(document: object, *, folder: Path, source: str) -> dict[str, Variant]:
-    """Checks rows that lie over the packaged ones, and turns all into variants; see `parse`.
+    """Lays rows over the packaged ones, and turns all into variants.
+
+    Args:
+        document: The decoded JSON. Within a row, objects merge and everything else is replaced; `weights` is replaced
+            as a whole.
+        folder: The folder that local weights lie in, or below.
+        source: The document's name in errors.
 
     Raises:
-        ManifestError: Names the row and the key at fault.
+        ManifestError: The message names the row and the key at fault.
     """
-    packaged = _read_json(packaged_path().read_text(encoding="utf-8"), str(packaged_path()))
-    try:
-        merged = _merge(_rows(packaged), _rows(document))
-    except ManifestError as error:
-        raise ManifestError(f"{source}: {error}") from None
-    return parse(merged, folder=folder, source=source)
+    packaged = packaged_path()
+    rows = dict(_rows(_decode(packaged.read_text(encoding="utf-8"), str(packaged)), str(packaged)))
+    for key, row in _rows(document, source).items():
+        # never half of one place's weights and half of another's
+        rows[key] = _merge(rows.get(key), row) | {key: row[key] for key in ("weights",) if key in row}
+    found = _variants(rows, Row, source)
+    for key, variant in found.items():
+        if isinstance(variant.weights, LocalWeights):
+            where = f"{source}: variants.{key}.weights.path"
+            found[key] = replace(variant, weights=_beside(folder, variant.weights, where))
+    return found
 
 
-def _read_json(text: str, source: str) -> object:
+def schema() -> dict[str, Any]:
+    """The JSON Schema of the packaged manifest; `weights_manifest.schema.json` is its text."""
+    found = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | records.schema(Manifest)
+    found["properties"]["variants"]["additionalProperties"] = records.schema(PackagedRow)
+    return found
+
+
+@functools.cache
+def _load_packaged() -> Mapping[str, Variant]:
+    path = packaged_path()
+    source = str(path)
+    return MappingProxyType(parse(_decode(path.read_text(encoding="utf-8"), source), source=source))
+
+
+@functools.lru_cache(maxsize=8)
+def _load_overlay(text: str, folder: Path, source: str) -> Mapping[str, Variant]:
+    return MappingProxyType(parse_overlay(_decode(text, source), folder=folder, source=source))
+
+
+def _decode(text: str, source: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{source}: not JSON: {error}") from None
 
 
-def _rows(document: object) -> dict[str, Any]:
-    top = _object(document, "the document", {"schema_version", "variants"})
-    if top["schema_version"] != SCHEMA_VERSION:
+def _rows(document: object, source: str) -> Mapping[str, Mapping[str, Any]]:
+    """The rows of a document by key, themselves not checked yet."""
+    version = document.get("schema_version", SCHEMA_VERSION) if isinstance(document, dict) else SCHEMA_VERSION
+    if version != SCHEMA_VERSION:
         raise ManifestError(
-            f"schema_version: is {top['schema_version']!r}, this release reads {SCHEMA_VERSION}. "
+            f"{source}: schema_version: is {version!r}, this release reads {SCHEMA_VERSION}. "
             "Upgrade fixefficientnet, or write the manifest in that version."
         )
-    variants = top["variants"]
-    if not isinstance(variants, dict):
-        raise ManifestError(f"variants: must be an object, is {_kind(variants)}")
+    return _read(Manifest, document, "", source).variants
+
+
+def _read(cls: type[T], value: object, where: str, source: str) -> T:
+    try:
+        return records.read(cls, value, where, ManifestError)
+    except ManifestError as error:
+        raise ManifestError(f"{source}: {error}") from None
+
+
+def _merge(low: Any, high: Any) -> Any:
+    """Lays JSON over other JSON: objects merge, everything else is replaced."""
+    if isinstance(low, dict) and isinstance(high, dict):
+        return low | {key: _merge(low.get(key), value) for key, value in high.items()}
+    return high
+
+
+def _variants(rows: Mapping[str, Mapping[str, Any]], cls: type[Row], source: str) -> dict[str, Variant]:
+    variants = {}
+    for key, row in rows.items():
+        variants[key] = Variant(key=key, **records.values(_read(cls, row, f"variants.{key}", source)))
+    names: dict[str, str] = {}
+    for key, variant in variants.items():
+        if (other := names.setdefault(variant.timm_name, key)) != key:
+            raise ManifestError(f"{source}: {key}: its timm name {variant.timm_name} is that of the row {other}")
     return variants
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Lays `over` on `base` row by row; within a row, objects merge and everything else is replaced."""
-
-    def deep(low: Any, high: Any) -> Any:
-        if isinstance(low, dict) and isinstance(high, dict):
-            return low | {key: deep(low.get(key), value) for key, value in high.items()}
-        return high
-
-    rows = dict(base)
-    for key, row in over.items():
-        rows[key] = deep(base.get(key), row)
-        weights = row.get("weights") if isinstance(row, dict) else None
-        if weights is not None:  # never half of one place's weights and half of another's
-            rows[key]["weights"] = weights
-    return {"schema_version": SCHEMA_VERSION, "variants": rows}
-
-
-def _variant(key: str, row: object, folder: Path | None) -> Variant:
-    if not re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)*", key):
-        raise ManifestError(f"row {key!r}: a key has lower-case letters, digits and single underscores")
-    keys = {"title", "family", "backbone", "parameters", "train_size", "test", "paper", "weights"}
-    fields = _object(row, key, keys, {"note"})
-    return Variant(
-        key=key,
-        title=_text(fields["title"], f"{key}.title"),
-        family=_one_of(fields["family"], FAMILIES, f"{key}.family"),
-        backbone=_backbone(fields["backbone"], f"{key}.backbone"),
-        parameters=_whole(fields["parameters"], f"{key}.parameters"),
-        train_size=_whole(fields["train_size"], f"{key}.train_size"),
-        test=_test_time(fields["test"], f"{key}.test"),
-        paper=None if fields["paper"] is None else _paper(fields["paper"], f"{key}.paper"),
-        weights=None if fields["weights"] is None else _weights(fields["weights"], f"{key}.weights", folder),
-        note=None if fields.get("note") is None else _text(fields["note"], f"{key}.note"),
-    )
-
-
-def _backbone(value: object, where: str) -> Backbone:
-    keys = {"name", "repository", "filename", "revision", "sha256", "license", "package"}
-    fields = _object(value, where, keys)
-    package = None
-    if fields["package"] is not None:
-        inner = _object(fields["package"], f"{where}.package", {"name", "filename", "sha256"})
-        package = Package(
-            name=_text(inner["name"], f"{where}.package.name"),
-            filename=relative_filename(inner["filename"], f"{where}.package.filename"),
-            sha256=_hex(inner["sha256"], 64, f"{where}.package.sha256"),
-        )
-    name = _text(fields["name"], f"{where}.name")
-    if not re.fullmatch(r"[a-z0-9_]+\.[a-z0-9_]+", name):
-        raise ManifestError(f"{where}.name: must be timm's architecture.tag, is {name!r}")
-    filename = relative_filename(fields["filename"], f"{where}.filename")
-    _safetensors(filename, f"{where}.filename")
-    return Backbone(
-        name=name,
-        repository=_repository(fields["repository"], f"{where}.repository"),
-        filename=filename,
-        revision=_text(fields["revision"], f"{where}.revision"),
-        sha256=None if fields["sha256"] is None else _hex(fields["sha256"], 64, f"{where}.sha256"),
-        license=_text(fields["license"], f"{where}.license"),
-        package=package,
-    )
-
-
-def _test_time(value: object, where: str) -> TestTime:
-    fields = _object(value, where, {"size", "crop_pct", "interpolation", "mean", "std"})
-    return TestTime(
-        size=_whole(fields["size"], f"{where}.size"),
-        crop_pct=_number(fields["crop_pct"], f"{where}.crop_pct", 0, 1),
-        interpolation=_one_of(fields["interpolation"], INTERPOLATIONS, f"{where}.interpolation"),
-        mean=_triple(fields["mean"], f"{where}.mean"),
-        std=_triple(fields["std"], f"{where}.std"),
-    )
-
-
-def _paper(value: object, where: str) -> PaperRow:
-    fields = _object(value, where, {"table", "parameters_millions", "base", "fix"})
-    table = _whole(fields["table"], f"{where}.table")
-    if table not in (1, 2):
-        raise ManifestError(f"{where}.table: must be 1 or 2, is {table}")
-    return PaperRow(
-        table=table,
-        parameters_millions=_number(fields["parameters_millions"], f"{where}.parameters_millions", 0, 1e6),
-        base=_accuracy(fields["base"], f"{where}.base"),
-        fix=_accuracy(fields["fix"], f"{where}.fix"),
-    )
-
-
-def _accuracy(value: object, where: str) -> Accuracy:
-    fields = _object(value, where, {"test_size", "top1", "top5"})
-    return Accuracy(
-        test_size=_whole(fields["test_size"], f"{where}.test_size"),
-        top1=_number(fields["top1"], f"{where}.top1", 0, 100),
-        top5=_number(fields["top5"], f"{where}.top5", 0, 100),
-    )
-
-
-def _weights(value: object, where: str, folder: Path | None) -> Weights:
-    # the packaged manifest tells the whole story; an overlay must only pin the file
-    story = {"bytes", "license", "measured"}
-    must, optional = (story, set[str]()) if folder is None else (set[str](), story)
-    if isinstance(value, dict) and "path" in value:
-        fields = _object(value, where, {"path", "sha256"}, story)
-    else:
-        fields = _object(value, where, {"repository", "filename", "revision", "sha256"} | must, optional)
-    local = "path" in fields
-    measured = fields.get("measured")
-    if measured is not None:
-        inner = _object(measured, f"{where}.measured", {"dataset", "images", "top1", "top5"})
-        measured = Measured(
-            dataset=_text(inner["dataset"], f"{where}.measured.dataset"),
-            images=_whole(inner["images"], f"{where}.measured.images"),
-            top1=_number(inner["top1"], f"{where}.measured.top1", 0, 100),
-            top5=_number(inner["top5"], f"{where}.measured.top5", 0, 100),
-        )
-    found = Weights(
-        repository=None if local else _repository(fields["repository"], f"{where}.repository"),
-        filename=None if local else relative_filename(fields["filename"], f"{where}.filename"),
-        revision=None if local else _hex(fields["revision"], 40, f"{where}.revision"),
-        path=_local(fields["path"], f"{where}.path", folder) if local else None,
-        sha256=_hex(fields["sha256"], 64, f"{where}.sha256"),
-        bytes=None if fields.get("bytes") is None else _whole(fields["bytes"], f"{where}.bytes"),
-        license=None if fields.get("license") is None else _text(fields["license"], f"{where}.license"),
-        measured=measured,
-    )
-    _safetensors(str(found.path or found.filename), f"{where}.{'path' if local else 'filename'}")
-    return found
-
-
-def _local(value: object, where: str, folder: Path | None) -> Path:
-    if folder is None:
-        raise ManifestError(
-            f"{where}: a local path stands only in an overlay ({OVERLAY_VARIABLE}); "
-            "the packaged manifest names Hub files"
-        )
-    path = (folder / relative_filename(value, where)).resolve()
+def _beside(folder: Path, weights: LocalWeights, where: str) -> LocalWeights:
+    """Local weights by their absolute path, which symbolic links too must not lead out of the folder."""
+    path = (folder / weights.path).resolve()
     if not path.is_relative_to(folder.resolve()):
-        raise ManifestError(f"{where}: {value!r} leads out of the manifest's folder {folder}")
-    return path
-
-
-def _kind(value: object) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return kinds.get(type(value), f"the number {value!r}")
-
-
-def _object(
-    value: object, where: str, required: set[str], optional: frozenset[str] | set[str] = frozenset()
-) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ManifestError(f"{where}: must be an object, is {_kind(value)}")
-    if missing := sorted(required - set(value)):
-        raise ManifestError(f"{where}: lacks the key {', '.join(missing)}")
-    if extra := sorted(set(value) - required - optional):
-        raise ManifestError(f"{where}: has the unknown key {', '.join(extra)}")
-    return value
-
-
-def _text(value: object, where: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ManifestError(f"{where}: must be a non-empty string, is {value!r}")
-    return value
-
-
-def _one_of(value: object, allowed: tuple[str, ...], where: str) -> str:
-    if value not in allowed:
-        raise ManifestError(f"{where}: must be one of {', '.join(allowed)}, is {value!r}")
-    return str(value)
-
-
-def _whole(value: object, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ManifestError(f"{where}: must be a whole number above 0, is {value!r}")
-    return value
-
-
-def _number(value: object, where: str, above: float, up_to: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not above < value <= up_to:
-        raise ManifestError(f"{where}: must be a number in ({above:g}, {up_to:g}], is {value!r}")
-    return float(value)
-
-
-def _triple(value: object, where: str) -> Triple:
-    if not isinstance(value, list) or len(value) != 3:
-        raise ManifestError(f"{where}: must be a list of three numbers, is {value!r}")
-    red, green, blue = (_number(number, f"{where}[{i}]", 0, 1) for i, number in enumerate(value))
-    return red, green, blue
-
-
-def _hex(value: object, digits: int, where: str) -> str:
-    if not isinstance(value, str) or not re.fullmatch(rf"[0-9a-f]{{{digits}}}", value):
-        raise ManifestError(f"{where}: must be {digits} lower-case hex digits, is {value!r}")
-    return value
-
-
-def _repository(value: object, where: str) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", value) or ".." in value:
-        raise ManifestError(f"{where}: must be organisation/name on the Hub, is {value!r}")
-    return value
-
-
-def relative_filename(value: object, where: str) -> str:
-    """Checks that a path from a file or a URI stays in its folder, and returns it.
-
-    Raises:
-        ManifestError: It is absolute, or leads out, or is empty.
-    """
-    path = PurePosixPath(_text(value, where))
-    if path.is_absolute() or ".." in path.parts or "\\" in str(value) or ":" in str(value):
-        raise ManifestError(f"{where}: must be a relative path that does not leave its folder, is {value!r}")
-    return str(path)
-
-
-def _safetensors(filename: str, where: str) -> None:
-    if not filename.endswith(".safetensors"):
-        raise ManifestError(f"{where}: must be a .safetensors file, is {filename!r}")
+        raise ManifestError(f"{where}: {str(weights.path)!r} leads out of the manifest's folder {folder}")
+    return replace(weights, path=path)

@@ -1,4 +1,4 @@
-"""Any model that can be measured, by what the user calls it.
+"""Any model, by a name: its network, its classes, its test-time transform.
 
 | name | model |
 |---|---|
@@ -11,11 +11,10 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import safetensors
 import timm
@@ -23,9 +22,10 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
 from fixefficientnet import delta, manifest, zoo
-from fixefficientnet._internal import checkpoint_file
+from fixefficientnet._internal import checkpoint_file, records
 from fixefficientnet._internal.checkpoint_file import listed
 from fixefficientnet._internal.meta_device import without_weights
+from fixefficientnet._internal.records import AboveZero, Rule, Share
 from fixefficientnet.delta import Delta
 from fixefficientnet.errors import (
     CheckpointError,
@@ -34,32 +34,92 @@ from fixefficientnet.errors import (
     UnknownVariantError,
     WeightsNotPublishedError,
 )
-from fixefficientnet.evaluation.loop import TestTransform
-from fixefficientnet.manifest import INTERPOLATIONS, TestTime, Variant
-from fixefficientnet.preprocessing import FastPreprocess, Preprocess
+from fixefficientnet.manifest import INTERPOLATIONS, TestTime, Triple, Variant
+from fixefficientnet.preprocessing import FastPreprocess, Preprocess, TestTransform
 
 TIMM = "timm/"
 DESCRIPTION = "fixefficientnet"
-"""Key of what a run tells of its network, in the metadata of its model.safetensors."""
+"""Key of a run's `Description` in the metadata of its model.safetensors."""
 WEIGHTS_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin", ".tar"}
+
+Size = Annotated[int, Rule("a size in pixels", least=1, most=2**16 - 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A fine-tuning run's description of its network, in the metadata of model.safetensors.
+
+    Attributes:
+        backbone: timm's name of the network, with its tag.
+        stage: "fixres", or "base" for the training before it, of the whole network at the train size.
+        train_size: Size of the training images, in pixels.
+        test_size: Size that FixRes tunes for, in pixels.
+        crop_pct: Share of the resized shorter side that the test-time crop keeps, in (0, 1].
+        interpolation: "bicubic" or "bilinear".
+        mean: Mean per channel (RGB), on the [0, 1] scale.
+        std: Standard deviation per channel (RGB), on the [0, 1] scale.
+        classes: Names of the classes, by the network's index; empty if the dataset names none.
+    """
+
+    backbone: str
+    stage: Literal["fixres", "base"]
+    train_size: Size
+    test_size: Size
+    crop_pct: Share
+    interpolation: Annotated[str, Rule(" or ".join(INTERPOLATIONS), pattern="|".join(INTERPOLATIONS))]
+    mean: Triple
+    std: tuple[AboveZero, AboveZero, AboveZero]
+    classes: tuple[str, ...]
+
+    @classmethod
+    def load(cls, path: Path) -> "Description | None":
+        """Reads the description of a model.safetensors; None for a file that has none.
+
+        Raises:
+            MissingFileError: There is no such file.
+            EvaluationError: The description is malformed; names the field.
+        """
+        checkpoint_file.check_there(path)
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                text = (file.metadata() or {}).get(DESCRIPTION)
+        except (safetensors.SafetensorError, OSError):  # a legacy .pth, or damaged: reading its tensors will tell
+            return None
+        if text is None:
+            return None
+        where = f"{path}: its description in the metadata"
+        try:
+            return records.read(cls, json.loads(text), where, EvaluationError)
+        except json.JSONDecodeError as error:
+            raise EvaluationError(f"{where} is not JSON: {error}") from error
+
+    def dumps(self) -> str:
+        """The description as JSON text, the value of `DESCRIPTION` in the file's metadata."""
+        return json.dumps(records.to_json(self))
+
+    @property
+    def test(self) -> TestTime:
+        """The test-time preprocessing: at the test size, or at the train size before FixRes."""
+        size = self.train_size if self.stage == "base" else self.test_size
+        return TestTime(size, self.crop_pct, self.interpolation, self.mean, self.std)
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model and how to show it images.
+    """A model with its classes and its test-time preprocessing.
 
     Attributes:
-        name: What the user calls it.
-        network: float32 [N, 3, S, S] → logits.
-        test: Its own test-time preprocessing.
-        crop_mode: timm's: "center", or what timm's transform does instead ("squash", "border").
+        name: The name that it was opened by.
+        network: The network: float32 [N, 3, S, S] → logits [N, classes].
+        test: The model's own test-time preprocessing.
+        crop_mode: timm's crop mode: "center", or "squash" or "border", which timm's transform alone knows.
         timm_name: The name in timm's result files.
-        train_size: Size at which it was trained, in pixels, as far as known.
-        tuned: Whether by FixRes.
-        untuned: Name of the same model before FixRes; None: not known, or it is that already.
-        classes: Names of its classes by index, where its weights tell.
-        variant: The manifest's row, if it is of the zoo.
-        own_weights: Whether its weights are others than those that `timm_name` stands for.
+        train_size: Size of the training images, in pixels; None if not known.
+        tuned: Whether FixRes has tuned the model.
+        untuned: Name of the same model before FixRes; None if not known, or if the model is not tuned.
+        classes: Names of the classes by index; empty if the weights do not tell them.
+        variant: The manifest's row; None for a model outside the zoo.
+        own_weights: Whether the weights are others than those that `timm_name` stands for.
     """
 
     name: str
@@ -76,7 +136,7 @@ class LoadedModel:
 
     @property
     def num_classes(self) -> int:
-        """Of its classifier."""
+        """Number of the classifier's classes."""
         return int(cast(Any, self.network).num_classes)
 
     @property
@@ -86,7 +146,7 @@ class LoadedModel:
 
     @property
     def parameters(self) -> int:
-        """How many it has."""
+        """Number of the network's parameters."""
         return sum(parameter.numel() for parameter in self.network.parameters())
 
     @cached_property
@@ -98,7 +158,7 @@ class LoadedModel:
         }
 
     def at(self, size: int | None, crop_pct: float | None = None) -> TestTime:
-        """Its test-time preprocessing at another size or crop_pct."""
+        """The test-time preprocessing at another size, in pixels, or crop_pct; None keeps the model's own."""
         return replace(
             self.test,
             size=self.test.size if size is None else size,
@@ -106,14 +166,14 @@ class LoadedModel:
         )
 
     def transform(self, test: TestTime, *, fast: bool = False) -> TestTransform:
-        """The transform for this preprocessing: ours, or timm's for what ours does not know.
+        """The transform for a preprocessing: `Preprocess`, or timm's for what that does not know.
 
         Args:
-            test: The preprocessing.
+            test: The test-time preprocessing.
             fast: Whether pixels may differ a little, see `FastPreprocess`.
 
         Raises:
-            EvaluationError: It is to be fast, and ours does not know it.
+            EvaluationError: The model needs timm's transform, which has no fast form.
         """
         if self.crop_mode == "center" and test.interpolation in INTERPOLATIONS:
             return (FastPreprocess if fast else Preprocess).of(test)
@@ -137,7 +197,7 @@ def open_model(name: str) -> LoadedModel:
     """Opens a model; see the module's table for names.
 
     Raises:
-        UnknownVariantError: It is no variant, and no file or folder either.
+        UnknownVariantError: The name is no variant's, and no file or folder either.
         MissingFileError: A file is not there.
         EvaluationError: timm has no such model, or its weights could not be had.
         FixEfficientNetError: As `create` raises.
@@ -165,7 +225,7 @@ def from_module(model: nn.Module) -> LoadedModel:
     """A model of `create`'s or timm's as it is, with its own preprocessing.
 
     Raises:
-        EvaluationError: It does not say how it wants its images.
+        EvaluationError: The model does not describe its preprocessing, or has no classifier.
     """
     variant = getattr(model, "variant", None)
     preprocess = getattr(model, "preprocess", None)
@@ -208,35 +268,19 @@ def _of_run(name: str, folder: Path) -> LoadedModel:
 def _of_file(name: str, path: Path) -> LoadedModel:
     if delta.is_delta(path):
         return _of_delta(name, path, delta.load(path))
-    described = description(path)
-    if not described:
+    described = Description.load(path)
+    if described is None:
         raise EvaluationError(
             f"{path} does not say of which network it is: give it as timm/NAME:{path}, with timm's name."
         )
-    try:
-        base = described["stage"] == "base"
-        sizes = {stage: int(described[f"{stage}_size"]) for stage in ("train", "test")}
-        mean, std = (tuple(map(float, described[key])) for key in ("mean", "std"))
-        test = TestTime(
-            sizes["train" if base else "test"],
-            float(described["crop_pct"]),
-            str(described["interpolation"]),
-            cast(manifest.Triple, mean),
-            cast(manifest.Triple, std),
-        )
-        backbone, classes = str(described["backbone"]), tuple(map(str, described["classes"]))
-        if not delta.is_sound(test):
-            raise ValueError(test)
-    except (KeyError, TypeError, ValueError) as error:
-        raise EvaluationError(f"{path}: what it says of itself cannot be read ({error!r}).") from error
     return LoadedModel(
         name=name,
-        network=from_checkpoint(backbone.partition(".")[0], path),
-        test=test,
-        timm_name=backbone,
-        train_size=sizes["train"],
-        tuned=not base,
-        classes=classes,
+        network=from_checkpoint(described.backbone.partition(".")[0], path),
+        test=described.test,
+        timm_name=described.backbone,
+        train_size=described.train_size,
+        tuned=described.stage == "fixres",
+        classes=described.classes,
         own_weights=True,
     )
 
@@ -310,12 +354,12 @@ def from_checkpoint(architecture: str, path: Path) -> nn.Module:
     """Builds a timm network with as many classes as a checkpoint of it has, in eval mode.
 
     Args:
-        architecture: timm's name; with a tag, the model's preprocessing is the tag's.
-        path: safetensors, or a `.pth` of tensors alone (see `checkpoint_file.read_wrapped`).
+        architecture: timm's name of the network; with a tag, the model's preprocessing is the tag's.
+        path: The checkpoint: safetensors, or a `.pth` of tensors alone (see `checkpoint_file.read_wrapped`).
 
     Raises:
         MissingFileError: There is no such file.
-        CheckpointError: It cannot be read, or is not of this network.
+        CheckpointError: The file cannot be read, or is not of this network.
     """
     tensors = checkpoint_file.read_wrapped(path)
     if not timm.is_model(architecture):
@@ -344,18 +388,3 @@ def from_checkpoint(architecture: str, path: Path) -> nn.Module:
         )
     model.load_state_dict(tensors, strict=False)
     return model.eval()
-
-
-def description(path: Path) -> Mapping[str, Any]:
-    """What a fine-tuning run wrote of itself into its model.safetensors; nothing for other files.
-
-    Raises:
-        MissingFileError: There is no such file.
-    """
-    checkpoint_file.check_there(path)
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            described = json.loads((file.metadata() or {}).get(DESCRIPTION, "{}"))
-    except (safetensors.SafetensorError, OSError, ValueError):
-        return {}
-    return described if isinstance(described, dict) else {}

@@ -1,22 +1,25 @@
 """Images in, ranked labels out."""
 
 import contextlib
-import functools
 import itertools
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo
 
-from fixefficientnet import manifest
+from fixefficientnet import classes, manifest
 from fixefficientnet._internal.modes import in_eval_mode
 from fixefficientnet._internal.threads import BATCH_SIZE, default_threads, map_in_threads
 from fixefficientnet.errors import ImageError, UnsupportedModelError
-from fixefficientnet.preprocessing import ImageSource, open_image
+from fixefficientnet.models import from_module
+from fixefficientnet.options import Engine, MixedPrecision, PredictionOptions
+from fixefficientnet.preprocessing import FastPreprocess, ImageSource, Preprocess, open_image
+from fixefficientnet.runtimes import engines
+from fixefficientnet.runtimes.formats import Forward
 from fixefficientnet.zoo import Pretrained, create
 
 if TYPE_CHECKING:
@@ -25,13 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """One ranked answer.
+    """One ranked class of an image.
 
     Attributes:
         index: Class index of the model.
-        synset: WordNet id; None where the classes are not ImageNet's.
-        name: For people; the index where the classes are not ImageNet's.
-        probability: Softmax, in [0, 1].
+        synset: WordNet id; None if the classes are not ImageNet's.
+        name: Readable name of the class; its index if the classes are not ImageNet's.
+        probability: Softmax of the class's logit, in [0, 1].
     """
 
     index: int
@@ -42,14 +45,31 @@ class Label:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """An image's best labels, best first."""
+    """An image's most probable labels.
+
+    Attributes:
+        image: The image as it was given.
+        labels: The labels, the most probable first.
+    """
 
     image: ImageSource
     labels: tuple[Label, ...]
 
 
+class PredictionKeywords(TypedDict, total=False):
+    """The fields of `PredictionOptions` but for the device, as keyword arguments of `predict`."""
+
+    topk: int
+    batch_size: int | None
+    threads: int | None
+    engine: Engine
+    mixed_precision: MixedPrecision
+    fast_preprocessing: bool
+
+
+OnError = Callable[[ImageSource, ImageError], None]
 _Drawn = tuple[ImageSource, torch.Tensor | ImageError | None]
-"""An image, and what came of it if that is known."""
+"""An image, with its tensor or the reason why it has none; None: not preprocessed yet."""
 
 
 def predict(
@@ -57,11 +77,10 @@ def predict(
     model: "str | ZooModel" = manifest.DEFAULT_MODEL,
     *,
     pretrained: Pretrained | None = None,
-    topk: int = 5,
-    batch_size: int | None = None,
-    threads: int | None = None,
     device: torch.device | str | None = None,
-    on_error: Callable[[ImageSource, ImageError], None] | None = None,
+    on_error: OnError | None = None,
+    on_message: Callable[[str], None] | None = None,
+    **options: Unpack[PredictionKeywords],
 ) -> list[Prediction]:
     """Classifies images; each is turned upright by its EXIF orientation first.
 
@@ -70,12 +89,19 @@ def predict(
         model: A variant's name, or a model from `create`.
         pretrained: As in `create`, for a variant's name. None: True, or "backbone" for the lite family,
             which has no FixRes weights.
-        topk: How many labels each.
-        batch_size: Images per forward pass; None: 16, or 2 on a CPU.
-        threads: How many threads of a CPU compute a batch each; they share its cores. None: as many as it has
-            cores for; 1 is for a model that keeps something between the layers of a forward pass.
-        device: Where to run: the model is moved there. None: where it is.
+        device: Device to compute on; a model is moved there. None: a model stays where it is; a variant's name is
+            built on cuda if there is one and the engine runs there, else on the CPU.
         on_error: Called with an image that cannot be used and the reason, instead of raising.
+        on_message: Called with one line before something that takes its time: the first export for an engine.
+        **options: The other fields of `PredictionOptions`:
+            topk: Number of labels per image, 5 by default.
+            batch_size: Images per forward pass; None: 16, or 2 on a CPU.
+            threads: Number of CPU threads that compute a batch each; they share the cores. None: one per core, at
+                most 8. A model that keeps state between the layers of a forward pass needs 1.
+            engine: "eager" (PyTorch), "compile" (torch.compile), "onnx" (ONNX Runtime) or "openvino"; the last two
+                run on the CPU, from a file that is exported once and kept.
+            mixed_precision: "no", "bf16", or "fp16" (CUDA).
+            fast_preprocessing: Whether pixels may differ a little, in half the time; see `FastPreprocess`.
 
     Returns:
         One prediction per usable image, in order.
@@ -83,101 +109,148 @@ def predict(
     Raises:
         ImageError: An image cannot be used and there is no `on_error`.
         UnsupportedModelError: The model gives features instead of logits.
-        ValueError: `topk`, `batch_size` or `threads` is below 1.
+        OptionError: An option has a value that it cannot have.
+        ExportError: The engine does not run on this device or in this precision, or the model cannot be exported.
+        FixEfficientNetError: The device cannot be used here, or lacks the precision; or as `create` raises.
+        ModuleNotFoundError: The engine is not installed.
     """
     if isinstance(images, Image.Image | str | bytes | os.PathLike):
         images = [images]
     elif hasattr(images, "read"):
         raise TypeError("An open file is no image: give its path, or its bytes (file.read()).")
-    if isinstance(model, str):
-        model = create(model, manifest.find(model).usual_weights if pretrained is None else pretrained)
+    chosen = PredictionOptions(device=None if device is None else str(device), **options)
     return list(
-        stream(images, model, topk=topk, batch_size=batch_size, threads=threads, device=device, on_error=on_error)
+        iter_predictions(images, model, chosen, pretrained=pretrained, on_error=on_error, on_message=on_message)
     )
 
 
-def stream(
+def iter_predictions(
     images: Iterable[ImageSource],
-    model: "ZooModel",
+    model: "str | ZooModel" = manifest.DEFAULT_MODEL,
+    options: PredictionOptions | None = None,
     *,
-    topk: int = 5,
-    batch_size: int | None = None,
-    threads: int | None = None,
-    device: torch.device | str | None = None,
-    on_error: Callable[[ImageSource, ImageError], None] | None = None,
+    pretrained: Pretrained | None = None,
+    on_error: OnError | None = None,
+    on_message: Callable[[str], None] | None = None,
 ) -> Iterator[Prediction]:
-    """The same as `predict`, batch by batch, for a model from `create`: in eval mode until all are drawn."""
-    for name, value in (("topk", topk), ("batch_size", batch_size), ("threads", threads)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be 1 or more, is {value}.")
-    if device is not None:
-        model = model.to(device)
-    threads = threads or default_threads(model)
-    batch_size = batch_size or (BATCH_SIZE if next(model.parameters()).device.type == "cpu" else 16)
-    batches = _batches(images, batch_size, model)
-    done = map_in_threads(lambda batch: _classify(batch, model, topk), batches, threads)
-    with in_eval_mode(model), contextlib.closing(done):
+    """Classifies images as `predict` does, and gives each prediction as soon as its batch is done.
+
+    The call itself checks everything, builds the model and exports it where the engine needs that; images are drawn
+    as predictions are taken. The model is in eval mode from the first prediction to the last.
+
+    Args:
+        images: The images, as in `predict`.
+        model: A variant's name, or a model from `create`.
+        options: The options; None: the defaults.
+        pretrained: As in `predict`.
+        on_error: As in `predict`.
+        on_message: As in `predict`.
+
+    Raises:
+        FixEfficientNetError: As `predict` raises.
+        ModuleNotFoundError: The engine is not installed.
+    """
+    options = options or PredictionOptions()
+    device: torch.device | str | None = options.device
+    if device is None and not isinstance(model, str):
+        device = next(model.parameters()).device
+    device = engines.device_for(options.engine, device, options.mixed_precision)
+    if isinstance(model, str):
+        model = create(model, manifest.find(model).usual_weights if pretrained is None else pretrained, device=device)
+    elif not getattr(model, "num_classes", 0):
+        raise UnsupportedModelError("This model gives features, not logits: build it with a classifier to predict.")
+    model = model.to(device)
+    batch_size = options.batch_size or (BATCH_SIZE if device.type == "cpu" else 16)
+    batches = math.ceil(len(images) / batch_size) if isinstance(images, Sized) else None
+    threads = 1 if options.engine == "compile" else options.threads or default_threads(model, batches)
+    forward: Forward = model
+    if options.engine != "eager":
+        loaded = from_module(model)
+        precision = options.mixed_precision
+        forward = engines.forward_of(
+            loaded, loaded.test, options.engine, threads=threads, precision=precision, on_message=on_message
+        )
+    preprocess = FastPreprocess.of(model.preprocess) if options.fast_preprocessing else model.preprocess
+    autocast = {"no": None, "bf16": torch.bfloat16, "fp16": torch.half}[options.mixed_precision]
+    classifier = _Classifier(model, forward, preprocess, options.topk, autocast)
+    return _iterate(classifier, classifier.batches(images, batch_size), threads, on_error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Classifier:
+    """Everything that turns a batch of images into predictions.
+
+    Attributes:
+        model: The model.
+        forward: The model's forward pass, by the chosen engine.
+        preprocess: The test-time transform.
+        topk: Number of labels per image.
+        autocast: The dtype of mixed precision; None: the model's own.
+    """
+
+    model: "ZooModel"
+    forward: Forward
+    preprocess: Preprocess
+    topk: int
+    autocast: torch.dtype | None
+
+    def batches(self, images: Iterable[ImageSource], size: int) -> Iterator[list[_Drawn]]:
+        """Batches of images; a PIL image is preprocessed when drawn: its owner may close it, or draw into it, next."""
+        drawn = ((image, self.tensor(image) if isinstance(image, Image.Image) else None) for image in images)
+        while batch := list(itertools.islice(drawn, size)):
+            yield batch
+
+    def tensor(self, image: ImageSource) -> torch.Tensor | ImageError:
+        """The network's input, float32 [3, S, S], or the reason why the image cannot be used."""
+        try:
+            return self.preprocess(open_image(image, upright=True))
+        except ImageError as error:
+            return error
+
+    @torch.inference_mode()
+    def __call__(self, batch: list[_Drawn]) -> tuple[list[Prediction], list[tuple[ImageSource, ImageError]]]:
+        """Predictions of the usable images of a batch, and the other images with the reasons."""
+        usable: list[tuple[ImageSource, torch.Tensor]] = []
+        failed: list[tuple[ImageSource, ImageError]] = []
+        for image, known in batch:
+            found = self.tensor(image) if known is None else known
+            if isinstance(found, ImageError):
+                failed.append((image, found))
+            else:
+                usable.append((image, found))
+        if not usable:
+            return [], failed
+        probabilities = self.probabilities(torch.stack([tensor for _, tensor in usable]))
+        best = probabilities.topk(min(self.topk, probabilities.shape[1]), dim=1)
+        names = classes.labels(probabilities.shape[1])
+        rows = zip(usable, best.indices.tolist(), best.values.tolist(), strict=True)
+        predictions = [
+            Prediction(
+                image, tuple(Label(i, names[i][0], names[i][1], p) for i, p in zip(indices, values, strict=True))
+            )
+            for (image, _), indices, values in rows
+        ]
+        return predictions, failed
+
+    def probabilities(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Softmax of a batch's logits: float32 [N, 3, S, S] → float32 [N, classes]."""
+        parameter = next(self.model.parameters())
+        inputs = inputs.to(parameter.device, parameter.dtype).contiguous(memory_format=torch.channels_last)
+        # entered here and not around the generator, whose caller would continue under autocast
+        autocast = torch.autocast(parameter.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
+        with autocast:
+            logits = self.forward(inputs)
+        return logits.float().softmax(dim=1)
+
+
+def _iterate(
+    classifier: _Classifier, batches: Iterator[list[_Drawn]], threads: int, on_error: OnError | None
+) -> Iterator[Prediction]:
+    done = map_in_threads(classifier, batches, threads)
+    with in_eval_mode(classifier.model), contextlib.closing(done):
         for predictions, failed in done:
             for image, error in failed:
                 if on_error is None:
                     raise error
                 on_error(image, error)
             yield from predictions
-
-
-def _batches(images: Iterable[ImageSource], size: int, model: "ZooModel") -> Iterator[list[_Drawn]]:
-    """Batches of what is drawn; a PIL image is used at once, as its owner may close it, or draw another into it."""
-
-    def drawn() -> Iterator[_Drawn]:
-        for image in images:
-            yield image, _preprocessed(image, model) if isinstance(image, Image.Image) else None
-
-    every = drawn()
-    while batch := list(itertools.islice(every, size)):
-        yield batch
-
-
-def _preprocessed(image: ImageSource, model: "ZooModel") -> torch.Tensor | ImageError:
-    try:
-        return model.preprocess(open_image(image, upright=True))
-    except ImageError as error:
-        return error
-
-
-@torch.inference_mode()
-def _classify(
-    batch: list[_Drawn], model: "ZooModel", topk: int
-) -> tuple[list[Prediction], list[tuple[ImageSource, ImageError]]]:
-    """What the usable ones are, and why the others are not."""
-    usable: list[tuple[ImageSource, torch.Tensor]] = []
-    failed: list[tuple[ImageSource, ImageError]] = []
-    for image, known in batch:
-        found = _preprocessed(image, model) if known is None else known
-        if isinstance(found, ImageError):
-            failed.append((image, found))
-        else:
-            usable.append((image, found))
-    if not usable:
-        return [], failed
-    parameter = next(model.parameters())
-    inputs = torch.stack([tensor for _, tensor in usable]).to(parameter.device, parameter.dtype)
-    logits = model(inputs.contiguous(memory_format=torch.channels_last))
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or not model.num_classes:
-        raise UnsupportedModelError("This model gives features, not logits: build it with a classifier to predict.")
-    probabilities = logits.float().softmax(dim=1)
-    best = probabilities.topk(min(topk, probabilities.shape[1]), dim=1)
-    names = names_of(probabilities.shape[1])
-    predictions = [
-        Prediction(image, tuple(Label(i, names[i][0], names[i][1], p) for i, p in zip(indices, values, strict=True)))
-        for (image, _), indices, values in zip(usable, best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
-    return predictions, failed
-
-
-@functools.lru_cache(maxsize=4)
-def names_of(num_classes: int) -> list[tuple[str | None, str]]:
-    """WordNet id and name of each class; only 1000 classes can be ImageNet's."""
-    if num_classes != 1000:
-        return [(None, str(index)) for index in range(num_classes)]
-    info = ImageNetInfo("imagenet-1k")
-    return [(info.index_to_label_name(i), info.index_to_description(i)) for i in range(num_classes)]

@@ -6,7 +6,7 @@ import io
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -22,12 +22,14 @@ from fixefficientnet.errors import ImageError
 from fixefficientnet.manifest import TestTime
 
 PIXEL_LIMIT = 2**27
-"""Above so many pixels after resizing (a very narrow image), only the part that the crop keeps is resized."""
+"""Above this number of pixels after resizing (a very narrow image), only the part that the crop keeps is resized."""
 
 _WARNINGS = threading.Lock()
-"""What warnings are shown is the process's: threads that changed it at once would leave their changes behind."""
+"""Held while the warning filters change: they are the process's, and concurrent changes would stay."""
 
 ImageSource = Image.Image | str | os.PathLike[str] | bytes
+TestTransform = Callable[[Image.Image], Tensor]
+"""A test-time transform: RGB image to float32 [3, S, S]."""
 
 
 class Preprocess(TestTime):
@@ -52,12 +54,12 @@ class Preprocess(TestTime):
             float32 [3, size, size], normalised RGB.
 
         Raises:
-            ImageError: It cannot be opened, or is above the pixel limit (see `open_image`).
+            ImageError: The image cannot be opened, or is above the pixel limit (see `open_image`).
         """
         return self.normalise(self.crop(open_image(image)))
 
     def crop(self, image: Image.Image) -> Image.Image:
-        """The first two steps: an RGB image to the square of `size` pixels that the network is shown."""
+        """The first two steps: an RGB image, resized and cropped to a square of `size` pixels."""
         short, long = self._resized(image)
         if image.width > image.height and short * long <= PIXEL_LIMIT:
             # Pillow resizes along the rows first, then along the columns, with whole values in between: one by one is
@@ -72,7 +74,7 @@ class Preprocess(TestTime):
         return square
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """The first step: the shorter side to `int(size / crop_pct)`; RGB to RGB."""
+        """The first step: an RGB image, resized so that its shorter side has `int(size / crop_pct)` pixels."""
         short, long = self._resized(image)
         mode = InterpolationMode(self.interpolation)
         if short * long > PIXEL_LIMIT:
@@ -109,7 +111,7 @@ class FastPreprocess(Preprocess):
     """
 
     def __call__(self, image: ImageSource) -> Tensor:
-        """Transforms one image; as `Preprocess` does."""
+        """Transforms one image; arguments, result and errors as in `Preprocess`."""
         from torchvision.transforms.v2 import functional as v2  # which takes a while, and few need it
 
         image = open_image(image)
@@ -134,9 +136,9 @@ class FineTuningTransform:
 
     Attributes:
         test: The test-time transform.
-        seed: With epoch and image index, decides every draw.
+        seed: Seed of the draws, together with epoch and image index.
         hflip: Probability of mirroring.
-        color_jitter: Most relative change of brightness, contrast and saturation, each.
+        color_jitter: Largest relative change of brightness, contrast and saturation, each.
     """
 
     test: Preprocess
@@ -164,7 +166,7 @@ class Views:
     fine-tuning augmentation.
 
     Attributes:
-        count: How many, at least 1.
+        count: Number of views, at least 1.
         augmented: The fine-tuning transform.
     """
 
@@ -180,11 +182,11 @@ class Views:
 
 @dataclass(frozen=True, slots=True)
 class TrainingTransform:
-    """What networks are usually trained with, at the train size: RandomResizedCrop and mirroring.
+    """The usual training augmentation, at the train size: RandomResizedCrop and mirroring.
 
     Attributes:
-        train: The test-time transform of the train size: size, interpolation, mean and std count.
-        seed: With epoch and image index, decides every draw.
+        train: The test-time transform at the train size, for its size, interpolation, mean and std.
+        seed: Seed of the draws, together with epoch and image index.
         hflip: Probability of mirroring.
     """
 
@@ -230,11 +232,11 @@ def open_image(image: ImageSource, *, upright: bool = False) -> Image.Image:
 
     Args:
         image: A PIL image of any mode, a path, or an encoded file's bytes.
-        upright: Whether to turn it as its EXIF orientation says.
+        upright: Whether to turn the image as its EXIF orientation says.
 
     Raises:
-        TypeError: It is none of these.
-        ImageError: Missing, not an image, truncated, or above Pillow's own limit of
+        TypeError: The image is none of these.
+        ImageError: The image is missing, not an image, truncated, or above Pillow's own limit of
             `PIL.Image.MAX_IMAGE_PIXELS` (89,478,485) pixels; raise that limit to allow more.
     """
     try:
@@ -276,7 +278,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image, kind: str | None) -> Image.Image:
-    """As Pillow converts, but for 16-bit values, which it clips at 255: that leaves a white image."""
+    """RGB as Pillow converts, except for 16-bit values, which Pillow clips at 255: that leaves a white image."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     # 32 bits wide, of which files fill 16; older releases of Pillow open PNG files of 16 bits so

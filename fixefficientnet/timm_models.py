@@ -1,8 +1,8 @@
-"""timm's door: `fixefficientnet_b4.ns_jft_in1k` and the others in timm's own model registry.
+"""The zoo's variants in timm's own model registry, such as `fixefficientnet_b4.ns_jft_in1k`.
 
 Importing this package must neither import timm (listing models would take seconds) nor leave the names
-unknown to `timm.create_model`. So they are registered at once if timm is there already, and otherwise
-at the moment it is imported.
+unknown to `timm.create_model`. So they are registered immediately if timm is imported already, and
+otherwise as soon as it is.
 """
 
 import importlib.abc
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from timm.models import DefaultCfg, PretrainedCfg
     from torch import nn
 
-__all__: list[str] = []  # timm adds the entrypoints' names
+__all__: list[str] = []  # timm adds the entry points' names
 default_cfgs: dict[str, "DefaultCfg"] = {}  # timm looks its configs up here
 
 
@@ -68,7 +68,7 @@ def _names_other_weights(cfg: "PretrainedCfg", variant: Variant) -> bool:
 
 
 def _entrypoint(architecture: str, siblings: list[Variant]) -> Any:
-    """The entrypoint of an architecture; of its variants, the first is what it means without a tag."""
+    """The entry point of an architecture; of its variants, the first is what it means without a tag."""
 
     def build(
         pretrained: bool = False,

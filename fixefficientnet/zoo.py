@@ -18,7 +18,7 @@ from fixefficientnet._internal import checkpoint_file, meta_device
 from fixefficientnet._internal.checkpoint_file import listed
 from fixefficientnet.delta import Delta, Head
 from fixefficientnet.errors import CheckpointError, MissingFileError, WeightsNotPublishedError
-from fixefficientnet.manifest import CLASSIFIER, STEM, Variant, find
+from fixefficientnet.manifest import CLASSIFIER, STEM, LocalWeights, Variant, find
 from fixefficientnet.preprocessing import Preprocess
 
 HEAD = Head(norm="bn2", classifier=CLASSIFIER)
@@ -59,14 +59,14 @@ def create(
             weights. "backbone": the original timm weights with this variant's preprocessing, the
             "just test larger" baseline. A path, or "hf://org/repo/file.safetensors@revision": the
             backbone with that delta, and the preprocessing that it was tuned for.
-        num_classes: As in timm: 0 removes the classifier, another number than 1000 resets it; the
-            tuned norm stays.
-        in_chans: As in timm: the stem of pretrained weights is adapted.
-        features_only: As in timm: a feature extractor (without the head that FixRes tunes).
-        device: Where to put the model; torch's default device if not given.
-        dtype: Of its parameters and floating buffers.
-        cache_dir: Hub cache to use instead of the user's.
-        **timm_kwargs: Passed on to timm (drop_rate, drop_path_rate, out_indices, …).
+        num_classes: The number of classes, as in timm: 0 removes the classifier, another number than
+            1000 resets it; the tuned norm stays.
+        in_chans: The number of input channels, as in timm: the stem of pretrained weights is adapted.
+        features_only: Whether to build a feature extractor, as in timm (without the head that FixRes tunes).
+        device: The model's device; torch's default device if not given.
+        dtype: The dtype of its parameters and floating buffers.
+        cache_dir: The Hub cache to use instead of the user's.
+        **timm_kwargs: Further options of timm (drop_rate, drop_path_rate, out_indices, …).
 
     Returns:
         timm's EfficientNet, float32 [N, in_chans, H, W] → [N, num_classes], with three attributes:
@@ -118,7 +118,7 @@ def build(
         with torch.device(device):
             model = timm.create_model(variant.backbone.architecture, pretrained=False, **timm_kwargs)
     else:
-        tuned = None if pretrained == "backbone" else _delta(variant, pretrained, cache_dir)
+        tuned = None if pretrained == "backbone" else _load_delta(variant, pretrained, cache_dir)
         if tuned and (test := delta.test_time(tuned, variant.test)) != variant.test:
             timm_kwargs["pretrained_cfg"] = replace(timm_kwargs["pretrained_cfg"], **test.timm_fields())
         model = meta_device.without_weights(variant.backbone.architecture, **timm_kwargs)
@@ -157,29 +157,32 @@ def backbone_tensors(
     return tensors
 
 
-def _delta(variant: Variant, pretrained: Pretrained, cache_dir: str | os.PathLike[str] | None) -> Delta:
+def _load_delta(variant: Variant, pretrained: Pretrained, cache_dir: str | os.PathLike[str] | None) -> Delta:
+    """Loads the delta that `pretrained` names, and checks that it is this variant's."""
+    source: Path | hub.HubFile
+    sha256 = None
     if pretrained is True:
         weights = variant.weights
         if weights is None:
             raise WeightsNotPublishedError(_not_published(variant))
-        if weights.path:
-            return _checked(delta.load(weights.path, sha256=weights.sha256), variant, weights.path)
-        assert weights.repository and weights.filename and weights.revision  # the manifest's reader saw to it
-        file = hub.HubFile(weights.repository, weights.filename, weights.revision, weights.sha256)
+        sha256 = weights.sha256
+        if isinstance(weights, LocalWeights):
+            source = weights.path
+        else:
+            source = hub.HubFile(weights.repository, weights.filename, weights.revision, sha256)
     elif str(pretrained).startswith("hf://"):
-        file = hub.parse_uri(str(pretrained))
+        source = hub.parse_uri(str(pretrained))
     else:
-        path = Path(str(pretrained)).expanduser()
-        if not path.is_file():
+        source = Path(str(pretrained)).expanduser()
+        if not source.is_file():
             raise MissingFileError(
                 f"pretrained={str(pretrained)!r}: there is no such file. It takes 'backbone', the path of a delta, or "
                 "hf://organisation/repository/file.safetensors@revision; in Python also True and False."
             )
-        return _checked(delta.load(path), variant, path)
-    return _checked(delta.loads(hub.read(file, cache_dir), source=str(file)), variant, file)
-
-
-def _checked(tuned: Delta, variant: Variant, source: object) -> Delta:
+    if isinstance(source, Path):
+        tuned = delta.load(source, sha256=sha256)
+    else:
+        tuned = delta.loads(hub.read(source, cache_dir), source=str(source))
     delta.check_variant(tuned, variant.key, source)
     return tuned
 

@@ -1,14 +1,17 @@
 """What all tests stand on: an empty Hub cache of their own, and no network."""
 
 import atexit
+import hashlib
+import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, TypeAlias
 
 # Before huggingface_hub is imported: it reads these once. Port 9 (discard) is closed, so that nothing
-# leaves the machine, and whatever is not in the cache fails at once.
+# leaves the machine, and whatever is not in the cache fails immediately.
 _HOME = Path(tempfile.mkdtemp(prefix="fixefficientnet-tests-"))
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
 os.environ |= {
@@ -42,12 +45,15 @@ except ImportError:  # older releases keep it to themselves
 
 torch.set_num_threads(1)  # the networks are tiny and tests run side by side: more threads would wait for each other
 
-_http.time = SimpleNamespace(sleep=lambda seconds: None)  # it waits 23 seconds in all for a Hub that is not there
+# it waits 23 seconds in all for a Hub that is not there
+_http.time = SimpleNamespace(sleep=lambda seconds: None)  # type: ignore[assignment]
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMM_HAS_LOCAL_DIR = Version(timm.__version__) >= Version("1.0.16")
 """Whether timm loads a folder by local-dir:FOLDER."""
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+Network: TypeAlias = Any
+"""A model whose layers a test reads: for a type checker, each attribute of an `nn.Module` is a tensor or a module."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -67,6 +73,7 @@ def lively(model: nn.Module, seed: int = 0) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor, low in ((module.running_mean, -0.2), (module.running_var, 0.8), (module.weight, 0.8)):
+                assert tensor is not None
                 tensor.data.copy_(low + 0.4 * torch.rand(tensor.shape, generator=generator))
     return model.eval()
 
@@ -113,6 +120,22 @@ def python_path(folder: Path) -> str:
     return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
 
 
+def assert_row_tells_the_run(row: dict[str, Any], where: dict[str, str], data: bytes, run: Path) -> None:
+    """A manifest's row of published weights has the delta's hash and the run's own figures.
+
+    Args:
+        row: The row.
+        where: What it says of the place of the weights.
+        data: The delta's bytes.
+        run: The run's folder.
+    """
+    tuned = json.loads((run / "report.json").read_text())["measured"]["tuned"]
+    accuracy = {name: pytest.approx(tuned[name], abs=1e-3) for name in ("top1", "top5")}
+    told = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "license": "apache-2.0"}
+    assert row["weights"] == where | told | {"measured": {"dataset": "data/val", "images": 6, **accuracy}}
+    assert row["test"]["size"] == 48  # not what the packaged row says
+
+
 @pytest.fixture(autouse=True)
 def _packages_are_looked_at_again() -> None:
     """What was found installed is remembered; tests take packages away."""
@@ -147,8 +170,8 @@ def finished_runs(hub_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     images = tiny.make_data(folder / "data", ("n01440764", "n02124075", "n07920052"), train=4, val=2)
     place = ["--data", str(images), "--output", str(folder), "--method", "cached", "-j", "0"]
     # enough epochs for some images to be correct: an accuracy of 0 is none that a manifest takes
-    sizes = ["--train-size", "32", "--test-size", "48", "--set", "epochs=6", "--set", "batch_size=4"]
-    for which in (["b0*"], ["b0", "--experiment", "other", "--set", "seed=1"]):
+    sizes = ["--train-size", "32", "--test-size", "48", "--epochs", "6", "--batch-size", "4"]
+    for which in (["b0*"], ["b0", "--experiment", "other", "--seed", "1"]):
         tiny.run([*which, *place, *sizes], folder / "said.txt", HF_HUB_CACHE=str(hub_cache), OMP_NUM_THREADS="1")
     return folder
 

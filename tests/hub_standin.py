@@ -223,7 +223,7 @@ class Hub:
         return commit, repository.commits[commit][file]
 
     _NAME = r"([\w.-]+/[\w.-]+)"
-    _ROUTES = (
+    _ROUTES: tuple[tuple[str, Callable[..., Any]], ...] = (
         (rf"/api/models/{_NAME}/refs", _refs),
         (rf"/api/models/{_NAME}/preupload/main", _preupload),
         (rf"/api/models/{_NAME}/commit/main", _commit),
@@ -236,7 +236,7 @@ class Hub:
 
 
 def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    lock = threading.Lock()  # huggingface_hub uploads several files at once
+    lock = threading.Lock()  # huggingface_hub uploads several files concurrently
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

@@ -4,16 +4,19 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
-from conftest import lively
+from conftest import Network, lively
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from torchvision import transforms
 
+from fixefficientnet.evaluation.loop import EvaluationLoop
+from fixefficientnet.evaluation.outcome import Evaluation
 from fixefficientnet.manifest import TestTime
 
 TEST = TestTime(48, 0.875, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -33,15 +36,20 @@ def stack(images: Iterable[Path], test: TestTime = TEST) -> torch.Tensor:
 
 
 def logits(model: nn.Module, images: Iterable[Path], test: TestTime = TEST) -> torch.Tensor:
-    """One image at a time."""
+    """The logits of a model, computed one image at a time."""
     with torch.inference_mode():
         return torch.cat([model(stack([path], test)) for path in images])
 
 
-def marks(logits: torch.Tensor, labels: Sequence[int], best: int = 1) -> str:
+def predict_dataset(*arguments: Any, **options: Any) -> Evaluation:
+    """The evaluation of a model on a dataset."""
+    return EvaluationLoop(*arguments, **options).run()
+
+
+def correct(logits: torch.Tensor, labels: Sequence[int], best: int = 1) -> str:
     """Per image: are there fewer than `best` classes that the network finds more likely than the label?"""
-    correct = logits.gather(1, torch.tensor(labels)[:, None])
-    return "".join("01"[int(better) < best] for better in (logits > correct).sum(1))
+    own = logits.gather(1, torch.tensor(labels)[:, None])
+    return "".join("01"[int(better) < best] for better in (logits > own).sum(1))
 
 
 def assert_nearly(found: object, expected: object) -> None:
@@ -56,13 +64,13 @@ def assert_nearly(found: object, expected: object) -> None:
         assert found == expected
 
 
-def network(num_classes: int, images: Sequence[Path], labels: Sequence[int], test: TestTime = TEST) -> nn.Module:
+def network(num_classes: int, images: Sequence[Path], labels: Sequence[int], test: TestTime = TEST) -> Network:
     """A random network, of which each class looks for something like one of the images.
 
     It classifies a part of them correctly, and does not find all to be of one class.
     """
     torch.manual_seed(3)
-    model = lively(timm.create_model("test_efficientnet", num_classes=num_classes), seed=3)
+    model: Network = lively(timm.create_model("test_efficientnet", num_classes=num_classes), seed=3)
     with torch.inference_mode():
         features = model.forward_head(model.forward_features(stack(images, test)), pre_logits=True)
         like = torch.randint(len(images), (num_classes,))
@@ -71,8 +79,8 @@ def network(num_classes: int, images: Sequence[Path], labels: Sequence[int], tes
         weight = 0.1 * (torch.randn(num_classes, features.shape[1]) + away[like] / away.std() / 2) / away.std()
         model.classifier.weight.copy_(weight)
         model.classifier.bias.copy_(-weight @ features.mean(0))
-    correct = marks(logits(model, images, test), labels)
-    assert 0 < correct.count("1") < len(correct)
+    digits = correct(logits(model, images, test), labels)
+    assert 0 < digits.count("1") < len(digits)
     return model
 
 

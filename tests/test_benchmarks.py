@@ -1,10 +1,11 @@
-"""The benchmarks: they run, say what they left out, mix no machines; the docs' tables are of the committed figures."""
+"""Tests of the benchmarks: they run, report what they leave out and mix no machines; the docs' tables are current."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_the_docs_show_the_committed_figures():
 def test_tables_show_what_there_is(tmp_path: Path):
     shared = {"benchmark": "classify", "variant": "b0", "size": 320, "batch_size": 16, "images": 4}
     taken = {"date": "2026-01-02", "commit": "abc", "rounds": 2}
-    setups = {
+    methods = {
         "fixefficientnet": (30.0, 4, 0.0),
         "fixefficientnet in bf16": (90.0, 3, 0.0),
         "fixefficientnet, onnx": (60.0, 4, 12.0),
@@ -44,10 +45,10 @@ def test_tables_show_what_there_is(tmp_path: Path):
     }
     rows = [
         {
-            **{**shared, **taken, "setup": setup, "images_per_second": rate, "times_timm": rate / 10},
-            **{"same_predictions": same, "exporting_seconds": exporting, "spread": 0.1 if setup == "timm" else 0.04},
+            **{**shared, **taken, "method": method, "images_per_second": rate, "times_timm": rate / 10},
+            **{"same_predictions": same, "exporting_seconds": exporting, "spread": 0.1 if method == "timm" else 0.04},
         }
-        for setup, (rate, same, exporting) in setups.items()
+        for method, (rate, same, exporting) in methods.items()
     ]
     rows.append({**rows[1], "batch_size": 32, "same_predictions": 2})
     facts = {"gpu": "a GPU", "cpu": "a CPU", "threads": 3, "python": "3.11", "versions": {"torch": "2"}}
@@ -57,22 +58,23 @@ def test_tables_show_what_there_is(tmp_path: Path):
     page = benchmarks(path, module="benchmarks.tables").stdout
     assert "| fixefficientnet in bf16 | 90.0 (9.00) | 90.0 (9.00) | 2 of 4 |" in page  # the batch size with fewest
     assert "| fixefficientnet | 30.0 (3.00) | - | 4 of 4 |" in page
-    assert "| fixefficientnet, onnx: images until it has paid | 720 |" in page  # 12 s / (1/30 - 1/60)
-    assert "| fixefficientnet, openvino: images until it has paid | never |" in page
+    assert "| fixefficientnet, onnx: images to break even | 720 |" in page  # 12 s / (1/30 - 1/60)
+    assert "| fixefficientnet, openvino: images to break even | never |" in page
     assert "| folder to labels, b0 at 320, batches of 16, default engine | 30.0 images/s |" in page
-    assert "Machine: a GPU; 3 cores (a CPU); Python 3.11, torch 2.\n" in page
-    assert "\nTaken on 2026-01-02 from commit abc: classify (2 rounds).\n" in page
-    assert "took 4% longer than its fastest (the median of 7; at most 10%)." in page
+    assert "| machine | a GPU; 3 cores (a CPU) |" in page
+    assert "| versions | Python 3.11, torch 2 |" in page
+    assert "| classify | 2026-01-02 | abc | 2 |" in page
+    assert "took 4% longer than its fastest\n(the median of 7; at most 10%)." in page
     assert (
-        "| the same, against timm's fastest setup | 30.0 images/s | 12.0 images/s (timm, channels last) | 2.50 |"
+        "| the same, against timm's fastest options | 30.0 images/s | 12.0 images/s (timm, channels last) | 2.50 |"
         in page
     )
     assert "## cost" not in page
 
-    marks = {name: f"<!-- {name} -->\nstale\n{tables.END}\n" for name in ("machine", "summary", *tables.TABLES)}
+    places = {name: f"<!-- {name} -->\nstale\n{tables.END}\n" for name in ("machine", "summary", *tables.TABLES)}
     for text, reason in (
-        ("".join(marks.values()), "there are no figures of preprocess"),  # figures of others are not thrown away
-        (marks["summary"], "the page has no <!-- machine -->"),
+        ("".join(places.values()), "there are no figures of preprocess"),  # figures of others are not thrown away
+        (places["summary"], "the page has no <!-- machine -->"),
     ):
         page_path.write_text(text)
         assert reason in benchmarks(path, page_path, module="benchmarks.tables", status=1).stderr
@@ -80,8 +82,8 @@ def test_tables_show_what_there_is(tmp_path: Path):
 
 
 def test_the_price_of_the_gain_is_held_against_larger_base_models():
-    def row(key: str, seconds: tuple[float, float], top1: tuple[float, float] | tuple[None, None]) -> dict:
-        found = {"variant": key, "family": "lite" if top1[0] is None else "ns"}
+    def row(key: str, seconds: tuple[float, float], top1: tuple[float, float] | tuple[None, None]) -> dict[str, Any]:
+        found: dict[str, Any] = {"variant": key, "family": "lite" if top1[0] is None else "ns"}
         for which, one, correct in zip(("base", "fix"), seconds, top1, strict=True):
             found |= {f"{which}_{name}": 1 for name in ("size", "gmacs", "megabytes")}
             found |= {f"{which}_seconds": one, f"{which}_top1": correct}
@@ -89,7 +91,7 @@ def test_the_price_of_the_gain_is_held_against_larger_base_models():
 
     shown = tables.cost([row("b0", (1, 2), (70, 73)), row("b1", (4, 5), (80, 81)), row("lite0", (1, 2), (None, None))])
     assert [line.split(" | ")[-2:] for line in shown.splitlines()[2:]] == [
-        ["70 to 73", "75.0 |"],  # half setup in time from b0 to b1, as the figure's axis counts it
+        ["70 to 73", "75.0 |"],  # halfway in time from b0 to b1, as the figure's axis counts it
         ["80 to 81", "- |"],
         ["-", "- |"],
     ]
@@ -97,11 +99,11 @@ def test_the_price_of_the_gain_is_held_against_larger_base_models():
 
 def test_variants_taken_again_stand_where_they_stood():
     earlier = [{"benchmark": "cost", "variant": key, "old": True} for key in ("b0", "b1", "b2_ns", "lite0")]
-    earlier.insert(2, {"benchmark": "start", "setup": "x"})
+    earlier.insert(2, {"benchmark": "start", "command": "x"})
     rows = runner.merged(earlier, [{"benchmark": "cost", "variant": "b1"}], "cost", ["b1"])
     assert [row.get("variant") for row in rows] == [None, "b0", "b1", "b2_ns", "lite0"]
     assert "old" not in rows[2]
-    assert runner.merged(earlier, [], "cost", None) == [{"benchmark": "start", "setup": "x"}]
+    assert runner.merged(earlier, [], "cost", None) == [{"benchmark": "start", "command": "x"}]
 
 
 def test_what_is_no_figures_is_one_line(tmp_path: Path):
@@ -132,7 +134,7 @@ def test_benchmarks_fill_one_file_of_one_machine(tmp_path: Path):
     benchmarks("load", "preprocess", "--variants", "lite0", "--images", tmp_path / "images", *shared)
     found = json.loads(path.read_text())
     assert [row["benchmark"] for row in found["rows"]][:3] == ["cost", "load", "load"]
-    ours = [row for row in found["rows"] if row["benchmark"] == "preprocess" and row["setup"] == "fixefficientnet"]
+    ours = [row for row in found["rows"] if row["benchmark"] == "preprocess" and row["method"] == "fixefficientnet"]
     assert len(ours) == 3
     assert all(row["largest_difference"] < 1e-3 for row in ours)
     assert "| lite0 | 224 to 256 |" in benchmarks(path, module="benchmarks.tables").stdout
@@ -150,8 +152,8 @@ def test_what_is_not_there_is_named():
     said = benchmarks("cost", "finetune", status=1).stderr
     assert said.strip() == "finetune needs --train and --checkpoint."
     assert "at least 1, not 0" in benchmarks("cost", "--rounds", 0, status=2).stderr
-    said = benchmarks("preprocess", "--images", ROOT / "tests", "--threads", 1, status=1)
-    assert "no folders with images in them" in said.stderr and not said.stdout
+    done = benchmarks("preprocess", "--images", ROOT / "tests", "--threads", 1, status=1)
+    assert "no folders with images in them" in done.stderr and not done.stdout
 
 
 def test_help_names_what_there_is_and_does_nothing():

@@ -30,8 +30,8 @@ def make_folder(folder: Path, names: Iterable[str]) -> Path:
 
 
 def labels(images: ImageDataset) -> dict[str, int]:
-    """Which number each folder's image gets."""
-    return {Path(images.name(index)).parent.name: images[index][1] for index in range(len(images))}
+    """The class index of each folder's image."""
+    return {Path(images.image_name(index)).parent.name: images[index][1] for index in range(len(images))}
 
 
 # --- folders --------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def test_a_folder_of_classes_is_a_whole_data_set(tmp_path: Path):
     (tmp_path / ".cache").mkdir()
     images = open_dataset(str(tmp_path), None, num_classes=1000)
     assert labels(images) == FEW
-    assert images.what == str(tmp_path)
+    assert images.name == str(tmp_path)
     with pytest.raises(DataError, match="has no folder val/"):
         open_dataset(str(tmp_path), "validation", num_classes=1000)
 
@@ -103,9 +103,9 @@ def test_a_models_own_classes_are_found_by_name(tmp_path: Path):
     plain.save_run(tmp_path / "run", model, classes)
     found = fixefficientnet.evaluate(str(tmp_path / "run"), tmp_path / "data", workers=0, device="cpu")
     assert [prediction.labels for prediction in found.evaluated] == [(1,), (3,), (0,)]
-    assert found.correct == plain.marks(plain.logits(model, images), [1, 3, 0])
+    assert found.correct == plain.correct(plain.logits(model, images), [1, 3, 0])
     make_folder(tmp_path / "data", ("apple", "pear", "plum"))
-    with pytest.raises(DataError, match=r"data has classes that .*run has not: pear, plum\."):
+    with pytest.raises(DataError, match=r"data has classes that .*run lacks: pear, plum\."):
         fixefficientnet.evaluate(str(tmp_path / "run"), tmp_path / "data", workers=0, device="cpu")
 
 
@@ -154,7 +154,7 @@ def measured(out: Path, *arguments: object) -> tuple[dict[str, Any], str]:
 def assert_figures(row: dict[str, Any], logits: torch.Tensor, targets: list[int]) -> None:
     assert row["images"] == len(targets)
     for name, best in (("top1", 1), ("top5", 5)):
-        assert row[name] == pytest.approx(100 * plain.marks(logits, targets, best).count("1") / len(targets))
+        assert row[name] == pytest.approx(100 * plain.correct(logits, targets, best).count("1") / len(targets))
     assert row["loss"] == pytest.approx(F.cross_entropy(logits, torch.tensor(targets)).item(), rel=1e-5)
 
 
@@ -211,14 +211,15 @@ def test_all_of_a_models_classes_are_no_restriction(tmp_path: Path):
 
 def test_classes_that_have_no_names_cannot_be_restricted_to(imagenet):
     model, _, data = imagenet
-    from fixefficientnet.evaluation.evaluate import Settings, measure, processes
+    from fixefficientnet.evaluation.evaluate import evaluate_model, processes
+    from fixefficientnet.evaluation.settings import Settings
     from fixefficientnet.models import from_module
 
     source = open_dataset(str(data), None).source
     nameless = ImageDataset(source, (), {}, "hfds/nameless (validation)")
     settings = Settings("hfds/nameless", restrict_classes=True, workers=0)
     with pytest.raises(EvaluationError, match=r"hfds/nameless .*names no classes"):
-        measure(from_module(model), settings, processes.accelerator("cpu", "no"), dataset=nameless)
+        evaluate_model(from_module(model), settings, processes.accelerator("cpu", "no"), dataset=nameless)
 
 
 # --- ReaL ---------------------------------------------------------------------------------------------------------
@@ -255,9 +256,9 @@ def test_real_accuracy_is_timms(tmp_path: Path, imagenet):
     run = plain.save_run(tmp_path / "run", model, WORDNET_IDS)
 
     images = open_dataset(str(tmp_path / "data"), None, num_classes=1000)
-    order = [Path(images.name(index)).name for index in range(len(images))]
+    order = [Path(images.image_name(index)).name for index in range(len(images))]
     assert sorted(order) == sorted(chosen)
-    logits = plain.logits(model, [Path(images.what) / images.name(index) for index in range(len(images))])
+    logits = plain.logits(model, [Path(images.name) / images.image_name(index) for index in range(len(images))])
     timms = RealLabelsImagenet([*order, *sorted(set(EVERY) - set(order))])
     timms.add_result(logits)
 

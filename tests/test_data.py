@@ -45,10 +45,10 @@ def make_split(folder: Path, classes: list[str] | tuple[str, ...], count: int = 
 
 
 def labels(images: ImageDataset) -> dict[str, set[int]]:
-    """Which class number the images of each folder get."""
+    """The class indices of the images of each folder."""
     found: dict[str, set[int]] = {}
     for index in range(len(images)):
-        found.setdefault(Path(images.name(index)).parent.name, set()).add(images[index][1])
+        found.setdefault(Path(images.image_name(index)).parent.name, set()).add(images[index][1])
     return found
 
 
@@ -106,17 +106,17 @@ def test_the_validation_split_follows_the_training_splits_numbers(tmp_path: Path
     make_split(tmp_path / "val", ("brick", "dune"))
     train, validation = (open_dataset(str(tmp_path), split) for split in ("train", "validation"))
     assert labels(validation) == {"brick": {0}, "dune": {1}}
-    assert labels(follow(validation, train.classes, train.what)) == {"brick": {1}, "dune": {3}}
-    assert follow(validation, train.classes, train.what).classes == train.classes
-    assert labels(follow(train, train.classes, train.what)) == {"apple": {0}, "brick": {1}, "cloud": {2}, "dune": {3}}
+    assert labels(follow(validation, train.classes, train.name)) == {"brick": {1}, "dune": {3}}
+    assert follow(validation, train.classes, train.name).classes == train.classes
+    assert labels(follow(train, train.classes, train.name)) == {"apple": {0}, "brick": {1}, "cloud": {2}, "dune": {3}}
 
 
 def test_classes_that_were_never_trained_are_refused_in_validation(tmp_path: Path):
     make_split(tmp_path / "train", ("apple", "brick"))
     make_split(tmp_path / "val", ("apple", "cloud", "dune"))
     train, validation = (open_dataset(str(tmp_path), split) for split in ("train", "validation"))
-    with pytest.raises(DataError, match=r"val has classes that .*train has not: cloud, dune\."):
-        follow(validation, train.classes, train.what)
+    with pytest.raises(DataError, match=r"val has classes that .*train lacks: cloud, dune\."):
+        follow(validation, train.classes, train.name)
 
 
 # --- where the images are ---------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def test_a_split_is_found_by_any_of_its_names(tmp_path: Path, split: str, name: 
     make_split(tmp_path / "data" / "other", ("apple",))
     images = open_dataset(str(tmp_path / "data"), split)
     assert len(images) == 6
-    assert images.what == str(tmp_path / "data" / name)
+    assert images.name == str(tmp_path / "data" / name)
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
@@ -205,7 +205,7 @@ def test_torchvisions_data_sets(tmp_path: Path):
             image, found = images[index]
             assert found == label
             assert np.array_equal(np.asarray(image), np.repeat(pixels[..., None], 3, axis=2))
-        assert images.name(3) == f"image 3 of torch/mnist ({split})"
+        assert images.image_name(3) == f"image 3 of torch/mnist ({split})"
     with pytest.raises(DataError, match="has 10 classes, the model has 1000"):
         open_dataset("torch/mnist", "train", root=str(tmp_path), num_classes=1000)
 
@@ -262,7 +262,7 @@ def test_a_image_is_the_file_as_rgb(twelve: Path):
         image, label = images[index]
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(path).convert("RGB")))
         assert tiny.CLASSES[label] == path.parent.name
-        assert images.name(index) == str(path.relative_to(twelve / "train"))
+        assert images.image_name(index) == str(path.relative_to(twelve / "train"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

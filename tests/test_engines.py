@@ -5,16 +5,17 @@ import importlib.util
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 from conftest import ROOT
-from plain import bfloat16_error, logits, marks, network, save_run, stack
+from plain import bfloat16_error, correct, logits, network, save_run, stack
 from tiny import cli, make_data
 
 import fixefficientnet
-from fixefficientnet.errors import EvaluationError, ExportError
+from fixefficientnet.errors import ExportError, OptionError
 from fixefficientnet.models import open_model
 from fixefficientnet.runtimes import engines, exporting, formats
 
@@ -44,7 +45,7 @@ def run(data: Path) -> Path:
     return save_run(data / "run", network(3, *images(data)), CLASSES)
 
 
-def evaluate(model: object, data: Path, out: Path, *more: object) -> dict:
+def evaluate(model: object, data: Path, out: Path, *more: object) -> dict[str, Any]:
     said, _ = cli("evaluate", model, "--data", data, "-j", 0, "-b", 4, "-o", out, "--json", *more)
     return json.loads(said)["results"][0]
 
@@ -94,6 +95,7 @@ def test_an_evaluation_in_half_precision_is_nearly_the_same(
     by_folder = [list(EXAMPLES).index(name) for name, _ in sorted(EXAMPLES.items(), key=lambda item: item[1])]
     differences = []
     for prediction, row in zip(found.predictions, expected[by_folder], strict=True):
+        assert prediction is not None
         likeliest = row.topk(2)
         if likeliest.values[0] - likeliest.values[1] > 2 * error:
             assert prediction.top5[0] == likeliest.indices[0]
@@ -167,7 +169,7 @@ def test_a_model_is_exported_once_per_content_and_size(
     found = evaluate(copy.parent, data, tmp_path / "4", "--engine", "onnx")
     assert len(there()) == 3
     paths, labels = images(data)
-    assert found["top1"] == pytest.approx(100 * marks(logits(other.eval(), paths), labels).count("1") / 21)
+    assert found["top1"] == pytest.approx(100 * correct(logits(other.eval(), paths), labels).count("1") / 21)
 
 
 def test_prediction_and_evaluation_use_one_file(tmp_path: Path, kept: Path):
@@ -239,7 +241,7 @@ def test_the_model_itself_stays_as_it_was(data: Path):
     model.pretrained_cfg.update(input_size=(3, 48, 48), crop_pct=0.875)
     before = model(stack(paths[:2]))
     found = fixefficientnet.evaluate(model, data, engine="onnx", device="cpu", workers=0)
-    assert found.correct == marks(logits(model.eval(), paths), labels)
+    assert found.correct == correct(logits(model.eval(), paths), labels)
     assert "forward" not in vars(model) and model.training is False
     model.train()
     fixefficientnet.evaluate(model, data, engine="onnx", device="cpu", workers=0, size=32)  # which is not kept yet
@@ -254,17 +256,17 @@ def test_what_an_engine_cannot_is_one_error(
     run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: Path
 ):
     arguments = ["evaluate", run, "--data", data, "-o", tmp_path / "out"]
-    assert "there are eager, compile, onnx" in cli(*arguments, "--engine", "tensorrt", status=1)[1]
+    assert '"eager", "compile", "onnx"' in cli(*arguments, "--engine", "tensorrt", status=2)[1]
     assert "in float32" in cli(*arguments, "--engine", "onnx", "--mixed-precision", "bf16", status=1)[1]
-    assert "there are eager, compile, onnx" in cli("predict", ROOT / "examples", "--engine", "tpu", status=1)[1]
+    assert '"eager", "compile", "onnx"' in cli("predict", ROOT / "examples", "--engine", "tpu", status=2)[1]
     said = cli("predict", ROOT / "examples", "--engine", "onnx", "--mixed-precision", "bf16", status=1)[1]
     assert "in float32" in said
-    assert "bf16 or fp16" in cli("predict", ROOT / "examples", "--mixed-precision", "fp8", status=1)[1]
+    assert '"no", "bf16", "fp16"' in cli("predict", ROOT / "examples", "--mixed-precision", "fp8", status=2)[1]
     assert (
         "on a CPU, there is bf16"
         in cli("predict", ROOT / "examples", "--mixed-precision", "fp16", "--device", "cpu", status=1)[1]
     )
-    with pytest.raises(EvaluationError, match="leave --engine onnx out"):  # no layer of PyTorch's would be watched
+    with pytest.raises(OptionError, match="leave --engine onnx out"):  # no layer of PyTorch's would be watched
         fixefficientnet.evaluate(run, data, engine="onnx", activations=True)
     with pytest.raises(ExportError, match="on the CPU"):
         fixefficientnet.runtimes.engines.check("openvino", "cuda")

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import plain
@@ -10,7 +11,8 @@ import scipy.stats
 import timm
 import tiny
 import torch
-from plain import TEST
+from conftest import Network
+from plain import TEST, predict_dataset
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
@@ -19,7 +21,6 @@ from fixefficientnet.classes import Subset
 from fixefficientnet.data.dataset import ImageDataset, open_dataset
 from fixefficientnet.errors import DataError, EvaluationError
 from fixefficientnet.evaluation.journal import Finished
-from fixefficientnet.evaluation.loop import predict_dataset
 from fixefficientnet.evaluation.outcome import Evaluation, ImagePrediction
 
 
@@ -32,7 +33,7 @@ def ground(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         for index in range(3 + label % 4):
             tiny.mottle(folder / "val" / name / f"{index}.png", label, index)
     images = open_dataset(str(folder), "validation", num_classes=request.param)
-    paths = [folder / "val" / images.name(index) for index in range(len(images))]
+    paths = [folder / "val" / images.image_name(index) for index in range(len(images))]
     labels = [classes.index(path.parent.name) for path in paths]
     model = plain.network(request.param, paths, labels)
     return model, images, labels, plain.logits(model, paths)
@@ -41,9 +42,11 @@ def ground(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def broken_copy(images: ImageDataset, folder: Path, broken: set[int]) -> ImageDataset:
     """The same images, but some of them unreadable."""
     for index in range(len(images)):
-        path = folder / "val" / images.name(index)
+        path = folder / "val" / images.image_name(index)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"no image" if index in broken else (Path(images.what) / images.name(index)).read_bytes())
+        path.write_bytes(
+            b"no image" if index in broken else (Path(images.name) / images.image_name(index)).read_bytes()
+        )
     return open_dataset(str(folder), "validation")
 
 
@@ -66,8 +69,8 @@ def assert_figures(found: Evaluation, logits: torch.Tensor, labels: list[int]) -
 def test_figures_are_a_plain_loops_whatever_the_batches_and_shards(ground, batch_size: int, shard: int):
     model, images, labels, logits = ground
     found = predict_dataset(model, images, TEST, batch_size=batch_size, shard=shard)
-    assert found.correct == plain.marks(logits, labels)
-    assert found.correct5 == plain.marks(logits, labels, best=5)
+    assert found.correct == plain.correct(logits, labels)
+    assert found.correct5 == plain.correct(logits, labels, best=5)
     assert_figures(found, logits, labels)
     assert (found.size, found.crop_pct, found.unreadable) == (48, 0.875, {})
     if logits.shape[1] < 5:
@@ -76,7 +79,7 @@ def test_figures_are_a_plain_loops_whatever_the_batches_and_shards(ground, batch
         assert found.top1 < found.top5 < 100
 
 
-def test_each_judgement_is_the_best_predictions_with_their_probability_and_loss(ground):
+def test_each_prediction_has_the_best_classes_with_their_probability_and_loss(ground):
     model, images, labels, logits = ground
     found = predict_dataset(model, images, TEST, batch_size=4)
     losses = F.cross_entropy(logits, torch.tensor(labels), reduction="none").tolist()
@@ -95,7 +98,7 @@ def test_loading_processes_change_nothing(ground):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_several_batches_at_once_are_judged_alike(ground, tmp_path: Path, batch_size: int):
+def test_several_concurrent_batches_are_evaluated_alike(ground, tmp_path: Path, batch_size: int):
     model, whole, *_ = ground
     model.train()
     images = broken_copy(whole, tmp_path, {2})
@@ -122,8 +125,8 @@ def test_an_error_leaves_no_thread_and_the_model_as_it_was(ground):
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(OSError, match="full") as caught:
-        predict_dataset(model, images, TEST, batch_size=1, shard=1, threads=2, journal=Full())  # type: ignore[arg-type]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("stream")], caught
+        predict_dataset(model, images, TEST, batch_size=1, shard=1, threads=2, journal=Full())
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batch")], caught
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
     model.eval()
@@ -156,18 +159,18 @@ def test_a_network_in_train_mode_is_measured_as_in_eval_mode(ground):
 
 def test_restricted_logits_are_a_plain_loops_with_the_columns_of_the_subset(ground, tmp_path: Path):
     _, images, labels, _ = ground
-    paths = [Path(images.what) / images.name(index) for index in range(len(images))]
+    paths = [Path(images.name) / images.image_name(index) for index in range(len(images))]
     number = {label: 40 - 2 * label for label in labels}  # of the model, in another order, with gaps
     model = plain.network(41, paths, [number[label] for label in labels])
-    mapped = ImageDataset(images.source, (), number, images.what)
+    mapped = ImageDataset(images.source, (), number, images.name)
     subset = Subset.of(number.values())
     chosen = sorted(set(number.values()))
     assert subset.classes == tuple(chosen)
     logits = plain.logits(model, paths)[:, chosen]
     targets = [chosen.index(number[label]) for label in labels]
     found = predict_dataset(model, mapped, TEST, batch_size=4, subset=subset)
-    assert found.correct == plain.marks(logits, targets)
-    assert found.correct5 == plain.marks(logits, targets, best=5)
+    assert found.correct == plain.correct(logits, targets)
+    assert found.correct5 == plain.correct(logits, targets, best=5)
     assert_figures(found, logits, targets)
     assert {predicted for prediction in found.evaluated for predicted in prediction.top5} <= set(chosen)
     assert [prediction.labels[0] for prediction in found.evaluated] == [number[label] for label in labels]
@@ -183,13 +186,13 @@ def test_unreadable_images_are_left_out_and_named(ground, tmp_path: Path):
     copy = broken_copy(images, tmp_path, broken)
     found = predict_dataset(model, copy, TEST, batch_size=3, shard=4)
     for correct, best in ((found.correct, 1), (found.correct5, 5)):
-        all_correct = plain.marks(logits, labels, best)
-        assert correct == "".join("-" if index in broken else mark for index, mark in enumerate(all_correct))
+        all_correct = plain.correct(logits, labels, best)
+        assert correct == "".join("-" if index in broken else digit for index, digit in enumerate(all_correct))
     kept = [index for index in range(len(labels)) if index not in broken]
     assert_figures(found, logits[kept], [labels[index] for index in kept])
-    assert (found.summary()["images"], found.summary()["unreadable"]) == (len(kept), len(broken))
+    assert (found.summary().images, found.summary().unreadable) == (len(kept), len(broken))
     assert set(found.unreadable) == broken
-    assert all(copy.name(index) in reason for index, reason in found.unreadable.items())
+    assert all(copy.image_name(index) in reason for index, reason in found.unreadable.items())
 
 
 def test_where_no_image_can_be_read_there_is_nothing_to_say(ground, tmp_path: Path):
@@ -204,10 +207,10 @@ def test_labels_that_the_model_has_not_are_refused(ground):
     model = timm.create_model("test_efficientnet", num_classes=max(labels)).eval()
     first = labels.index(max(labels))
     with pytest.raises(
-        DataError, match=rf"{images.name(first)} has the label {max(labels)}, .* 0 to {max(labels) - 1}"
+        DataError, match=rf"{images.image_name(first)} has the label {max(labels)}, .* 0 to {max(labels) - 1}"
     ):
         predict_dataset(model, images, TEST)
-    below = ImageDataset(images.source, (), {0: -1}, images.what)
+    below = ImageDataset(images.source, (), {0: -1}, images.name)
     with pytest.raises(DataError, match="has the label -1"):
         predict_dataset(model, below, TEST)
 
@@ -221,9 +224,9 @@ def test_a_label_outside_of_the_subset_is_refused(ground):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_logits_that_are_no_numbers_are_refused(ground, value: float):
     _, images, labels, _ = ground
-    model = timm.create_model("test_efficientnet", num_classes=max(labels) + 1).eval()
+    model: Network = timm.create_model("test_efficientnet", num_classes=max(labels) + 1).eval()
     model.classifier.bias.data[1] = value
-    with pytest.raises(EvaluationError, match=f"NaN or infinite for {images.name(0)}"):
+    with pytest.raises(EvaluationError, match=f"NaN or infinite for {images.image_name(0)}"):
         predict_dataset(model, images, TEST)
 
 
@@ -245,7 +248,7 @@ class Sum(nn.Module):
         return (inputs * self.weight).sum((1, 2, 3))[:, None]
 
 
-def test_a_model_of_one_class_is_always_right(tmp_path: Path):
+def test_a_model_of_one_class_is_always_correct(tmp_path: Path):
     for index in range(3):
         tiny.mottle(tmp_path / "val" / "alone" / f"{index}.png", index)
     found = predict_dataset(Sum(), open_dataset(str(tmp_path), None), TEST)
@@ -256,7 +259,7 @@ def test_a_model_of_one_class_is_always_right(tmp_path: Path):
 
 
 def evaluation(*rows: tuple[int, tuple[int, ...]] | None, loss: float = 0.5) -> Evaluation:
-    """One of (label, predictions), or None for an unreadable image, each."""
+    """An evaluation of images given as (label, predictions) each, or as None if unreadable."""
     predictions = tuple(row and ImagePrediction((row[0],), row[1], 0.6, loss) for row in rows)
     unreadable = {index: f"image {index} is damaged" for index, row in enumerate(rows) if row is None}
     return Evaluation(48, 0.875, predictions, unreadable, seconds=2.0)
@@ -267,12 +270,12 @@ MIXED = evaluation(
 )
 
 
-def test_the_marks_say_what_is_right_and_what_was_not_judged():
+def test_the_digits_say_what_is_correct_and_what_was_not_evaluated():
     assert (MIXED.correct, MIXED.correct5) == ("1101-0-1", "1111-0-1")
 
 
-def test_the_summary_has_the_intervals_of_the_judged_images():
-    found = MIXED.summary()
+def test_the_summary_has_the_intervals_of_the_evaluated_images():
+    found = asdict(MIXED.summary())
     assert json.loads(json.dumps(found)) == found
     assert (found["images"], found["unreadable"], found["loss"]) == (6, 2, 0.5)
     for top, count in (("top1", 4), ("top5", 5)):
@@ -332,7 +335,7 @@ def test_the_table_per_class_is_that_of_the_logits(ground):
         wrong = [predicted[index] for index in of_class if predicted[index] != row["class"]]
         assert row["images"] == len(of_class)
         assert row["top1"] == pytest.approx(100 * (1 - len(wrong) / len(of_class)))
-        five = plain.marks(logits, labels, best=5)
+        five = plain.correct(logits, labels, best=5)
         assert row["top5"] == pytest.approx(100 * sum(five[index] == "1" for index in of_class) / len(of_class))
         others = [predicted for predicted, label in zip(predicted, labels, strict=True) if label != row["class"]]
         assert row["false_positives"] == others.count(row["class"])

@@ -1,4 +1,4 @@
-"""The images: what is drawn, what is written, and that the docs' ones are of today's data."""
+"""Tests of the figures: what is drawn and written, and that the docs' figures are of the committed data."""
 
 import json
 import xml.etree.ElementTree as ET
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from tiny import cli
 
 from benchmarks import figures as drawings
@@ -24,9 +25,10 @@ DRAW = "run `python -m benchmarks.figures` and commit what it draws"
 
 
 def description(path: Path) -> str:
-    """What a written figure says of itself."""
+    """Returns the description in a written figure."""
     if path.suffix == ".png":
         with Image.open(path) as image:
+            assert isinstance(image, PngImageFile)
             return str(image.text["Description"])
     (element,) = ET.parse(path).iter("{http://purl.org/dc/elements/1.1/}description")
     return element.text or ""
@@ -37,7 +39,8 @@ def sweep_rows(network: str = "net") -> list[dict[str, Any]]:
     rows = []
     for tuned, accuracies in ((False, (60.0, 64.0, 64.0)), (True, (58.0, 66.0, 67.0))):
         for size, top1 in zip((128, 160, 192), accuracies, strict=True):
-            row = {"network": network, "model": "runs/net" if tuned else "timm/net", "tuned": tuned, "size": size}
+            row: dict[str, Any] = {"network": network, "model": "runs/net" if tuned else "timm/net"}
+            row |= {"tuned": tuned, "size": size}
             row |= {"top1": top1, "top1_low": top1 - 2, "top1_high": top1 + 3, "gmacs": size**2 / 1e5}
             row |= {"images_per_second": 1e4 / size, "train_size": 128, "test_size": 192, "paper_size": None}
             row |= {"pooled_near_zero": size / 1000, "pooled_mean": 0.5}
@@ -62,7 +65,8 @@ def test_the_command_writes_figure_1(tmp_path: Path):
     with Image.open(tmp_path / "figure.png") as image:
         image.load()
         assert min(image.size) > 400
-        assert len(image.convert("RGB").getcolors(1 << 24)) > 50
+        colors = image.convert("RGB").getcolors(1 << 24)
+        assert colors is not None and len(colors) > 50
     assert ET.parse(tmp_path / "deep" / "er" / "figure.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
 
 
@@ -79,9 +83,10 @@ def test_figure_1_shows_all_18_variants_and_36_accuracies():
         expected = {(row["parameters"] / 1e6, row["paper"][which]["top1"]) for row in variants.values() if row["paper"]}
         assert len(expected) == 18
         assert expected <= points(axis)
-    assert sum(len(line.get_xdata()) for line in axis.lines) == 36
+    assert sum(np.size(line.get_xdata()) for line in axis.lines) == 36
     assert sorted(text.get_text() for text in axis.texts) == sorted([*(f"B{n}" for n in range(8))] * 2 + ["B8", "L2"])
-    assert len(axis.get_legend().get_texts()) == 4
+    legend = axis.get_legend()
+    assert legend is not None and len(legend.get_texts()) == 4
 
 
 def test_another_name_is_a_usage_error(tmp_path: Path):
@@ -153,14 +158,16 @@ def test_a_sweep_is_drawn_point_by_point():
     assert points(accuracy, marker="*") == {(160, 64.0), (192, 67.0)}  # of two best sizes, the cheaper
     assert {(row["size"], row["gmacs"]) for row in rows} <= points(gmacs)
     assert {(row["size"], row["images_per_second"]) for row in rows} <= points(rate)
-    assert {text.get_text() for text in accuracy.get_legend().get_texts()} == {"timm/net", "runs/net"}
-    marked = " ".join(text.get_text() for text in accuracy.texts)
-    assert "train size 128" in marked
-    assert "test size 192" in marked
+    legend = accuracy.get_legend()
+    assert legend is not None
+    assert {text.get_text() for text in legend.get_texts()} == {"timm/net", "runs/net"}
+    labels = " ".join(text.get_text() for text in accuracy.texts)
+    assert "train size 128" in labels
+    assert "test size 192" in labels
 
 
 @pytest.mark.parametrize("correct", [0, 1])
-def test_a_model_that_is_never_or_always_right_can_be_drawn(correct: int):
+def test_a_model_that_is_never_or_always_correct_can_be_drawn(correct: int):
     """An interval's end is never on the wrong side of the accuracy, which matplotlib refuses."""
     rows = sweep_rows()[:3]
     for images in range(1, 200):
@@ -190,11 +197,12 @@ def docs_figures():
 
 
 @pytest.mark.parametrize("name", ["accuracy-params.png", *drawings.RESULTS])
-def test_the_docs_figures_are_of_todays_data_and_drawing(name: str, tmp_path: Path, docs_figures: Any):
+def test_the_docs_figures_are_of_the_committed_data_and_drawing(name: str, tmp_path: Path, docs_figures: Any):
     rows, draw = docs_figures[name]
     path = DOCS / name
     assert path.is_file(), f"docs/{name} is missing: {DRAW}"
     with Image.open(path) as image:
+        assert isinstance(image, PngImageFile)
         said, pixels = dict(image.text), np.asarray(image)
     assert said.get("Description") == figures.fingerprint(rows), f"docs/{name} shows other data: {DRAW}"
     if f"version{matplotlib.__version__}," not in said["Software"]:  # another release draws other pixels
@@ -202,10 +210,10 @@ def test_the_docs_figures_are_of_todays_data_and_drawing(name: str, tmp_path: Pa
     figures.save(draw(rows), tmp_path / name, rows)
     with Image.open(tmp_path / name) as image:
         same = np.array_equal(np.asarray(image), pixels)
-    assert same, f"docs/{name} is drawn another way today: {DRAW}"
+    assert same, f"docs/{name} is drawn differently today: {DRAW}"
 
 
-def test_the_docs_table_of_fine_tuning_runs_is_of_todays_data():
+def test_the_docs_table_of_fine_tuning_runs_is_of_the_committed_data():
     table = finetune_runs.table(from_csv((DOCS / "results" / "finetuning.csv").read_text()))
     assert f"\n{table}\n" in (DOCS / "finetuning.md").read_text(), (
         f"the table in docs/finetuning.md is stale; {DRAW}, and put this into the page:\n{table}"

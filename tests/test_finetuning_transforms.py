@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import pickle
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def derived_seed(seed: int, epoch: int, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {epoch} {index}".encode()).digest()[:8], "little", signed=True)
 
 
-TRANSFORMS = {
+TRANSFORMS: dict[str, Callable[[int], Callable[[Image.Image, int, int], Tensor]]] = {
     "fine-tuning": lambda seed: FineTuningTransform(at_test(), seed, 0.5, 0.05),
     "training": lambda seed: TrainingTransform(at_test(), seed, 0.5),
     "views": lambda seed: Views(4, FineTuningTransform(at_test(), seed, 0.5, 0.05)),
@@ -85,7 +86,7 @@ def test_torchs_own_random_numbers_are_left_alone(name: str):
     TRANSFORMS[name](0)(noise(120, 60), 0, 0)
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises((AttributeError, TypeError)):
-        TRANSFORMS[name](0)(np.zeros((60, 120, 3)), 0, 0)
+        TRANSFORMS[name](0)(np.zeros((60, 120, 3)), 0, 0)  # type: ignore[arg-type]
     assert torch.equal(torch.get_rng_state(), before)
 
 

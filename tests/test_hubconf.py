@@ -91,7 +91,7 @@ def test_core_needs_no_command_line_packages(checkout: Path):
 sys.path.insert(0, {str(checkout)!r})
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("typer", "rich"):
+        if name.partition(".")[0] in ("cyclopts", "rich"):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Refuse())
 import hubconf

@@ -86,7 +86,7 @@ assert fixefficientnet.create("b0", device="meta").variant == fixefficientnet.in
 
 
 @pytest.mark.parametrize("first", ["fixefficientnet", "timm", "both"])
-def test_threads_that_import_at_once(first: str):
+def test_threads_that_import_concurrently(first: str):
     code = f"""
 import importlib, sys, threading
 barrier, failures = threading.Barrier(8), []
@@ -240,7 +240,7 @@ def test_an_installed_copy_beside_another_revision(tmp_path: Path):
 
 
 def test_a_checkout_that_is_replaced_under_the_same_name(tmp_path: Path):
-    """As torch.hub's force_reload does with a branch."""
+    """The force_reload of torch.hub replaces a branch so."""
     place = copy(tmp_path / "main")
     code = f"""
 import shutil

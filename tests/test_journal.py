@@ -6,20 +6,20 @@ import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import plain
 import pytest
 import timm
 import tiny
 import torch
-from plain import TEST
+from plain import TEST, predict_dataset
 from torch import nn
 
 import fixefficientnet
 from fixefficientnet.data.dataset import open_dataset
 from fixefficientnet.errors import EvaluationError
 from fixefficientnet.evaluation.journal import Finished, Journal, load
-from fixefficientnet.evaluation.loop import predict_dataset
 from fixefficientnet.evaluation.outcome import Evaluation, ImagePrediction
 
 IMAGES = 30
@@ -113,10 +113,10 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path, P
 def copy(data: Path, to: Path) -> list[Path]:
     """Copies the images; the new files in the dataset's order."""
     images = open_dataset(str(data), None)
-    paths = [to / images.name(index) for index in range(len(images))]
+    paths = [to / images.image_name(index) for index in range(len(images))]
     for index, path in enumerate(paths):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes((data / images.name(index)).read_bytes())
+        path.write_bytes((data / images.image_name(index)).read_bytes())
     return paths
 
 
@@ -127,7 +127,7 @@ def indices(file: Path) -> list[int]:
 
 
 def lines(folder: Path) -> int:
-    """Of all journals in a folder."""
+    """The number of lines in all journals of a folder."""
     return sum(len(file.read_bytes().splitlines()) for file in folder.glob("*.jsonl"))
 
 
@@ -165,7 +165,7 @@ def command(run: Path, data: Path, out: Path, *more: str) -> list[str]:
     return ["evaluate", str(run), *options, *more]
 
 
-def finish(arguments: list[str], said: Path) -> dict:
+def finish(arguments: list[str], said: Path) -> dict[str, Any]:
     """Runs the command to its end; what it says, but for the time that it took."""
     text = tiny.run(arguments, said, command=tiny.FIXEFFICIENTNET)
     row = json.loads(text[text.index("{") : text.rindex("}") + 1])["results"][0]
@@ -255,7 +255,7 @@ def test_what_two_killed_processes_did_one_goes_on_from(ground, tmp_path: Path):
     assert sorted(indices(first) + indices(second)) == list(range(IMAGES))
 
 
-def test_two_processes_judge_each_image_once_and_find_the_same(ground, tmp_path: Path):
+def test_two_processes_evaluate_each_image_once_and_find_the_same(ground, tmp_path: Path):
     _, run, _ = ground
     for index in range(1013):
         path = tmp_path / "data" / tiny.CLASSES[index % 3] / f"{index}.png"
@@ -284,7 +284,7 @@ def test_two_processes_judge_each_image_once_and_find_the_same(ground, tmp_path:
     assert evaluations[0].correct.count("-") == 1
 
 
-def test_a_mended_image_counts_when_the_evaluation_goes_on(tmp_path: Path):
+def test_a_fixed_image_counts_when_the_evaluation_goes_on(tmp_path: Path):
     paths = [tiny.mottle(tmp_path / "data" / name / "0.png", number) for number, name in enumerate(tiny.CLASSES)]
     run = plain.save_run(tmp_path / "run", plain.network(3, [*paths, paths[0]], [0, 1, 2, 1]), tiny.CLASSES)
     good = paths[1].read_bytes()

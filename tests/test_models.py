@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import plain
@@ -11,7 +12,7 @@ import pytest
 import timm
 import tiny
 import torch
-from conftest import lively, put_in_cache
+from conftest import Network, lively, put_in_cache
 from PIL import Image
 from plain import TEST
 from safetensors.torch import load_file, save_file
@@ -20,7 +21,7 @@ from torch import nn
 import fixefficientnet
 from fixefficientnet import delta
 from fixefficientnet.errors import CheckpointError, EvaluationError, FixEfficientNetError, MissingFileError
-from fixefficientnet.models import LoadedModel, from_module, open_model
+from fixefficientnet.models import Description, LoadedModel, from_module, open_model
 
 NETWORK = "test_efficientnet.r160_in1k"
 
@@ -84,6 +85,7 @@ def test_a_variants_delta_is_opened_by_its_file_or_its_folder(cache: Path, b0_de
         found = open_model(str(name))
         assert_tuned(found, b0_delta, cache)
         assert found.name == str(name)
+    assert found.untuned is not None
     assert same(open_model(found.untuned).network, fixefficientnet.create("b0", "backbone", cache_dir=cache))
 
 
@@ -134,12 +136,12 @@ def test_a_run_on_classes_of_ones_own(tmp_path: Path):
 def test_a_runs_figures_are_those_of_its_report(tmp_path: Path):
     images = tiny.make_data(tmp_path / "data", train=4, val=4)
     common = [*tiny.NETWORK, "--data", str(images), "--output", str(tmp_path), "--train-size", "32"]
-    common += ["--set", "epochs=1", "--set", "batch_size=4", "-j", "0"]
+    common += ["--epochs", "1", "--batch-size", "4", "-j", "0"]
     tiny.run([*common, "--stage", "base", "--no-pretrained", "--experiment", "base"], tmp_path / "said")
     checkpoint = ["--checkpoint", str(tmp_path / "base" / "model.safetensors")]
     tiny.run([*common, *checkpoint, "--test-size", "48", "--experiment", "fix"], tmp_path / "said")
     for run, name in (("base", "trained"), ("fix", "tuned")):
-        found = fixefficientnet.evaluate(str(tmp_path / run), images, workers=0, device="cpu").summary()
+        found = asdict(fixefficientnet.evaluate(str(tmp_path / run), images, workers=0, device="cpu").summary())
         expected = json.loads((tmp_path / run / "report.json").read_text())["measured"][name]
         assert found.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-4)
         assert found == expected
@@ -149,7 +151,7 @@ def test_a_delta_of_a_network_that_is_no_variant(tmp_path: Path, monkeypatch: py
     base = lively(timm.create_model("test_efficientnet"))
     put_in_cache(tmp_path / "hub", f"timm/{NETWORK}", "model.safetensors", base.state_dict())
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    tuned = lively(timm.create_model("test_efficientnet"))
+    tuned: Network = lively(timm.create_model("test_efficientnet"))
     tuned.load_state_dict(base.state_dict())
     tuned.classifier.weight.data *= 1.5
     recipe = {"train_size": 64, "test_size": 96, "crop_pct": 1.0, "interpolation": "bilinear"}
@@ -211,7 +213,7 @@ def test_a_modules_figures_are_those_of_the_same_model_by_name(tmp_path: Path):
     logits = plain.logits(
         model, sorted(paths, key=lambda path: (path.parent.name, int(path.stem))), replace(TEST, crop_pct=0.95)
     )
-    assert by_name.correct == plain.marks(logits, sorted(labels))
+    assert by_name.correct == plain.correct(logits, sorted(labels))
 
 
 def test_a_variants_module(cache: Path):
@@ -265,7 +267,7 @@ def test_what_is_not_there_is_one_error(name: str, said: str, tmp_path: Path, mo
         open_model(name)
 
 
-def test_weights_that_do_not_say_whose_they_are(checkpoint: Path, tmp_path: Path):
+def test_weights_that_do_not_name_their_network(checkpoint: Path, tmp_path: Path):
     torch.save(load_file(checkpoint), tmp_path / "mine.pth")
     for path in (checkpoint, tmp_path / "mine.pth"):
         with pytest.raises(EvaluationError, match=f"does not say of which network .* timm/NAME:{path}"):
@@ -279,10 +281,28 @@ def test_a_folder_that_is_no_run(tmp_path: Path):
 
 def test_a_run_that_says_nonsense_of_itself(tmp_path: Path):
     model = timm.create_model("test_efficientnet", num_classes=3)
-    for described in ({"mean": "grey"}, {"test_size": None}, {"train_size": "large"}, {"crop_pct": "all"}):
+    wrong: list[dict[str, Any]] = [{"mean": "grey"}, {"test_size": None}, {"train_size": "large"}, {"crop_pct": "all"}]
+    for described in [*wrong, {"stage": "warm-up"}, {"std": [0.2, 0, 0.2]}, {"interpolation": "nearest"}]:
         folder = plain.save_run(tmp_path / "run", model, tiny.CLASSES, **described)
-        with pytest.raises(EvaluationError, match="what it says of itself cannot be read"):
+        with pytest.raises(
+            EvaluationError, match=rf"its description in the metadata\.{next(iter(described))}.*: must be "
+        ):
             open_model(str(folder))
+
+
+def test_a_runs_description_is_read_as_it_was_written(tmp_path: Path):
+    written = Description(
+        "test_efficientnet.r160_in1k", "base", 64, 96, 0.9, "bilinear", (0.5,) * 3, (0.2,) * 3, ("a",)
+    )
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.zeros(1)}, path, {"fixefficientnet": written.dumps()})
+    assert Description.load(path) == written
+    assert astuple(written.test) == (64, 0.9, "bilinear", (0.5,) * 3, (0.2,) * 3)
+    save_file({"weight": torch.zeros(1)}, path, {"fixefficientnet": "{"})
+    with pytest.raises(EvaluationError, match="its description in the metadata is not JSON"):
+        Description.load(path)
+    save_file({"weight": torch.zeros(1)}, path)
+    assert Description.load(path) is None
 
 
 def test_a_run_on_a_network_that_this_timm_has_not(tmp_path: Path):

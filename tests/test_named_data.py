@@ -25,7 +25,7 @@ def write_shards(images: ImageDataset, place: Path, split: str, shards: int = 3)
     for number, name in enumerate(names):
         with webdataset.TarWriter(str(place / name)) as writer:
             for index in range(number, len(images), shards):
-                path = Path(images.what, images.name(index))
+                path = Path(images.name, images.image_name(index))
                 key = f"{path.parent.name}_{path.stem}"
                 label = {"cls": str(images[index][1])} if index % 2 else {"json": {"label": images[index][1]}}
                 writer.write({"__key__": key, "jpg": path.read_bytes(), **label})
@@ -55,7 +55,7 @@ def test_wds(folder: Path, tmp_path: Path, listed: bool):
             open_dataset(f"wds/{tmp_path}", split, num_classes=3),
         ):
             assert same(found, images)
-            assert found.name(0).startswith("tiny-")
+            assert found.image_name(0).startswith("tiny-")
             assert found.classes == ("0", "1", "2")
             assert found.fingerprint() != images.fingerprint()
 

@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, python_path
@@ -52,7 +53,8 @@ def test_sdist_holds_what_a_packager_needs(sdist: Path):
 
 def test_wheel_from_the_sdist_works_outside_the_checkout(sdist: Path, tmp_path: Path):
     with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+        safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        archive.extractall(tmp_path, **safe)
     (source,) = tmp_path.glob("fixefficientnet-*")
     wheel = build(source, "wheel", tmp_path / "wheel")
     with zipfile.ZipFile(wheel) as archive:
@@ -60,6 +62,7 @@ def test_wheel_from_the_sdist_works_outside_the_checkout(sdist: Path, tmp_path: 
         packaged = archive.read("fixefficientnet/weights_manifest.json")
     assert packaged == (ROOT / "weights_manifest.json").read_bytes()
     assert "fixefficientnet/py.typed" in names
+    assert "fixefficientnet/publishing/card.md.jinja" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests", "benchmarks", "hubconf")) for name in names)
 

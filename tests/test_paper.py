@@ -12,10 +12,11 @@ from conftest import ROOT
 from tiny import cli
 
 import fixefficientnet
+from fixefficientnet._internal import records
 from fixefficientnet.evaluation.outcome import Evaluation, ImagePrediction
 from fixefficientnet.evaluation.tables import from_csv
 from fixefficientnet.reproduce import recipe as recipes
-from fixefficientnet.reproduce import report as reports
+from fixefficientnet.reproduce.report import PairedTest, PaperFigures, Report
 
 TABLE_1 = [*(f"b{number}_ns" for number in range(8)), "l2"]
 TABLE_2 = [f"b{number}" for number in range(9)]
@@ -50,13 +51,21 @@ def write(folder: Path, report: object) -> Path:
 
 
 def report(key: str, tuned: Figures, base: Figures | None = None, *, images: int = 50_000) -> dict[str, Any]:
-    """What a run reports, as far as it matters here."""
+    """A report as a run writes it, typed here."""
 
     def summary(figures: Figures) -> dict[str, Any]:
-        return {"size": figures[0], "images": images, "top1": figures[1], "top5": figures[2]}
+        size, top1, top5 = figures
+        ends = {"top1_low": top1, "top1_high": top1, "top5_low": top5, "top5_high": top5}
+        counts = {"size": size, "crop_pct": 1.0, "images": images, "unreadable": 0}
+        return counts | {"top1": top1, "top5": top5, "loss": 1.0} | ends
 
+    variant = fixefficientnet.info(key)
+    recipe = records.to_json(recipes.resolve(recipes.subject_of_variant(variant), {}))
     measured = ({"base": summary(base)} if base else {}) | {"tuned": summary(tuned)}
-    return {"variant": key, "measured": measured, "paper": {"comparable": images == 50_000}}
+    paper = {"table": 1, "base_top1": 80, "fix_top1": 81, "fix_top5": 95, "comparable": images == 50_000}
+    found = {"variant": key, "backbone": variant.backbone.name, "recipe": recipe, "train_data": "train"}
+    found |= {"validation_data": "val", "train_images": 100, "classes": [], "processes": 1, "forwards": 100}
+    return found | {"unreadable": [], "measured": measured, "paired": None, "paper": paper if variant.paper else None}
 
 
 def evaluated(size: int, top1: float, top5: float, images: int = 50_000) -> Evaluation:
@@ -155,22 +164,31 @@ def test_the_tables_fit_80_columns_whole(tmp_path: Path, top1: float):
 def test_a_report_as_a_run_builds_it(tmp_path: Path):
     """The command reads what `reproduce` writes, and both call the same difference noise."""
     variant = fixefficientnet.info("b4")
-    recipe = recipes.resolve(recipes.subject_of_variant(variant), {}, [])
+    recipe = recipes.resolve(recipes.subject_of_variant(variant), {})
+
+    def built(evaluations: dict[str, Evaluation]) -> Report:
+        measured = {name: evaluation.summary() for name, evaluation in evaluations.items()}
+        paper = PaperFigures.beside(variant, recipe, measured, 1000)
+        paired, told = PairedTest.of(evaluations), (variant.key, variant.backbone.name, recipe, "train", "val")
+        return Report(*told, 100, (), 1, 100, (), measured, paired, paper)
+
     for number, (top1, within) in enumerate([(84.15, True), (84.2, False)]):
         found = {
             "base": evaluated(380, 83.3, 96.4),
             "base_at_test": evaluated(512, 83, 96),
             "tuned": evaluated(512, top1, 97),
         }
-        built = reports.build(recipe, variant, found, num_classes=1000, more={"unreadable": []})
-        assert built["paper"]["within_noise"] is within
-        row = row_of("b4", rows(write(tmp_path / str(number), built)))
+        made = built(found)
+        assert made.paper is not None
+        assert made.paper.within_noise is within
+        made.dump(tmp_path / str(number))
+        assert Report.load(tmp_path / str(number)) == made
+        row = row_of("b4", rows(tmp_path / str(number)))
         assert (row["fix_measured_top1"], row["fix_within_noise"]) == (pytest.approx(top1), within)
-        assert row["fix_difference"] == pytest.approx(built["paper"]["difference"])
+        assert row["fix_difference"] == pytest.approx(made.paper.difference)
         assert (row["base_measured_top1"], row["base_difference"]) == (pytest.approx(83.3), pytest.approx(0))
-    few = {name: evaluated(one.size, 80, 90, images=40) for name, one in found.items()}
-    folder = write(tmp_path / "few", reports.build(recipe, variant, few, num_classes=1000, more={}))
-    assert row_of("b4", rows(folder))["fix_measured_top1"] is None
+    built({name: evaluated(one.size, 80, 90, images=40) for name, one in found.items()}).dump(tmp_path / "few")
+    assert row_of("b4", rows(tmp_path / "few"))["fix_measured_top1"] is None
 
 
 def test_a_base_measured_at_another_size_than_the_papers_has_no_difference(tmp_path: Path):
@@ -199,7 +217,9 @@ def test_what_is_not_comparable_is_named_and_stays_out(tmp_path: Path, key: str,
 def test_runs_are_found_in_their_folder_and_by_default_in_runs(tmp_path: Path):
     write(tmp_path / "runs" / "one", report("b0", (320, 79.2, 94.5)))
     write(tmp_path / "runs" / "two", report("b0", (320, 79.4, 94.7)))
-    write(tmp_path / "runs" / "base", {"variant": "b1", "measured": {"trained": {"size": 240}}})  # a base stage
+    base = report("b1", (240, 79.0, 94.0))
+    base["measured"] = {"trained": base["measured"]["tuned"]}  # a base stage
+    write(tmp_path / "runs" / "base", base)
     (tmp_path / "runs" / "unfinished").mkdir()
     found = rows("runs")
     assert len(found) == 19

@@ -5,6 +5,7 @@ import weakref
 import pytest
 import timm
 import torch
+from conftest import Network
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,19 +17,19 @@ from fixefficientnet.reproduce.recipe import Recipe
 PAPER = [key for key, variant in fixefficientnet.manifest.load().items() if variant.paper]
 
 
-def recipe_of(name: str, *settings: str) -> Recipe:
+def recipe_of(name: str, **choices: object) -> Recipe:
     if name in fixefficientnet.list_models():
         subject = recipes.subject_of_variant(fixefficientnet.info(name))
     else:
         subject = recipes.subject_of_backbone(name)
-    return recipes.resolve(subject, {}, settings)
+    return recipes.resolve(subject, choices)
 
 
 def counted_macs(model: nn.Module, inputs: Tensor) -> int:
     """Multiply-adds of all convolutions and linear layers, from the shapes that a real forward pass sees."""
     total = 0
 
-    def count(module: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
+    def count(module: nn.Conv2d | nn.Linear, given: tuple[Tensor, ...], result: Tensor) -> None:
         nonlocal total
         per_output = module.weight[0].numel()  # input channels of a group x kernel height x width
         total += result.numel() * per_output
@@ -44,7 +45,7 @@ def counted_macs(model: nn.Module, inputs: Tensor) -> int:
 @pytest.mark.parametrize("name", ["lite0", "test_efficientnet.r160_in1k", "resnet18.a1_in1k"])
 def test_gmacs_are_those_of_a_real_forward_pass(name: str):
     for size in (64, 96):
-        found = plan.plan(recipe_of(name, f"test_size={size}", "train_size=64", "batch_size=2", "forward_batch=2"))
+        found = plan.plan(recipe_of(name, test_size=size, train_size=64, batch_size=2, forward_batch=2))
         model = timm.create_model(found.recipe.backbone.partition(".")[0]).eval()
         assert found.gmacs * 1e9 == pytest.approx(counted_macs(model, torch.rand(1, 3, size, size)), rel=1e-6)
         assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
@@ -54,7 +55,7 @@ def test_gmacs_are_those_of_a_real_forward_pass(name: str):
 def test_what_moves_is_the_head(key: str):
     # bytes of classifier and bn2 in float32, as published checkpoints of these networks have them
     megabytes = {"b0": 5.1, "b4": 7.2, "b7": 10.3, "b8": 11.3, "l2": 22.1}
-    found = plan.plan(recipe_of(key, "batch_size=8", "forward_batch=1"))
+    found = plan.plan(recipe_of(key, batch_size=8, forward_batch=1))
     assert set(found.moving) == {f"bn2.{name}" for name in ("weight", "bias", "running_mean", "running_var")} | {
         "classifier.weight",
         "classifier.bias",
@@ -66,10 +67,10 @@ def test_what_moves_is_the_head(key: str):
 
 def test_images_and_work():
     images = (1000, 100)
-    small = ["test_size=64", "train_size=32", "batch_size=96", "forward_batch=2"]
+    small = {"test_size": 64, "train_size": 32, "batch_size": 96, "forward_batch": 2}
     name = "test_efficientnet.r160_in1k"
-    online = plan.plan(recipe_of(name, *small, "epochs=3"), images=images, num_classes=7)
-    model = timm.create_model("test_efficientnet", num_classes=7).eval()
+    online = plan.plan(recipe_of(name, **small, epochs=3), images=images, num_classes=7)
+    model: Network = timm.create_model("test_efficientnet", num_classes=7).eval()
     macs = {size: counted_macs(model, torch.rand(1, 3, size, size)) / 1e9 for size in (32, 64)}
     assert online.forwards == 3 * 10 * 96  # whole batches only
     assert online.evaluations == 300
@@ -77,13 +78,13 @@ def test_images_and_work():
     assert online.device_hours(10) == pytest.approx(online.total_gmacs / 10 / 3600)
     assert online.feature_bytes == 0
 
-    cached = plan.plan(recipe_of(name, *small, "method=cached", "views=3"), images=images, num_classes=7)
+    cached = plan.plan(recipe_of(name, **small, method="cached", views=3), images=images, num_classes=7)
     assert cached.forwards == 1000 + 3 * 1000
     assert cached.feature_bytes == 1000 * 3 * model.num_features * 2  # float16
-    part = ["method=cached", "statistics_images=100", "tune=bn-stats"]
-    assert plan.plan(recipe_of(name, *small, *part), images=images, num_classes=7).forwards == 100
+    part = {"method": "cached", "statistics_images": 100, "tune": "bn-stats"}
+    assert plan.plan(recipe_of(name, **small, **part), images=images, num_classes=7).forwards == 100
 
-    base = plan.plan(recipe_of(name, *small, "stage=base", "epochs=2"), images=images, num_classes=7)
+    base = plan.plan(recipe_of(name, **small, stage="base", epochs=2), images=images, num_classes=7)
     assert base.total_gmacs == pytest.approx((2 * 10 * 96 * 3 + 100) * macs[32])  # backward: twice the forward
 
 
@@ -100,7 +101,7 @@ class Peak(TorchDispatchMode):
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if not hasattr(storage, "counted"):
-                storage.counted = True
+                storage.counted = True  # type: ignore[attr-defined]
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self.free, storage.nbytes())
         self.peak = max(self.peak, self.now)
@@ -112,9 +113,9 @@ class Peak(TorchDispatchMode):
 
 @pytest.mark.parametrize("stage", ["fixres", "base"])
 def test_memory_is_that_of_a_real_step(stage: str):
-    settings = [f"stage={stage}", "test_size=96", "train_size=96", "batch_size=8", "forward_batch=8"]
-    found = plan.plan(recipe_of("test_efficientnet.r160_in1k", *settings), images=(80, 8))
-    model = timm.create_model("test_efficientnet").eval()
+    sizes = {"test_size": 96, "train_size": 96, "batch_size": 8, "forward_batch": 8}
+    found = plan.plan(recipe_of("test_efficientnet.r160_in1k", stage=stage, **sizes), images=(80, 8))
+    model: Network = timm.create_model("test_efficientnet").eval()
     if stage == "base":
         model.train()
     else:

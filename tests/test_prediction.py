@@ -1,33 +1,49 @@
 import copy
+import dataclasses
 import io
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, Network
 from PIL import Image, ImageOps
 
 import fixefficientnet
-from fixefficientnet import prediction
-from fixefficientnet.errors import ImageError, UnsupportedModelError, WeightsNotPublishedError
+from fixefficientnet import PredictionOptions, iter_predictions
+from fixefficientnet.errors import (
+    ExportError,
+    FixEfficientNetError,
+    ImageError,
+    OptionError,
+    UnsupportedModelError,
+    WeightsNotPublishedError,
+)
+from fixefficientnet.prediction import PredictionKeywords
+from fixefficientnet.preprocessing import FastPreprocess
+
+if TYPE_CHECKING:
+    from fixefficientnet.zoo import ZooModel
 
 EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture(scope="module")
-def lite0() -> torch.nn.Module:
+def lite0() -> "ZooModel":
     return fixefficientnet.create("lite0", "backbone")
 
 
-def test_examples_are_what_they_show(lite0: torch.nn.Module):
+def test_examples_are_what_they_show(lite0: "ZooModel"):
     found = fixefficientnet.predict([EXAMPLES / "cat.jpg", EXAMPLES / "coffee.jpg", EXAMPLES / "hopper.jpg"], lite0)
     assert [p.labels[0].synset for p in found] == ["n02124075", "n07920052", "n03763968"]
     assert [p.labels[0].name for p in found] == ["Egyptian cat", "espresso", "military uniform"]
     assert [len(p.labels) for p in found] == [5, 5, 5]
 
 
-def test_probabilities_are_the_softmax_whatever_the_batch(lite0: torch.nn.Module):
+def test_probabilities_are_the_softmax_whatever_the_batch(lite0: "ZooModel"):
     files = sorted(EXAMPLES.glob("*.jpg"))
     with torch.inference_mode():
         expected = [lite0(lite0.preprocess(file)[None]).softmax(1)[0] for file in files]
@@ -40,14 +56,14 @@ def test_probabilities_are_the_softmax_whatever_the_batch(lite0: torch.nn.Module
             assert [label.probability for label in found.labels] == pytest.approx(values.tolist(), rel=1e-4)
 
 
-def test_one_image_by_path_bytes_or_image(lite0: torch.nn.Module):
+def test_one_image_by_path_bytes_or_image(lite0: "ZooModel"):
     path = EXAMPLES / "cat.jpg"
     expected = fixefficientnet.predict(str(path), lite0)[0].labels
     assert fixefficientnet.predict(path.read_bytes(), lite0)[0].labels == expected
     assert fixefficientnet.predict(Image.open(path), lite0)[0].labels == expected
 
 
-def test_one_image_several_times(lite0: torch.nn.Module):
+def test_one_image_several_times(lite0: "ZooModel"):
     image = Image.open(EXAMPLES / "cat.jpg")
     found = fixefficientnet.predict([image] * 12, lite0, batch_size=1)
     assert {prediction.labels[0].name for prediction in found} == {"Egyptian cat"}
@@ -56,7 +72,7 @@ def test_one_image_several_times(lite0: torch.nn.Module):
         fixefficientnet.predict([image, truncated], lite0)
 
 
-def test_an_image_is_used_before_the_next_is_drawn(lite0: torch.nn.Module):
+def test_an_image_is_used_before_the_next_is_drawn(lite0: "ZooModel"):
     names = ["cat.jpg", "coffee.jpg", "hopper.jpg"] * 2
     expected = [prediction.labels for prediction in fixefficientnet.predict([EXAMPLES / name for name in names], lite0)]
 
@@ -78,7 +94,7 @@ def test_an_image_is_used_before_the_next_is_drawn(lite0: torch.nn.Module):
             assert [label.index for label in found.labels] == [label.index for label in labels]
 
 
-def test_images_above_the_limit_are_not_decoded(lite0: torch.nn.Module, monkeypatch: pytest.MonkeyPatch):
+def test_images_above_the_limit_are_not_decoded(lite0: "ZooModel", monkeypatch: pytest.MonkeyPatch):
     image = Image.open(EXAMPLES / "cat.jpg")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     monkeypatch.setattr(image, "load", None)  # would fail if it were called
@@ -86,7 +102,7 @@ def test_images_above_the_limit_are_not_decoded(lite0: torch.nn.Module, monkeypa
         fixefficientnet.predict(image, lite0)
 
 
-def test_a_model_that_keeps_something_takes_one_batch_at_a_time(lite0: torch.nn.Module):
+def test_a_model_that_keeps_something_takes_one_batch_at_a_time(lite0: "ZooModel"):
     files = sorted(EXAMPLES.glob("*.jpg")) * 2
     expected = fixefficientnet.predict(files, lite0, threads=1, batch_size=1)
     model = copy.copy(lite0)
@@ -101,17 +117,18 @@ def test_a_model_that_keeps_something_takes_one_batch_at_a_time(lite0: torch.nn.
     found = fixefficientnet.predict(files, model, threads=1, batch_size=1)
     assert [one.labels[0] for one in found] == [one.labels[0] for one in expected]
     seen: list[torch.Tensor] = []
-    hook = lite0.classifier.register_forward_hook(lambda module, given, result: seen.append(result.softmax(1).max()))
+    classifier: Network = lite0.classifier
+    hook = classifier.register_forward_hook(lambda module, given, result: seen.append(result.softmax(1).max()))
     fixefficientnet.predict(files, lite0, batch_size=1)
     hook.remove()
     assert [float(most) for most in seen] == pytest.approx([one.labels[0].probability for one in expected], rel=1e-4)
 
 
-def test_several_at_once_leave_a_model_in_train_mode_as_it_was():
-    model = fixefficientnet.create("lite0", "backbone").train()
+def test_several_concurrent_calls_leave_a_model_in_train_mode_as_it_was():
+    model: Network = fixefficientnet.create("lite0", "backbone").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     files = sorted(EXAMPLES.glob("*.jpg")) * 2
-    first, second = (prediction.stream(files, model, batch_size=1) for _ in range(2))
+    first, second = (iter_predictions(files, model, PredictionOptions(batch_size=1)) for _ in range(2))
     next(first), next(second)
     list(first)
     assert not model.training
@@ -120,7 +137,7 @@ def test_several_at_once_leave_a_model_in_train_mode_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_turned_image_is_set_upright(lite0: torch.nn.Module, tmp_path: Path):
+def test_turned_image_is_set_upright(lite0: "ZooModel", tmp_path: Path):
     upright = Image.open(EXAMPLES / "hopper.jpg")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -136,14 +153,14 @@ def test_default_is_lite0_with_its_backbone_weights():
         fixefficientnet.predict(EXAMPLES / "cat.jpg", "b0")
 
 
-def test_other_classes_have_no_names(lite0: torch.nn.Module):
+def test_other_classes_have_no_names(lite0: "ZooModel"):
     model = fixefficientnet.create("lite0", "backbone", num_classes=3)
     labels = fixefficientnet.predict(EXAMPLES / "cat.jpg", model)[0].labels
     assert len(labels) == 3
     assert all(label.synset is None and label.name == str(label.index) for label in labels)
 
 
-def test_bad_image_raises_or_is_reported(lite0: torch.nn.Module, tmp_path: Path):
+def test_bad_image_raises_or_is_reported(lite0: "ZooModel", tmp_path: Path):
     (tmp_path / "bad.jpg").write_bytes(b"no")
     mixed = [tmp_path / "bad.jpg", EXAMPLES / "cat.jpg"]
     with pytest.raises(ImageError, match=r"bad.jpg"):
@@ -154,8 +171,8 @@ def test_bad_image_raises_or_is_reported(lite0: torch.nn.Module, tmp_path: Path)
     assert [image for image, _ in seen] == [tmp_path / "bad.jpg"]
 
 
-def test_model_in_train_mode_predicts_the_same_and_stays_as_it_was(lite0: torch.nn.Module):
-    model = fixefficientnet.create("lite0", "backbone").train()
+def test_model_in_train_mode_predicts_the_same_and_stays_as_it_was(lite0: "ZooModel"):
+    model: Network = fixefficientnet.create("lite0", "backbone").train()
     model.bn1.eval()  # as those do who freeze a norm
     before = model.bn2.running_mean.clone()
     assert fixefficientnet.predict(EXAMPLES / "cat.jpg", model) == fixefficientnet.predict(EXAMPLES / "cat.jpg", lite0)
@@ -166,26 +183,104 @@ def test_model_in_train_mode_predicts_the_same_and_stays_as_it_was(lite0: torch.
 
 
 @pytest.mark.parametrize("options", [{"topk": 0}, {"batch_size": 0}, {"topk": -1}])
-def test_impossible_numbers_are_refused(lite0: torch.nn.Module, options: dict):
-    with pytest.raises(ValueError, match="must be 1 or more"):
+def test_impossible_numbers_are_refused(lite0: "ZooModel", options: dict[str, Any]):
+    with pytest.raises(ValueError, match="must be a whole number above 0"):
         fixefficientnet.predict(EXAMPLES / "cat.jpg", lite0, **options)
 
 
 @pytest.mark.parametrize("extra", [{"num_classes": 0}, {"features_only": True}])
-def test_model_without_logits_is_refused(extra: dict):
+def test_model_without_logits_is_refused(extra: dict[str, Any]):
     with pytest.raises(UnsupportedModelError, match="features, not logits"):
         fixefficientnet.predict(EXAMPLES / "cat.jpg", fixefficientnet.create("b0", **extra))
 
 
-def test_open_file_is_refused(lite0: torch.nn.Module):
+def test_open_file_is_refused(lite0: "ZooModel"):
     with (EXAMPLES / "cat.jpg").open("rb") as file, pytest.raises(TypeError, match="give its path"):
         fixefficientnet.predict(file, lite0)
 
 
-def test_no_images_no_predictions(lite0: torch.nn.Module):
+def test_no_images_no_predictions(lite0: "ZooModel"):
     assert fixefficientnet.predict([], lite0) == []
 
 
-def test_half_precision_model(lite0: torch.nn.Module):
+def test_half_precision_model(lite0: "ZooModel"):
     model = fixefficientnet.create("lite0", "backbone", dtype=torch.bfloat16)
     assert fixefficientnet.predict(EXAMPLES / "coffee.jpg", model)[0].labels[0].name == "espresso"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"engine": "tpu"}, OptionError, "engine: must be one of eager, compile, onnx, openvino, is 'tpu'"),
+        ({"mixed_precision": "fp8"}, OptionError, "mixed_precision: must be one of no, bf16, fp16"),
+        ({"topk": "5"}, OptionError, "topk: must be a whole number above 0"),
+        ({"threads": 0}, OptionError, "threads: must be a whole number above 0"),
+        ({"mixed_precision": "fp16"}, FixEfficientNetError, "on a CPU, there is bf16"),
+        ({"engine": "onnx", "mixed_precision": "bf16"}, ExportError, "in float32"),
+        ({"engine": "onnx", "device": "meta"}, FixEfficientNetError, "The device 'meta' cannot be used here"),
+        ({"device": "cuda:77"}, FixEfficientNetError, "cuda:77"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_computed(
+    lite0: "ZooModel", options: dict[str, Any], error: type[Exception], said: str
+):
+    with pytest.raises(error, match=said):
+        fixefficientnet.predict([], lite0, **options)
+
+
+def test_an_unknown_option_is_refused(lite0: "ZooModel"):
+    with pytest.raises(TypeError, match="top_k"):
+        fixefficientnet.predict([], lite0, top_k=3)  # type: ignore[call-arg]
+
+
+def test_keywords_are_the_fields_of_the_options():
+    fields = {field.name for field in dataclasses.fields(PredictionOptions)}
+    assert PredictionKeywords.__annotations__.keys() == fields - {"device"}
+
+
+@pytest.mark.parametrize("engine", ["onnx", "openvino"])
+def test_engines_see_what_eager_sees(
+    lite0: "ZooModel", engine: Literal["onnx", "openvino"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path))
+    files = sorted(EXAMPLES.glob("*.jpg"))
+    said: list[str] = []
+    found = fixefficientnet.predict(files, lite0, engine=engine, on_message=said.append)
+    assert len(said) == 1 and f"exporting for {engine}" in said[0]
+    for one, eager in zip(found, fixefficientnet.predict(files, lite0), strict=True):
+        assert [label.index for label in one.labels] == [label.index for label in eager.labels]
+        assert one.labels[0].probability == pytest.approx(eager.labels[0].probability, rel=1e-3)
+    assert fixefficientnet.predict(files, lite0, engine=engine, on_message=said.append) and len(said) == 1
+    assert "forward" not in vars(lite0)
+
+
+def test_mixed_precision_and_fast_preprocessing_are_nearly_the_same(lite0: "ZooModel"):
+    path = EXAMPLES / "cat.jpg"
+    (exact,) = fixefficientnet.predict(path, lite0)[0].labels[:1]
+    with torch.inference_mode():
+        inputs = FastPreprocess.of(lite0.preprocess)(path)
+        expected = lite0(inputs[None]).softmax(1).max().item()
+    (fast,) = fixefficientnet.predict(path, lite0, fast_preprocessing=True)[0].labels[:1]
+    assert fast.index == exact.index
+    assert fast.probability == pytest.approx(expected, rel=1e-4) != exact.probability
+    assert type(lite0.preprocess) is not FastPreprocess
+    (half,) = fixefficientnet.predict(path, lite0, mixed_precision="bf16")[0].labels[:1]
+    assert half.index == exact.index
+    assert half.probability == pytest.approx(exact.probability, rel=0.1) and half.probability != exact.probability
+
+
+def test_the_callers_own_code_is_not_under_autocast(lite0: "ZooModel"):
+    found = iter_predictions([EXAMPLES / "cat.jpg"] * 2, lite0, PredictionOptions(mixed_precision="bf16"))
+    next(found)
+    assert not torch.is_autocast_enabled("cpu")
+    assert len(list(found)) == 1
+
+
+def test_errors_come_from_the_call_and_not_from_the_first_prediction(lite0: "ZooModel"):
+    with pytest.raises(FixEfficientNetError, match="cannot be used here"):
+        iter_predictions([], lite0, PredictionOptions(device="meta"))
+
+
+def test_options_need_no_torch():
+    code = "import sys, fixefficientnet.options; assert not {'torch', 'timm', 'numpy'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

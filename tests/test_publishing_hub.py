@@ -3,16 +3,20 @@
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hub_standin
+import jsonschema
 import pytest
 import tiny
-from conftest import ROOT, python_path
+from conftest import ROOT, assert_row_tells_the_run, python_path
 from hub_standin import DROP, DROP_AFTER, TOKEN, Hub, Repository
 from huggingface_hub import constants, file_download
 
@@ -21,10 +25,11 @@ from fixefficientnet import manifest
 try:
     from huggingface_hub import close_session
 except ImportError:  # before 1.0
-    from huggingface_hub.utils import reset_sessions as close_session
+    from huggingface_hub.utils import reset_sessions as close_session  # type: ignore[no-redef]
 
 NAME = "org/name"
 FILES = {".gitattributes", "README.md", "models.json", "b0.safetensors"}
+PACKAGED = ROOT / "weights_manifest.json"
 CREATE, LFS, COMMIT, TAG = "/api/repos/create", "/lfs/", "/commit/", "/tag/"
 
 
@@ -68,7 +73,7 @@ class Desk:
         repository = self.hub.repositories.get(NAME)
         return list(repository.messages.values())[1:] if repository else []
 
-    def rows(self) -> dict:
+    def rows(self) -> dict[str, Any]:
         return json.loads(self.manifest.read_text())["variants"]
 
 
@@ -108,7 +113,8 @@ def test_first_publication_makes_repository_commit_and_tag(desk: Desk):
     assert desk.hub.calls("POST", COMMIT) == 1
     assert all(known for method, _, known in desk.hub.requests if method == "POST")
     overlay = manifest.parse_overlay(json.loads(desk.manifest.read_text()), folder=desk.folder, source="rows")
-    assert overlay["b0"].weights.repository == NAME
+    published = overlay["b0"].weights
+    assert isinstance(published, manifest.Weights) and published.repository == NAME
 
 
 def test_whole_command_in_its_own_process_keeps_no_token(desk: Desk, hub_cache: Path, tmp_path: Path):
@@ -198,6 +204,20 @@ def test_foreign_card_is_refused(desk: Desk):
     assert not desk.manifest.exists()
 
 
+def test_weights_of_others_are_refused_also_beside_published_ones(desk: Desk):
+    desk.publish("b0")
+    desk.repository.add({"b0_ns.safetensors": b"theirs"}, "theirs")
+    assert "b0_ns.safetensors, which `publish` did not write" in desk.publish("b0_ns", status=1)
+    assert desk.published() == ["v1.0: add b0", "theirs"]
+
+
+def test_tag_of_others_is_not_moved(desk: Desk):
+    repository = desk.hub.make(NAME)
+    repository.tags["v1.0"] = first = repository.head
+    assert "has a tag v1.0 already" in desk.publish("b0", status=1)
+    assert (desk.published(), repository.tags) == ([], {"v1.0": first})
+
+
 def test_repository_that_was_made_empty_gets_the_first_commit(desk: Desk):
     first = desk.hub.make(NAME).head
     desk.publish("b0")
@@ -207,8 +227,103 @@ def test_repository_that_was_made_empty_gets_the_first_commit(desk: Desk):
 
 def test_damaged_models_json_is_refused(desk: Desk):
     desk.hub.make(NAME).add({"models.json": b"\xff{"}, "mine")
-    assert "models.json of org/name cannot be read" in desk.publish("b0", status=1)
+    assert "models.json of org/name is damaged" in desk.publish("b0", status=1)
     assert desk.published() == ["mine"]
+
+
+# --- the manifest's rows --------------------------------------------------------------------------------------
+
+
+def test_rows_pin_commit_and_bytes(desk: Desk):
+    desk.publish("b0", "b0_ns")
+    assert list(desk.rows()) == ["b0", "b0_ns"]
+    for key, row in desk.rows().items():
+        where = {"repository": NAME, "filename": f"{key}.safetensors", "revision": desk.repository.head}
+        assert_row_tells_the_run(row, where, desk.delta(key), desk.runs / key)
+    overlay = manifest.parse_overlay(json.loads(desk.manifest.read_text()), folder=desk.folder, source="rows")
+    assert overlay["b0"].test.size == 48
+
+
+def row_texts(text: str) -> tuple[str, dict[str, str]]:
+    """A manifest's text, cut into what comes before the rows and the rows."""
+    head, *rows = re.split(r'^(?=    "[a-z0-9_]+": \{)', text, flags=re.M)
+    return head, {row.split('"')[1]: row for row in rows}
+
+
+def test_whole_manifest_gets_the_rows_and_is_otherwise_the_same_text(desk: Desk):
+    shutil.copy(PACKAGED, desk.manifest)
+    desk.publish("b0", "b0_ns")
+    text = desk.manifest.read_text()
+    jsonschema.validate(json.loads(text), json.loads((ROOT / "weights_manifest.schema.json").read_text()))
+    manifest.parse(json.loads(text))
+    head, found = row_texts(text)
+    first, before = row_texts(PACKAGED.read_text())
+    assert head == first
+    assert list(found) == list(before)
+    assert {key for key in found if found[key] != before[key]} == {"b0", "b0_ns"}
+    changed, row = json.loads(text)["variants"]["b0"], json.loads(PACKAGED.read_text())["variants"]["b0"]
+    assert {key for key in row if changed[key] != row[key]} == {"weights", "test"}
+
+
+def test_rows_of_others_stay(desk: Desk):
+    weights = {"repository": "they/theirs", "filename": "b1.safetensors", "revision": "a" * 40, "sha256": "b" * 64}
+    theirs = {"b1": {"weights": weights}, "b0": {"title": "Mine"}}
+    desk.manifest.write_text(json.dumps({"schema_version": 1, "variants": theirs}))
+    desk.publish("b0")
+    assert list(desk.rows()) == ["b1", "b0"]
+    assert desk.rows()["b1"] == theirs["b1"]
+    assert desk.rows()["b0"]["title"] == "Mine"
+    assert desk.rows()["b0"]["weights"]["filename"] == "b0.safetensors"
+
+
+def test_row_takes_the_test_size_of_the_run_whatever_it_had(desk: Desk, monkeypatch: pytest.MonkeyPatch):
+    """The row says 96 pixels of an earlier run; this one was tuned for what the overlay in use says, 48."""
+    monkeypatch.setenv(manifest.OVERLAY_VARIABLE, '{"schema_version": 1, "variants": {"b0": {"test": {"size": 48}}}}')
+    test = {"size": 96, "crop_pct": 1.0, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+    desk.manifest.write_text(json.dumps({"schema_version": 1, "variants": {"b0": {"test": test}}}))
+    desk.publish("b0")
+    assert desk.rows()["b0"]["test"] == test | {"size": 48}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{",
+        b"[]",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"schema_version": 2, "variants": {}}',
+        b'{"schema_version": 1, "variants": {"b0": {"weights": 5}}}',
+        b'{"schema_version": 1, "variants": {"b0": null}}',
+    ],
+    ids=["torn", "list", "bytes", "deep", "version", "weights", "null"],
+)
+def test_malformed_manifest_is_refused_before_anything_is_published(desk: Desk, content: bytes):
+    desk.manifest.write_bytes(content)
+    assert str(desk.manifest) in desk.publish("b0", status=1)
+    assert desk.hub.repositories == {}
+    assert desk.manifest.read_bytes() == content
+
+
+def test_folder_in_place_of_the_manifest_is_refused_before_anything_is_published(desk: Desk):
+    desk.manifest.mkdir()
+    assert "--manifest" in desk.publish("b0", status=1)
+    assert desk.hub.repositories == {}
+
+
+def test_manifest_that_cannot_be_written_leaves_the_rest_and_the_same_command_completes_it(desk: Desk):
+    link = desk.folder / "link"
+    link.symlink_to(desk.folder / "nowhere")  # nothing to read there, and no folder to write in, even for root
+    said = desk.publish("b0", more=("--manifest", link / "rows.json"), status=1)
+    assert "All is published, but" in said
+    assert str(link / "rows.json") in said
+    assert desk.published() == ["v1.0: add b0"]
+    assert desk.repository.tags == {"v1.0": desk.repository.head}
+    (desk.folder / "nowhere").mkdir()
+    desk.publish("b0", more=("--manifest", link / "rows.json"))
+    assert desk.published() == ["v1.0: add b0"]
+    rows = json.loads((link / "rows.json").read_text())["variants"]
+    assert rows["b0"]["weights"]["revision"] == desk.repository.head
 
 
 # --- who may not ----------------------------------------------------------------------------------------------
@@ -274,7 +389,7 @@ def test_commit_that_somebody_made_meanwhile_is_not_written_over(desk: Desk):
 
 
 def test_repository_that_somebody_made_meanwhile_is_not_written_over(desk: Desk):
-    """It was not there when publish looked, and has a card of its own when publish writes."""
+    """The repository was not there when publish looked, and has a card of its own when publish writes."""
     desk.hub.trouble("POST", CREATE, lambda: desk.hub.make(NAME).add({"README.md": b"# theirs"}, "theirs"))
     said = desk.publish("b0", status=1)
     assert "Nothing was published" in said and "meanwhile" in said
@@ -368,14 +483,8 @@ def test_hub_that_is_not_there(desk: Desk, monkeypatch: pytest.MonkeyPatch):
     assert "http://127.0.0.1:9 was not reached" in said and "Nothing was published" in said
 
 
-def test_manifest_that_is_malformed_stops_before_anything_is_published(desk: Desk):
-    desk.manifest.write_text("{")
-    assert str(desk.manifest) in desk.publish("b0", status=1)
-    assert desk.hub.repositories == {}
-
-
 def test_standin_refuses_what_a_hub_refuses(desk: Desk):
-    """What the tests above stand on."""
+    """The tests above rely on this."""
     repository = desk.hub.make(NAME)
     body = b'{"key": "header", "value": {"summary": "late", "parentCommit": "' + b"0" * 40 + b'"}}'
     with pytest.raises(hub_standin.RefusedError) as refused:

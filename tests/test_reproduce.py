@@ -1,6 +1,5 @@
 """Fine-tuning end to end, on a tiny network and images that are made here."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -13,13 +12,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import tiny
 import torch
-from conftest import ROOT
+from conftest import ROOT, Network
+from filelock import FileLock
 from safetensors.torch import load_file
 from torch import nn
 
@@ -30,9 +32,10 @@ from fixefficientnet.errors import RunError
 from fixefficientnet.preprocessing import FineTuningTransform, Preprocess
 from fixefficientnet.reproduce import online
 from fixefficientnet.reproduce import recipe as recipes
+from fixefficientnet.reproduce.report import Report
 
 HEAD = {"bn2.weight", "bn2.bias", "bn2.running_mean", "bn2.running_var", "classifier.weight", "classifier.bias"}
-SMALL = ["--set", "epochs=3", "--set", "batch_size=6", "--set", "shard=8", "--set", "forward_batch=4", "-j", "0"]
+SMALL = ["--epochs", "3", "--batch-size", "6", "--shard", "8", "--forward-batch", "4", "-j", "0"]
 SIZES = ["--train-size", "32", "--test-size", "48"]
 
 
@@ -49,7 +52,7 @@ class Ground:
         place = ["--data", str(self.images), "--output", str(out), "--experiment", experiment]
         return [*network, *place, *SIZES, *SMALL, *more]
 
-    def model(self) -> nn.Module:
+    def model(self) -> Network:
         model = timm.create_model("test_efficientnet", num_classes=3)
         model.load_state_dict(load_file(self.checkpoint))
         return model.eval()
@@ -60,7 +63,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     folder = tmp_path_factory.mktemp("ground")
     images = tiny.make_data(folder / "data")
     base = [*tiny.NETWORK, "--stage", "base", "--no-pretrained", "--data", str(images), "--output", str(folder)]
-    tiny.run([*base, *SIZES, "--set", "epochs=4", "--set", "batch_size=6", "-j", "0"], folder / "said.txt")
+    tiny.run([*base, *SIZES, "--epochs", "4", "--batch-size", "6", "-j", "0"], folder / "said.txt")
     return Ground(folder, images, folder / "test_efficientnet.r160_in1k-base" / "model.safetensors")
 
 
@@ -85,7 +88,7 @@ def run_anew(arguments: list[str], *, status: int = 0, **environment: str) -> st
     return done.stdout + done.stderr
 
 
-def report(folder: Path) -> dict:
+def report(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "report.json").read_text())
 
 
@@ -106,7 +109,7 @@ def test_a_run_leaves_what_it_measured(ground: Ground, tmp_path: Path, method: s
         "report.md",
         "log.jsonl",
     }
-    names |= {"curve.png", "checkpoint", "evaluations", "tensorboard", ".lock"}
+    names |= {"curve.png", "checkpoint", "evaluations", "tensorboard", ".lock", ".owner"}
     assert {path.name for path in folder.iterdir()} == names
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert list((folder / "tensorboard").iterdir())
@@ -126,7 +129,7 @@ def test_a_run_leaves_what_it_measured(ground: Ground, tmp_path: Path, method: s
         ("base_at_test", 48, ground.model()),
         ("tuned", 48, model.eval()),
     ):
-        cfg = timm.get_pretrained_cfg(tiny.NETWORK[1])
+        cfg: Any = timm.get_pretrained_cfg(tiny.NETWORK[1])
         preprocess = Preprocess(size, 1.0, cfg.interpolation, cfg.mean, cfg.std)
         with torch.inference_mode():
             correct = [
@@ -146,12 +149,12 @@ def test_a_run_leaves_what_it_measured(ground: Ground, tmp_path: Path, method: s
 
 
 def plain_online(ground: Ground, processes: int = 1) -> dict[str, torch.Tensor]:
-    """The method of the paper in the simplest way: the whole model forward, the norm in train mode.
+    """The method of the paper in the simplest form: the whole model forward, the norm in train mode.
 
     With several processes, each one's norm sees its part of the batch; gradients and statistics are averaged.
     """
     subject = recipes.subject_of_backbone(tiny.NETWORK[1])
-    recipe = recipes.resolve(subject, {"test_size": 48, "weights": "sha256:"}, ["epochs=3", "batch_size=6"])
+    recipe = recipes.resolve(subject, {"test_size": 48, "weights": "sha256:", "epochs": 3, "batch_size": 6})
     model = ground.model()
     model.requires_grad_(False)
     trained = [*model.classifier.parameters(), *model.bn2.parameters()]
@@ -186,9 +189,7 @@ def plain_online(ground: Ground, processes: int = 1) -> dict[str, torch.Tensor]:
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     for name in differing(found, expected):
-        torch.testing.assert_close(
-            found[name], expected[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5, msg=f"{name}: {{}}".format)
 
 
 def test_online_is_the_papers_method(ground: Ground, tmp_path: Path):
@@ -197,7 +198,7 @@ def test_online_is_the_papers_method(ground: Ground, tmp_path: Path):
 
 
 def test_cached_statistics_and_features_are_exact(ground: Ground, tmp_path: Path):
-    more = ["--method", "cached", "--keep-features", "--set", "feature_dtype=float32"]
+    more = ["--method", "cached", "--keep-features", "--feature-dtype", "float32"]
     tiny.run(ground.fixres(*more, out=tmp_path), tmp_path / "said.txt")
     model = ground.model()
     images = dataset.open_dataset(str(ground.images), "train")
@@ -243,7 +244,7 @@ def test_only_what_the_ablation_says_moves(ground: Ground, tmp_path: Path, metho
 
 
 def test_base_stage_moves_everything_and_classifier_alone_if_asked(ground: Ground, tmp_path: Path):
-    more = ["--stage", "base", "--tune", "classifier", "--set", "epochs=1"]
+    more = ["--stage", "base", "--tune", "classifier", "--epochs", "1"]
     tiny.run(ground.fixres(*more, out=tmp_path), tmp_path / "said.txt")
     before, after = load_file(ground.checkpoint), load_file(tmp_path / "run" / "model.safetensors")
     assert differing(before, after) == {"classifier.weight", "classifier.bias"}
@@ -253,7 +254,7 @@ def test_base_stage_moves_everything_and_classifier_alone_if_asked(ground: Groun
 def test_a_variant_of_the_zoo_loads_its_delta(hub_cache: Path, tmp_path: Path):
     images = tiny.make_data(tmp_path / "data", ("n01440764", "n02124075", "n07920052"), train=4, val=2)
     place = ["--data", str(images), "--output", str(tmp_path)]
-    sizes = ["--train-size", "32", "--test-size", "48", "--set", "epochs=1", "--set", "batch_size=4", "-j", "0"]
+    sizes = ["--train-size", "32", "--test-size", "48", "--epochs", "1", "--batch-size", "4", "-j", "0"]
     run_anew(["b0*", *place, *sizes], HF_HUB_CACHE=str(hub_cache))
     assert report(tmp_path / "b0_ns")["variant"] == "b0_ns"
     folder = tmp_path / "b0"
@@ -301,7 +302,7 @@ def uninterrupted(request: pytest.FixtureRequest, ground: Ground, tmp_path_facto
     return arguments, out / "run", time.monotonic() - started
 
 
-def kill_when(process, reached: Callable[[], bool]) -> bool:
+def kill_when(process: BaseProcess, reached: Callable[[], bool]) -> bool:
     """Ends a process by SIGKILL at a point of its work; whether it was still at work."""
     until = time.monotonic() + 60
     while process.is_alive() and not reached() and time.monotonic() < until:
@@ -312,28 +313,44 @@ def kill_when(process, reached: Callable[[], bool]) -> bool:
     return killed
 
 
+def elapsed(seconds: float) -> Callable[[], bool]:
+    """Whether so many seconds have passed since it was first asked."""
+    start: list[float] = []
+
+    def reached() -> bool:
+        if not start:
+            start.append(time.monotonic())
+        return time.monotonic() - start[0] > seconds
+
+    return reached
+
+
+def send(process: BaseProcess, number: int) -> None:
+    """Sends a signal to a process."""
+    assert process.pid is not None
+    os.kill(process.pid, number)
+
+
 def test_killed_runs_go_on_to_the_same_bytes(uninterrupted, ground: Ground, tmp_path: Path):
     arguments, done, seconds = uninterrupted
     command, folder = ground.fixres(*arguments, out=tmp_path), tmp_path / "run"
-    shards = [folder / "features", "*/*.safetensors"]
     points: list[Callable[[], bool]] = [
         lambda: (folder / "evaluations").exists(),
-        lambda: len(list(shards[0].glob(shards[1]))) >= 2,
-        lambda: len(list(shards[0].glob(shards[1]))) >= 6,
+        lambda: len(list(folder.glob("features/*/*.safetensors"))) >= 2,
+        lambda: len(list(folder.glob("features/*/*.safetensors"))) >= 6,
         lambda: (folder / "checkpoint" / "state.safetensors").exists(),
         lambda: (folder / "log.jsonl").exists() and (folder / "log.jsonl").read_text().count("\n") >= 7,
     ]
     generator = random.Random(str(arguments))
     for _ in range(3):
-        wait = generator.uniform(0.2, seconds)
-        points.append(
-            lambda end=wait, start=[]: time.monotonic() - (start or start.append(time.monotonic()) or start)[0] > end
-        )
+        points.append(elapsed(generator.uniform(0.2, seconds)))
     killed = sum(kill_when(tiny.start(command, tmp_path / "said.txt"), point) for point in points)
     assert killed >= 3
     said = tiny.run(command, tmp_path / "said.txt")
     assert sha(folder) == sha(done)
-    assert not [path for path in folder.rglob(".*") if path.name != ".lock"], "half-written files were left"
+    assert not [path for path in folder.rglob(".*") if path.name not in (".lock", ".owner")], (
+        "half-written files were left"
+    )
     steps = [json.loads(line)["steps"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps)), said
 
@@ -348,7 +365,7 @@ def test_asked_to_stop_it_saves_and_goes_on(uninterrupted, ground: Ground, tmp_p
     until = time.monotonic() + 60
     while process.is_alive() and not log.exists() and time.monotonic() < until:
         time.sleep(0.001)
-    os.kill(process.pid, number)
+    send(process, number)
     process.join(60)
     assert process.exitcode in (0, 128 + number)  # 0: it was done by then
     if process.exitcode:
@@ -374,8 +391,8 @@ def test_a_signal_to_the_whole_group_is_survived_by_the_loading_processes(
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for number, status in ((signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL), (None, 0)):
         lines = log.read_text().count("\n") if log.exists() else 0
-        with said.open("w") as stream:
-            process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, start_new_session=True)
+        with said.open("w") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
         until = time.monotonic() + 60
         while number and time.monotonic() < until and process.poll() is None:
             if log.exists() and log.read_text().count("\n") > lines:
@@ -383,20 +400,20 @@ def test_a_signal_to_the_whole_group_is_survived_by_the_loading_processes(
                 break
             time.sleep(0.001)
         assert process.wait(120) in (status, 0), said.read_text()
-        # at once, the folder is free: no loading process holds it any more
+        # immediately, the folder is free: no loading process holds it any more
     assert sha(tmp_path / "run") == sha(done)
 
 
 def test_a_state_saved_at_the_end_of_an_epoch_is_gone_on_from(ground: Ground, tmp_path: Path):
-    command = ground.fixres("--method", "cached", "--set", "batch_size=512", out=tmp_path)  # one step per epoch
-    command += ["--set", "epochs=400", "--set", "base_lr=1e-5"]
+    command = ground.fixres("--method", "cached", "--batch-size", "512", out=tmp_path)  # one step per epoch
+    command += ["--epochs", "400", "--base-lr", "1e-5"]
     tiny.run([*command, "--experiment", "whole"], tmp_path / "said.txt")
     log = tmp_path / "run" / "log.jsonl"
     process = tiny.start(command, tmp_path / "said.txt")
     until = time.monotonic() + 60
     while process.is_alive() and not log.exists() and time.monotonic() < until:
         time.sleep(0.001)
-    os.kill(process.pid, signal.SIGTERM)
+    send(process, signal.SIGTERM)
     process.join(60)
     tiny.run(command, tmp_path / "said.txt")
     assert sha(tmp_path / "run") == sha(tmp_path / "whole")
@@ -418,7 +435,7 @@ def test_two_processes(uninterrupted, ground: Ground, tmp_path: Path):
         lambda: (folder / "evaluations").exists(),
         lambda: len(list(folder.glob("features/*/*.safetensors"))) >= 5,
         lambda: (folder / "checkpoint" / "state.safetensors").exists(),
-        lambda start=[]: time.monotonic() - (start or start.append(time.monotonic()) or start)[0] > wait,
+        elapsed(wait),
     ]
     for point in points:
         killed = tiny.start_two(command, tmp_path / "killed")
@@ -441,13 +458,13 @@ def test_two_processes(uninterrupted, ground: Ground, tmp_path: Path):
 
 
 def test_a_signal_to_one_process_stops_both(ground: Ground, tmp_path: Path):
-    command = ground.fixres("--method", "online", "--set", "epochs=200", out=tmp_path)
+    command = ground.fixres("--method", "online", "--epochs", "200", out=tmp_path)
     processes = tiny.start_two(command, tmp_path / "said")
     log = tmp_path / "run" / "log.jsonl"
     until = time.monotonic() + 60
     while processes[0].is_alive() and not log.exists() and time.monotonic() < until:
         time.sleep(0.001)
-    os.kill(processes[1].pid, signal.SIGTERM)
+    send(processes[1], signal.SIGTERM)
     for process in processes:
         process.join(60)
     said = [Path(f"{tmp_path / 'said'}.{rank}").read_text() for rank in range(2)]
@@ -507,8 +524,8 @@ def test_launchers(ground: Ground, tmp_path: Path, launcher: list[str]):
 
 
 def refused(ground: Ground, tmp_path: Path, *more: str) -> str:
-    text = tiny.run(ground.fixres(*more, out=tmp_path), tmp_path / "said.txt", status=1)
-    assert "Traceback" not in text
+    text = tiny.run(ground.fixres(*more, out=tmp_path), tmp_path / "said.txt", status=None)
+    assert "Traceback" not in text and "Error" in text
     assert not (tmp_path / "run" / "delta.safetensors").exists()
     return text
 
@@ -518,7 +535,7 @@ def test_another_recipe_in_the_same_folder_is_refused(ground: Ground, tmp_path: 
     tiny.run(command, tmp_path / "said.txt")
     before = sha(tmp_path / "run")
     assert "is finished already" in tiny.run(command, tmp_path / "said.txt")
-    text = tiny.run([*command, "--set", "base_lr=0.5"], tmp_path / "said.txt", status=1)
+    text = tiny.run([*command, "--base-lr", "0.5"], tmp_path / "said.txt", status=1)
     assert "base_lr: 0.01 there, 0.5 here" in text
     assert "--overwrite" in text
     assert sha(tmp_path / "run") == before
@@ -528,24 +545,22 @@ def test_another_recipe_in_the_same_folder_is_refused(ground: Ground, tmp_path: 
     text = tiny.run([*command, "--experiment", "other", "--seed", "5"], tmp_path / "said.txt", status=1)
     assert "seed: 0 there, 5 here" in text
     (tmp_path / "run" / "mine.txt").write_text("not the run's")
-    tiny.run([*command, "--set", "base_lr=0.5", "--overwrite"], tmp_path / "said.txt")
+    tiny.run([*command, "--base-lr", "0.5", "--overwrite"], tmp_path / "said.txt")
     assert sha(tmp_path / "run") != before
     assert (tmp_path / "run" / "mine.txt").exists()
 
 
 def test_a_folder_in_use_is_refused(ground: Ground, tmp_path: Path):
     (tmp_path / "run").mkdir()
-    with (tmp_path / "run" / ".lock").open("w") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)
-        lock.write("4711")
-        lock.flush()
+    (tmp_path / "run" / ".owner").write_text("4711 x")
+    with FileLock(tmp_path / "run" / ".lock"):
         assert "is in use by the process 4711" in refused(ground, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["online", "cached"])
 def test_a_loss_that_explodes_stops_the_run(ground: Ground, tmp_path: Path, method: str):
     # lr x weight_decay is about 10^4: the weights grow by that at each step
-    more = ["--method", method, "--set", "base_lr=1e9", "--set", "weight_decay=1e-4", "--checkpoint-steps", "1"]
+    more = ["--method", method, "--base-lr", "1e9", "--weight-decay", "1e-4", "--checkpoint-steps", "1"]
     text = refused(ground, tmp_path, *more)
     assert "The loss is" in text
     assert "The last good checkpoint is kept" in text
@@ -555,7 +570,7 @@ def test_a_loss_that_explodes_stops_the_run(ground: Ground, tmp_path: Path, meth
         {name.removeprefix("model."): kept[name] for name in kept if name[:6] == "model."}, strict=False
     )
     assert torch.isfinite(model(torch.rand(2, 3, 48, 48))).all()
-    text = refused(ground, tmp_path, "--method", method, "--set", "base_lr=1e30", "--experiment", "other")
+    text = refused(ground, tmp_path, "--method", method, "--base-lr", "1e30", "--experiment", "other")
     assert "Nothing was saved before" in text
 
 
@@ -584,7 +599,7 @@ def test_unreadable_images_are_named_and_tolerated_up_to_a_limit(ground: Ground,
         (["--checkpoint", "nowhere.safetensors"], "there is no such file"),
         (["--checkpoint", __file__], "is no checkpoint, or a damaged one"),
         (["--mixed-precision", "fp16"], "fp16 is for CUDA devices"),
-        (["--set", "base_lrr=1"], "Did you mean base_lr?"),
+        (["--base-lrr", "1"], "--base-lrr"),
         (["--tune", "bn", "--method", "cached"], "use --method online"),
         (["--backbone", "resnet51"], "timm has no model 'resnet51'"),
         (["--backbone", "test_vit"], "no batch norm before its pooling"),
@@ -616,24 +631,25 @@ def test_classes_that_do_not_match(ground: Ground, tmp_path: Path, hub_cache: Pa
 # --- memory and disk: what cannot be made to happen for real here ---------------------------------------------
 
 
-def in_process(ground: Ground, out: Path, settings: list[str], **options: object) -> dict:
+def in_process(ground: Ground, out: Path, choices: dict[str, object], **more: Any) -> Report:
     from accelerate import Accelerator
 
-    from fixefficientnet.reproduce.run import Data, Options, run
+    from fixefficientnet.reproduce.options import Data, Options
+    from fixefficientnet.reproduce.run import Job, run
 
     subject = recipes.subject_of_backbone(tiny.NETWORK[1])
-    choices = {"train_size": 32, "test_size": 48, "weights": "sha256:0"}
-    recipe = recipes.resolve(subject, choices, ["epochs=1", "shard=8", *settings])
-    where = Options(folder=out / "run", checkpoint=ground.checkpoint, workers=0, **options)
-    return run(subject, recipe, Data(str(ground.images)), where, Accelerator(cpu=True))
+    given = {"train_size": 32, "test_size": 48, "weights": "sha256:0", "epochs": 1, "shard": 8}
+    recipe, data = recipes.resolve(subject, given | choices), Data(str(ground.images))
+    options = Options(workers=0, **more)
+    return run(Job(subject, recipe, data, out / "run", ground.checkpoint, options=options), Accelerator(cpu=True))
 
 
 def test_too_little_disk_is_said_before_the_pass(ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(RunError, match=r"The features take 0\.00 GB, .* has 0\.00 GB free") as error:
-        in_process(ground, tmp_path, ["method=cached"])
-    assert "--set views=1" in str(error.value)
+        in_process(ground, tmp_path, {"method": "cached"})
+    assert "--views 1" in str(error.value)
 
 
 def test_classes_that_a_checkpoint_does_not_have(ground: Ground, tmp_path: Path):
@@ -712,14 +728,14 @@ def test_a_base_stage_that_was_stopped_leaves_the_same_bytes_and_its_train_size(
         "--output",
         str(tmp_path),
     ]
-    base += ["--train-size", "32", "--set", "epochs=4", "--set", "batch_size=7", "-j", "0"]
-    assert "2 images, others each time, sit out" in tiny.run([*base, "--experiment", "one"], tmp_path / "said.txt")
+    base += ["--train-size", "32", "--epochs", "4", "--batch-size", "7", "-j", "0"]
+    assert "2 images, others each time, are left out" in tiny.run([*base, "--experiment", "one"], tmp_path / "said.txt")
     log = tmp_path / "two" / "log.jsonl"
     process = tiny.start([*base, "--experiment", "two"], tmp_path / "said.txt")
     until = time.monotonic() + 60
     while process.is_alive() and not log.exists() and time.monotonic() < until:
         time.sleep(0.001)
-    os.kill(process.pid, signal.SIGTERM)
+    send(process, signal.SIGTERM)
     process.join(60)
     tiny.run([*base, "--experiment", "two"], tmp_path / "said.txt")
     one, two = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
@@ -758,10 +774,10 @@ def test_out_of_memory(ground: Ground, tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(nn.Conv2d, "forward", small_memory)
     with pytest.raises(RunError, match=r"Out of memory with batch_size 12.*--auto-batch"):
-        in_process(ground, tmp_path, ["batch_size=12", "forward_batch=8"])
-    found = in_process(ground, tmp_path, ["batch_size=12", "forward_batch=8"], auto_batch=True)
-    assert (found["recipe"]["batch_size"], found["recipe"]["forward_batch"]) == (3, 2)
-    again = in_process(ground, tmp_path, ["batch_size=12", "forward_batch=8"], auto_batch=True)
+        in_process(ground, tmp_path, {"batch_size": 12, "forward_batch": 8})
+    found = in_process(ground, tmp_path, {"batch_size": 12, "forward_batch": 8}, auto_batch=True)
+    assert (found.recipe.batch_size, found.recipe.forward_batch) == (3, 2)
+    again = in_process(ground, tmp_path, {"batch_size": 12, "forward_batch": 8}, auto_batch=True)
     assert again == found  # the same call finds what it did
 
 

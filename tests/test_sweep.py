@@ -5,6 +5,7 @@ import io
 import json
 import statistics
 import xml.etree.ElementTree as ET
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import safetensors.torch
 import timm
 import tiny
 import torch
-from conftest import lively, put_in_cache
+from conftest import Network, lively, put_in_cache
 from PIL import Image
 from tiny import cli
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class Ground(NamedTuple):
     data: Path
     images: list[Path]
     name: str
-    """Of the model, on the command line."""
+    """The model's name on the command line."""
     model: nn.Module
 
 
@@ -62,7 +63,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     folder = tmp_path_factory.mktemp("sweep")
     images = sorted((tiny.make_data(folder / "data", train=0, val=6) / "val").rglob("*.jpg"))
     torch.manual_seed(5)
-    model = lively(timm.create_model("test_efficientnet", num_classes=3), seed=5)
+    model: Network = lively(timm.create_model("test_efficientnet", num_classes=3), seed=5)
     with torch.inference_mode():
         model.bn2.bias[:50] = -20  # SiLU gives next to nothing there: what a network without ReLU has for zeros
         features = model.forward_head(model.forward_features(stack(images, 48)), pre_logits=True)
@@ -103,7 +104,7 @@ def counted_gmacs(model: nn.Module, size: int) -> float:
     """Multiply-adds of all convolutions and linear layers, by the shapes that a real forward pass sees."""
     macs = 0
 
-    def count(module: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
+    def count(module: nn.Conv2d | nn.Linear, given: tuple[Tensor, ...], result: Tensor) -> None:
         nonlocal macs
         macs += result.numel() * module.weight[0].numel()  # input channels of a group x kernel height x width
 
@@ -167,7 +168,8 @@ def test_the_rows_are_what_evaluate_finds_and_what_a_forward_pass_costs(ground: 
     for row in rows:
         found = fixefficientnet.evaluate(ground.name, ground.data, size=row["size"], workers=0, device="cpu")
         assert row["top1"] == found.top1
-        assert {key: row[key] for key in found.summary()} == found.summary() | {
+        summary = asdict(found.summary())
+        assert {key: row[key] for key in summary} == summary | {
             "loss": pytest.approx(found.loss, rel=1e-5)  # batches of another size round differently
         }
         with torch.inference_mode():
@@ -262,7 +264,7 @@ def test_other_weights_and_other_images_are_not_taken_for_these(ground: Ground, 
 
 def plain_statistics(ground: Ground, size: int) -> dict[str, float]:
     """The same figures by definition, of one image after the other, in double precision."""
-    model = timm.create_model("test_efficientnet", num_classes=3)
+    model: Network = timm.create_model("test_efficientnet", num_classes=3)
     model.load_state_dict(ground.model.state_dict())
     model = model.double().eval()
     pooled = []
@@ -325,7 +327,7 @@ def test_a_sweep_without_statistics_after_one_with_them(ground: Ground, tmp_path
 
 
 def test_images_of_the_same_names_elsewhere_are_not_taken_for_these(ground: Ground, tmp_path: Path):
-    """As ImageNet-C's folders have: the same names in each, of other images."""
+    """The folders of ImageNet-C have the same names in each, of other images."""
     other = ground._replace(data=tmp_path / "other")
     for number, path in enumerate(ground.images):
         tiny.draw(other.data / path.relative_to(ground.data), number % 3, 5000 + number)
@@ -346,7 +348,7 @@ def test_a_tuned_network_of_timms_is_measured_untuned_too(
 ):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     torch.manual_seed(2)
-    model = lively(timm.create_model("test_efficientnet"), seed=2)
+    model: Network = lively(timm.create_model("test_efficientnet"), seed=2)
     put_in_cache(tmp_path / "hub", f"timm/{NETWORK}", "model.safetensors", model.state_dict())
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
@@ -404,7 +406,7 @@ def test_a_tuned_variant_is_measured_untuned_too(
         expected = pytest.approx(counted_gmacs(model, size), rel=1e-9)
         assert [row["gmacs"] for row in rows if row["size"] == size] == [expected, expected]
     assert rows[0]["loss"] != pytest.approx(rows[2]["loss"], rel=1e-4)
-    assert said.count("train") == 2  # one mark for each model, at 224
+    assert said.count("train") == 2  # once for each model, at 224
     found = fixefficientnet.evaluate(name, imagenet.data, size=32, workers=0, device="cpu")
     assert rows[2]["loss"] == pytest.approx(found.loss, rel=1e-5)
 

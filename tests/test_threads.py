@@ -69,7 +69,7 @@ def test_an_error_comes_at_its_turn_and_ends_the_threads():
     assert list(itertools.islice(results, 3)) == [0, 1, 2]
     with pytest.raises(ValueError, match="three"):
         next(results)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("stream")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batch")]
 
 
 def test_the_callers_autocast_holds_in_each():
@@ -96,7 +96,7 @@ def test_threads_of_others_that_begin_meanwhile_have_all_cores():
         torch.set_num_threads(before)
 
 
-def test_threads_that_begin_streams_at_the_same_time_all_have_all_cores():
+def test_threads_that_begin_others_concurrently_all_have_all_cores():
     model = nn.Linear(1, 1)
     before = torch.get_num_threads()
     torch.set_num_threads(4)
@@ -135,7 +135,7 @@ def test_an_interrupt_while_threads_begin_ends_them(monkeypatch: pytest.MonkeyPa
     with pytest.raises(KeyboardInterrupt):
         next(map_in_threads(abs, range(10), 2))
     assert torch.get_num_threads() == before
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("stream")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batch")]
 
 
 def test_a_cpu_has_one_per_core_and_what_is_watched_one():

@@ -5,7 +5,7 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import ROOT, TIMM_HAS_LOCAL_DIR, save_for_hf
+from conftest import ROOT, TIMM_HAS_LOCAL_DIR, Network, save_for_hf
 
 import fixefficientnet
 from fixefficientnet import manifest
@@ -41,6 +41,7 @@ assert not any(type(finder).__name__ == "_AfterTimm" for finder in sys.meta_path
 def test_cfg_is_the_manifests(key: str):
     variant = fixefficientnet.info(key)
     cfg = timm.get_pretrained_cfg(variant.timm_name)
+    assert cfg is not None
     assert cfg.input_size == (3, variant.test.size, variant.test.size)
     assert (cfg.crop_pct, cfg.interpolation) == (1.0, "bicubic")
     assert (cfg.mean, cfg.std) == (variant.test.mean, variant.test.std)
@@ -61,7 +62,7 @@ def test_cfg_is_the_manifests(key: str):
     ],
 )
 def test_create_model_takes_the_tag(name: str, key: str):
-    model = timm.create_model(name, device="meta")
+    model: Network = timm.create_model(name, device="meta")
     assert model.variant.key == key
     assert model.training
     assert model.pretrained_cfg["mean"] == fixefficientnet.info(key).test.mean
@@ -80,7 +81,8 @@ def test_unknown_tag_is_timms_error():
 @pytest.mark.parametrize("which", ["backbone", "delta"])
 def test_pretrained_takes_what_create_takes(hub_cache, b0_delta, images: torch.Tensor, which: str):
     weights = "backbone" if which == "backbone" else str(b0_delta)
-    model = timm.create_model("fixefficientnet_b0.ap_in1k", pretrained=weights, cache_dir=hub_cache).eval()
+    name = "fixefficientnet_b0.ap_in1k"
+    model = timm.create_model(name, pretrained=weights, cache_dir=hub_cache).eval()  # type: ignore[arg-type]
     reference = fixefficientnet.create("b0", weights, cache_dir=hub_cache)
     torch.testing.assert_close(model(images), reference(images))
 
@@ -91,7 +93,7 @@ def test_checkpoint_that_a_user_made_of_a_model_goes_through_timm(hub_cache, b0_
     save_for_hf(model, str(tmp_path), safe_serialization=True)
     for name in ([f"local-dir:{tmp_path}"] if TIMM_HAS_LOCAL_DIR else []) + ["fixefficientnet_b0"]:
         overlay = {"file": str(tmp_path / "model.safetensors"), "num_classes": 7} if ":" not in name else None
-        again = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+        again: Network = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay).eval()
         torch.testing.assert_close(again(images), model(images))
         assert again.preprocess == model.preprocess
         assert again.variant.key == "b0"
@@ -103,13 +105,13 @@ def test_other_hub_repository_is_never_replaced_by_our_weights(hub_cache):
 
 
 def test_number_of_classes_from_timms_cfg_overlay(hub_cache, b0_delta):
-    model = timm.create_model(
+    model: Network = timm.create_model(
         "fixefficientnet_b0",
-        pretrained=str(b0_delta),
+        pretrained=str(b0_delta),  # type: ignore[arg-type]
         pretrained_cfg_overlay={"num_classes": 6, "input_size": (3, 256, 256), "crop_pct": 0.9},
         cache_dir=hub_cache,
     )
-    reference = fixefficientnet.create("b0", b0_delta, cache_dir=hub_cache)
+    reference: Network = fixefficientnet.create("b0", b0_delta, cache_dir=hub_cache)
     assert model.classifier.out_features == 6
     assert torch.equal(model.bn2.running_mean, reference.bn2.running_mean)
     assert (model.preprocess.size, model.preprocess.crop_pct) == (256, 0.9)
@@ -141,7 +143,7 @@ def test_overlaid_row_is_registered_as_pretrained(monkeypatch: pytest.MonkeyPatc
 
 
 def test_features_only_and_other_options():
-    model = timm.create_model("fixefficientnet_b1.ns_jft_in1k", features_only=True, device="meta")
+    model: Network = timm.create_model("fixefficientnet_b1.ns_jft_in1k", features_only=True, device="meta")
     assert model.feature_info.channels() == [16, 24, 40, 112, 320]
     model = timm.create_model("fixefficientnet_b0", num_classes=3, in_chans=1, drop_rate=0.3, scriptable=True)
     assert model.classifier.out_features == 3

@@ -5,12 +5,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import lively, put_in_cache, save_for_hf, tuned_delta
+from conftest import Network, lively, put_in_cache, save_for_hf, tuned_delta
 from torch import nn
 
 import fixefficientnet
@@ -27,7 +28,7 @@ def assert_same(ours: nn.Module, reference: nn.Module, x: torch.Tensor) -> None:
     torch.testing.assert_close(ours(x), reference(x), rtol=1e-4, atol=1e-5)
 
 
-def by_hand(cache: Path, key: str, delta_file: Path | None = None, **timm_kwargs: object) -> nn.Module:
+def by_hand(cache: Path, key: str, delta_file: Path | None = None, **timm_kwargs: Any) -> Network:
     """The model as one would put it together with timm and safetensors alone."""
     backbone = fixefficientnet.info(key).backbone
     repository = cache / f"models--{backbone.repository.replace('/', '--')}"
@@ -56,7 +57,7 @@ SLOW = {"b5", "b6", "b7", "b8", "b5_ns", "b6_ns", "b7_ns", "l2"}
 
 @pytest.mark.parametrize("key", [pytest.param(k, marks=pytest.mark.slow) if k in SLOW else k for k in manifest.load()])
 def test_every_variant_runs_at_its_test_size(key: str):
-    model = fixefficientnet.create(key)
+    model: Network = fixefficientnet.create(key)
     x = torch.rand(1, 3, model.variant.test.size, model.variant.test.size)
     with torch.inference_mode():
         features = model.forward_features(x)
@@ -73,7 +74,7 @@ def test_random_model_has_its_preprocessing_and_is_in_eval_mode():
     assert model.preprocess == fixefficientnet.preprocess("b2_ns")
     assert model.pretrained_cfg["input_size"] == (3, 420, 420)
     assert model.pretrained_cfg["architecture"] == "fixefficientnet_b2"
-    assert type(model) is timm.models.EfficientNet
+    assert type(model) is timm.models.EfficientNet  # type: ignore[comparison-overlap]
 
 
 def test_random_weights_are_timms(images: torch.Tensor):
@@ -172,7 +173,7 @@ def test_backbone_file_without_batch_counts_loads_as_in_timm(tmp_path: Path, ima
     model = lively(timm.create_model("tf_efficientnet_b0"))
     tensors = {k: t for k, t in model.state_dict().items() if not k.endswith("num_batches_tracked")}
     put_in_cache(tmp_path, backbone.repository, backbone.filename, tensors)
-    ours = fixefficientnet.create("b0", "backbone", cache_dir=tmp_path)
+    ours: Network = fixefficientnet.create("b0", "backbone", cache_dir=tmp_path)
     assert_same(ours, model, images)
     ours.train()(images)  # the counts are there, and count
     assert ours.bn2.num_batches_tracked == 1
@@ -183,13 +184,13 @@ def test_other_number_of_classes_keeps_the_norm_and_resets_the_classifier(
     hub_cache: Path, b0_delta: Path, images: torch.Tensor, weights: str
 ):
     path = b0_delta if weights == "delta" else None
-    ours = fixefficientnet.create("b0", path or "backbone", num_classes=10, cache_dir=hub_cache)
+    ours: Network = fixefficientnet.create("b0", path or "backbone", num_classes=10, cache_dir=hub_cache)
     reference = by_hand(hub_cache, "b0", path)
     assert ours(images).shape == (2, 10)
     assert ours.num_classes == 10
     torch.testing.assert_close(ours.forward_features(images), reference.forward_features(images))
     torch.manual_seed(0)
-    timms = timm.create_model("tf_efficientnet_b0", num_classes=10).classifier
+    timms: Network = timm.create_model("tf_efficientnet_b0", num_classes=10).classifier
     assert ours.classifier.weight.std().item() == pytest.approx(timms.weight.std().item(), rel=0.1)
     assert not ours.classifier.bias.any()
 
@@ -222,8 +223,8 @@ def test_other_channels_as_in_timm(hub_cache: Path, in_chans: int):
     ],
     ids=str,
 )
-def test_features_only_as_in_timm(hub_cache: Path, b0_delta: Path, images: torch.Tensor, extra: dict):
-    ours = fixefficientnet.create("b0", b0_delta, features_only=True, cache_dir=hub_cache, **extra)
+def test_features_only_as_in_timm(hub_cache: Path, b0_delta: Path, images: torch.Tensor, extra: dict[str, Any]):
+    ours: Network = fixefficientnet.create("b0", b0_delta, features_only=True, cache_dir=hub_cache, **extra)
     reference = by_hand(hub_cache, "b0", features_only=True, **extra)
     assert ours.feature_info.channels() == reference.feature_info.channels()
     for found, expected in zip(ours(images), reference(images), strict=True):
@@ -239,8 +240,9 @@ def test_timm_options_reach_timm(hub_cache: Path):
 
 @pytest.mark.parametrize("option", ["checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cfg"])
 def test_options_that_name_other_weights_are_refused(option: str):
+    other: dict[str, Any] = {option: "x"}
     with pytest.raises(TypeError, match=option):
-        fixefficientnet.create("b0", **{option: "x"})
+        fixefficientnet.create("b0", **other)
 
 
 def test_pooling_that_the_classifier_does_not_fit_is_refused_as_in_timm(hub_cache: Path, b0_delta: Path):
@@ -251,18 +253,19 @@ def test_pooling_that_the_classifier_does_not_fit_is_refused_as_in_timm(hub_cach
 def test_dtype_and_device(hub_cache: Path):
     model = fixefficientnet.create("b0", "backbone", dtype=torch.bfloat16, device="cpu", cache_dir=hub_cache)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert fixefficientnet.create("l2", device="meta").conv_stem.weight.is_meta
+    largest: Network = fixefficientnet.create("l2", device="meta")
+    assert largest.conv_stem.weight.is_meta
 
 
 def test_writing_to_the_weights_never_reaches_the_file(hub_cache: Path, b0_delta: Path):
     files = [*hub_cache.rglob("*.safetensors"), b0_delta]
     before = [hashlib.sha256(file.read_bytes()).digest() for file in files]
-    model = fixefficientnet.create("b0", b0_delta, cache_dir=hub_cache)
+    model: Network = fixefficientnet.create("b0", b0_delta, cache_dir=hub_cache)
     with torch.no_grad():
         for tensor in model.state_dict().values():
             tensor.add_(1)
     assert [hashlib.sha256(file.read_bytes()).digest() for file in files] == before
-    again = fixefficientnet.create("b0", b0_delta, cache_dir=hub_cache)
+    again: Network = fixefficientnet.create("b0", b0_delta, cache_dir=hub_cache)
     assert not torch.equal(again.conv_stem.weight, model.conv_stem.weight)
 
 
@@ -317,7 +320,7 @@ def test_compile(loaded: nn.Module, images: torch.Tensor):
     torch.testing.assert_close(compiled(images), loaded(images))
 
 
-def test_gradients_flow_through_mapped_weights(loaded: nn.Module, images: torch.Tensor):
+def test_gradients_flow_through_mapped_weights(loaded: Network, images: torch.Tensor):
     loaded.train()
     optimiser = torch.optim.SGD(loaded.parameters(), 0.1)
     before = loaded.conv_stem.weight.detach().clone()
@@ -333,6 +336,7 @@ def test_bundled_lite_equals_an_independent_construction(key: str):
 
     variant = fixefficientnet.info(key)
     package = variant.backbone.package
+    assert package is not None
     path = importlib.metadata.distribution(package.name).locate_file(package.filename)
     reference = EfficientNet.from_pretrained(f"efficientnet-{key}", weights_path=str(path)).eval()
     x = torch.rand(2, 3, variant.train_size, variant.train_size) * 2 - 1
@@ -341,9 +345,9 @@ def test_bundled_lite_equals_an_independent_construction(key: str):
 
 
 @pytest.mark.parametrize("extra", [{"num_classes": 0}, {"num_classes": 5}, {"features_only": True}, {"in_chans": 1}])
-def test_bundled_lite_in_other_shapes(extra: dict):
+def test_bundled_lite_in_other_shapes(extra: dict[str, Any]):
     model = fixefficientnet.create("lite0", "backbone", **extra)
-    reference = fixefficientnet.create("lite0", "backbone")
+    reference: Network = fixefficientnet.create("lite0", "backbone")
     assert torch.equal(model.state_dict()["bn1.running_var"], reference.bn1.running_var)
 
 
@@ -410,7 +414,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     "options",
     [{}, {"num_classes": 7}, {"num_classes": 0}, {"in_chans": 1}, {"features_only": True}, {"dtype": torch.half}],
 )
-def test_whatever_is_created_can_be_saved(hub_cache: Path, tmp_path: Path, key: str, options: dict):
+def test_whatever_is_created_can_be_saved(hub_cache: Path, tmp_path: Path, key: str, options: dict[str, Any]):
     """The tensors of a file from TensorFlow lie in its order."""
     model = fixefficientnet.create(key, "backbone", cache_dir=hub_cache, **options)
     safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")

@@ -21,9 +21,9 @@ def read(path: Path) -> dict[str, Tensor]:
     """Reads a state dict on the CPU.
 
     Args:
-        path: `.safetensors`: the tensors are a private memory map of the file, read when first used and
-            copied when first written, so nothing is ever written through to it. Any other ending: a
-            legacy pickle, read by `torch.load(weights_only=True)`, which executes none of its code.
+        path: The file. With the ending `.safetensors`, the tensors are a private memory map of it, read when first
+            used and copied when first written, so nothing is ever written through to it. With any other ending, it is
+            a legacy pickle, read by `torch.load(weights_only=True)`, which executes none of its code.
 
     Raises:
         CheckpointError: The file is damaged, or is not a plain state dict.
@@ -97,7 +97,7 @@ def rename(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], source: ob
     Args:
         tensors: The state dict to rename.
         like: A state dict of the target (its tensors may be on the meta device).
-        source: Where the tensors come from, for errors.
+        source: The place that the tensors come from, for errors.
 
     Raises:
         CheckpointError: They do not list the same network.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def save_for_hf(model: "nn.Module", folder: str, **options: Any) -> None:
-    """timm's: a model as a folder for the Hub."""
+    """timm's function that saves a model as a folder for the Hub."""
     try:
         from timm.models import save_for_hf as save
     except ImportError:  # older releases keep it to themselves
@@ -63,7 +63,7 @@ def accelerate_is_set_up() -> bool:
 
 
 def forget_accelerate() -> None:
-    """Takes Accelerate's state away; there is a private way alone, which its own tests take."""
+    """Removes Accelerate's state; there is only a private function for it, which its own tests use."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -5,8 +5,10 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from fixefficientnet.errors import FixEfficientNetError
 
 _SUFFIX = ".partial"
 _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -44,8 +46,8 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         with _naming(path, name):
             yield temporary
-            with temporary.open("r+b") as stream:  # Windows writes out only what may be written
-                os.fsync(stream.fileno())
+            with temporary.open("r+b") as file:  # Windows writes out only what may be written
+                os.fsync(file.fileno())
             temporary.chmod(0o644)
             temporary.replace(path)
     except BaseException:
@@ -66,3 +68,25 @@ def remove_partial(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def check_output(paths: Iterable[Path], overwrite: bool, *, folder: bool = False) -> None:
+    """Refuses to replace files unasked, and to write where a device, or a folder, is.
+
+    Args:
+        paths: Files that will be written.
+        overwrite: Whether files that are there are replaced.
+        folder: Whether the output is a folder, which keeps its other files.
+
+    Raises:
+        FixEfficientNetError: One of them is there.
+    """
+    for path in paths:
+        if folder and path.is_dir():
+            there = any(path.iterdir())
+        else:
+            there = os.path.lexists(path)
+            if there and not path.is_file():
+                raise FixEfficientNetError(f"{path} is there, and is no file. Choose another --output.")
+        if there and not overwrite:
+            raise FixEfficientNetError(f"{path} is there already. Choose another --output, or replace it: --overwrite.")

@@ -11,14 +11,42 @@ from fixefficientnet._internal import compat, requirements
 from fixefficientnet.errors import FixEfficientNetError
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
 
-def check_precision(mixed_precision: str, *, cpu: bool) -> None:
-    """Refuses a precision that there is not.
+def usable_device(device: "str | torch.device | None") -> "torch.device":
+    """A device, after a check that PyTorch can compute on it here.
+
+    Args:
+        device: Name of the device; None: cuda if there is one, else cpu.
 
     Raises:
-        FixEfficientNetError: It is none of "no", "bf16" and "fp16", or not one for a CPU.
+        FixEfficientNetError: There is no such device here.
+    """
+    import torch
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise FixEfficientNetError(
+            f"The device {str(device)!r} cannot be used here: {reason}. Use --device cpu, or leave it out."
+        ) from None
+    return torch.device(device)
+
+
+def check_precision(mixed_precision: str, *, cpu: bool) -> None:
+    """Refuses an unknown precision, and one that the device lacks.
+
+    Args:
+        mixed_precision: "no", "bf16" or "fp16".
+        cpu: Whether the device is a CPU, which has no fp16.
+
+    Raises:
+        FixEfficientNetError: The precision is none of these, or the device lacks it.
     """
     if mixed_precision not in ("no", "bf16", "fp16"):
         raise FixEfficientNetError(f"--mixed-precision {mixed_precision}: it is no, bf16 or fp16.")
@@ -27,14 +55,14 @@ def check_precision(mixed_precision: str, *, cpu: bool) -> None:
 
 
 def accelerator(device: str | None, mixed_precision: str) -> "Accelerator":
-    """The processes of this command.
+    """Accelerate's view of this command's processes, their devices and their precision.
 
     Args:
         device: "cpu" or "cuda"; None: cuda if there is one.
         mixed_precision: "no", "bf16" or "fp16".
 
     Raises:
-        FixEfficientNetError: Not to be had here.
+        FixEfficientNetError: The device or the precision cannot be used here.
     """
     requirements.need("accelerate", "torchmetrics")  # what begins here ends in accuracies
     import torch
@@ -62,7 +90,7 @@ def accelerator(device: str | None, mixed_precision: str) -> "Accelerator":
 
 @contextlib.contextmanager
 def accelerating(device: str | None, mixed_precision: str) -> Iterator["Accelerator"]:
-    """The same for a while: Accelerate's state, one for the process, is left as it was found."""
+    """An `accelerator` for a while: Accelerate's state, one for the process, is left as it was found."""
     requirements.need("accelerate")
     ours = not compat.accelerate_is_set_up()
     try:
@@ -73,7 +101,7 @@ def accelerating(device: str | None, mixed_precision: str) -> Iterator["Accelera
 
 
 def rank() -> int:
-    """This process's number, as its launcher says; known before any accelerator is."""
+    """This process's rank, as its launcher says; known before any accelerator is."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -83,7 +111,11 @@ def several() -> bool:
 
 
 def leave(status: int) -> None:
-    """Ends this process at once: others may wait for it in a collective call, and it for them on a usual exit."""
+    """Ends this process immediately, as others may wait for it in a collective call, and it for them on exit.
+
+    Args:
+        status: Exit status of the process.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 PLAIN_SECONDS = 20.0
-"""Between two lines of one pass where no terminal shows a bar."""
+"""Seconds between two lines of one pass where no terminal shows a bar."""
 
 
 @contextlib.contextmanager
@@ -16,9 +16,9 @@ def bar(title: str, total: int, console: Console, say: Callable[[str], None]) ->
     """Shows a pass over `total` images; the bar's `advance` counts them.
 
     Args:
-        title: Of the pass.
-        total: Images in all.
-        console: Where a live bar goes; a quiet one shows none.
+        title: Title of the pass.
+        total: Number of images in all.
+        console: Console for a live bar; a quiet one shows none.
         say: Prints a plain line.
     """
     with contextlib.ExitStack() as stack:
@@ -43,12 +43,17 @@ class Bar:
         self._said = ""
 
     def skip(self, images: int) -> None:
-        """Counts images that an earlier run did."""
+        """Counts images that an earlier run has finished."""
         self._skipped += images
         self.advance(images)
 
     def advance(self, images: int, said: str = "") -> None:
-        """Counts images; `said` stands beside the bar (loss, accuracy)."""
+        """Counts finished images.
+
+        Args:
+            images: Number of the images.
+            said: Text beside the bar, such as loss or accuracy.
+        """
         self._done = min(self._done + images, self._total)
         self._said = said
         now = time.monotonic()
@@ -61,7 +66,7 @@ class Bar:
             self._say(f"{self._line(now)}, {left:.0f} s left")
 
     def end(self) -> None:
-        """Says once how the whole pass went."""
+        """Prints one line about the whole pass."""
         if self._done > self._skipped:
             self._say(f"{self._line(time.monotonic())}, {time.monotonic() - self._start:.1f} s")
         elif self._done:

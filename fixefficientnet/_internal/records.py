@@ -1,40 +1,46 @@
-"""Records: a dataclass whose annotations alone say what its JSON may hold.
+"""Records: dataclasses whose annotations alone say what their JSON may hold.
 
-The same annotations read JSON and name what is wrong in it, check a record that Python code made, read the text of an
-option, and give the JSON Schema. Imports nothing outside the standard library.
+From the same annotations follow: reading JSON with errors that name the place (`read`), checking a record that Python
+code made (`check`), and the JSON Schema (`schema`). An annotation is bool,
+int, float, str, Path or Any, a Literal, a tuple, a Mapping from str, another record, one of these in
+`Annotated[type, Rule(…)]`, a union of one with None, or a union of records. Standard library only.
 """
 
 import dataclasses
 import functools
 import inspect
-import json
 import math
 import re
+import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+Error = type[Exception]
+Reader = Callable[[Any, str, Error], Any]
 
 _DEFAULT_TEXTS = {bool: "true or false", int: "a whole number", float: "a number", str: "a non-empty string"}
-_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-_SCHEMA_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string"}
-_NUMBERS = ("no", "one", "two", "three", "four")
+_NUMBERS = ("no items", "one", "two", "three", "four")
+_LONGEST = 100
+"""Most characters of a wrong value that an error message repeats."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Rule:
     """What a value may be beyond its type; stands in `Annotated[type, Rule(…)]`.
 
     Attributes:
-        text: Completes "must be …".
-        least: Smallest number.
-        above: Every number is larger than this.
-        most: Largest number.
-        below: Every number is smaller than this.
-        pattern: Regular expression that matches the whole text.
+        text: The rule in words, after "must be".
+        least: The smallest number.
+        above: A bound that numbers must exceed.
+        most: The largest number.
+        below: A bound that numbers must stay under.
+        pattern: A regular expression that must match the whole text. Of the syntax that Python and ECMAScript share.
     """
 
     text: str
@@ -45,7 +51,7 @@ class Rule:
     pattern: str = ""
 
     def accepts(self, value: Any) -> bool:
-        """Whether a value of the right type obeys this rule."""
+        """Whether a value of the annotated type satisfies the rule."""
         if self.pattern:
             return re.fullmatch(self.pattern, str(value)) is not None
         return bool(self.least <= value <= self.most and self.above < value < self.below)
@@ -58,175 +64,220 @@ class Rule:
         return found | ({"pattern": f"^(?:{self.pattern})$"} if self.pattern else {})
 
 
-def read(cls: type[T], value: object, where: str, error: type[Exception]) -> T:
+Positive = Annotated[int, Rule("a whole number above 0", least=1)]
+Count = Annotated[int, Rule("a whole number of at least 0", least=0)]
+Percent = Annotated[float, Rule("a number from 0 to 100", least=0, most=100)]
+Share = Annotated[float, Rule("a number in (0, 1]", above=0, most=1)]
+AboveZero = Annotated[float, Rule("a number above 0", above=0)]
+
+
+def read(cls: type[T], value: object, where: str, error: Error) -> T:
     """Makes a record of decoded JSON.
 
     Args:
-        cls: The dataclass. A field without a default must be given.
-        value: The decoded JSON.
-        where: What to call it in messages, such as "b4.test".
-        error: Raised with a message that names the field, what it must be and what it is.
+        cls: The dataclass. A field without a default is a required key.
+        value: The decoded JSON; a record of the class itself is checked and returned.
+        where: The value's place, for messages, such as "variants.b4.test"; empty for a whole document.
+        error: The exception to raise.
+
+    Raises:
+        error: The message names the key, what it must be and what it is.
     """
+    if isinstance(value, cls):
+        check(value, error, where)
+        return value
+    at = f"{where}: " if where else ""
     if not isinstance(value, Mapping):
-        raise error(f"{where}: must be an object, is {_kind(value)}")
-    kind: Any = cls
-    hints = _hints(kind)
-    if missing := sorted(_required(kind) - set(value)):
-        raise error(f"{where}: lacks the key {', '.join(missing)}")
-    if extra := sorted(set(value) - set(hints)):
-        raise error(f"{where}: has the unknown key {', '.join(extra)}")
-    return cls(**{name: _read(hints[name], item, f"{where}.{name}", error) for name, item in value.items()})
+        raise error(f"{at}must be an object, is {_shown(value)}")
+    readers = _readers(cls)
+    if unknown := sorted(value.keys() - readers.keys()):
+        raise error(f"{at}has the unknown key {', '.join(unknown)}; the known ones are {', '.join(readers)}")
+    if missing := sorted(_required(cls) - value.keys()):
+        raise error(f"{at}lacks the key {', '.join(missing)}")
+    return cls(**{name: readers[name](item, _at(where, name), error) for name, item in value.items()})
 
 
-def check(record: Any, error: type[Exception]) -> None:
-    """Holds the fields of a record that Python code made against its annotations; raises `error` as `read` does."""
-    kind: Any = type(record)
-    for name, hint in _hints(kind).items():
-        _read(hint, getattr(record, name), name, error)
+def check(record: Any, error: Error, where: str = "") -> None:
+    """Checks the fields of a record that Python code made against its annotations; raises `error` as `read` does."""
+    for name, reader in _readers(type(record)).items():
+        reader(getattr(record, name), _at(where, name), error)
 
 
-def parse(cls: type, name: str, text: str, where: str, error: type[Exception]) -> Any:
-    """Reads the text of an option as the value of a field.
-
-    Args:
-        cls: The dataclass.
-        name: Of its field.
-        text: Such as "1e-4", "true" or "0.5,0.5,0.5".
-        where: What to call it in messages.
-        error: Raised where the field cannot be that.
-    """
-    hint = _hints(cls)[name]
-    base = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-    value: Any = text
-    if base is bool:
-        value = _WORDS.get(text.lower(), text)
-    elif get_origin(base) is tuple:
-        value = [_number(part) for part in text.strip("()[]").split(",")]
-    elif base in (int, float):
-        value = _number(text)
-    return _read(hint, value, where, error)
+def to_json(value: Any) -> Any:
+    """A record as JSON values: objects for records, lists for tuples, strings for paths."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
-def to_json(record: Any) -> Any:
-    """A record as JSON values: lists for tuples, text for paths."""
-    return json.loads(json.dumps(dataclasses.asdict(record), default=str))
+def values(record: Any) -> dict[str, Any]:
+    """The fields of a record by name, as they are; to make another record that has them too."""
+    return {name: getattr(record, name) for name in _hints(type(record))}
 
 
 def schema(cls: type) -> dict[str, Any]:
-    """The JSON Schema of a record; descriptions are those of its docstring."""
+    """The JSON Schema of a record; its descriptions come from the docstrings."""
     described = _descriptions(cls)
-    properties = {}
-    for name, hint in _hints(cls).items():
-        properties[name] = _schema(hint)
-        if name in described:
-            properties[name] |= {"description": described[name]}
-    found = {"type": "object", "description": (inspect.getdoc(cls) or "").partition("\n")[0]}
-    return found | {"required": sorted(_required(cls)), "additionalProperties": False, "properties": properties}
+    properties = {name: _schema(hint) for name, hint in _hints(cls).items()}
+    for name in properties.keys() & described.keys():
+        properties[name] = properties[name] | {"description": described[name]}
+    required = [name for name in properties if name in _required(cls)]
+    found = {"type": "object", "description": (cls.__doc__ or "").partition("\n")[0]}
+    return found | {"required": required, "additionalProperties": False, "properties": properties}
 
 
-@functools.cache
+def _cached(function: F) -> F:
+    """functools.cache, but for classes, which mypy holds for unhashable."""
+    return cast(F, functools.cache(function))
+
+
+@_cached
 def _hints(cls: Any) -> dict[str, Any]:
+    """The annotations of the fields that a record is made from, by name."""
     hints = get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
-@functools.cache
+@_cached
 def _required(cls: Any) -> set[str]:
+    """The names of the fields without a default."""
     missing = dataclasses.MISSING
     fields = [field for field in dataclasses.fields(cls) if field.init]
     return {field.name for field in fields if field.default is missing and field.default_factory is missing}
 
 
-def _read(hint: Any, value: Any, where: str, error: type[Exception], rule: Rule | None = None) -> Any:
+@_cached
+def _readers(cls: Any) -> dict[str, Reader]:
+    return {name: _reader(hint) for name, hint in _hints(cls).items()}
+
+
+def _at(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name
+
+
+def _reader(hint: Any, rule: Rule | None = None) -> Reader:
+    """What reads a value of an annotation: taken apart once, since a manifest has thousands of values."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return _read(arguments[0], value, where, error, arguments[1])
+        return _reader(arguments[0], arguments[1])
     if origin in (Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        (inner,) = (argument for argument in arguments if argument is not type(None))
-        return _read(inner, value, where, error, rule)
+        readers = {kind: _reader(kind) for kind in arguments if kind is not type(None)}
+        return partial(_read_union, readers, type(None) in arguments)
     if origin is Literal:
-        if not any(value == allowed and type(value) is type(allowed) for allowed in arguments):
-            raise error(f"{where}: must be one of {', '.join(map(str, arguments))}, is {value!r}")
-        return value
-    if dataclasses.is_dataclass(hint):
-        if isinstance(value, hint):  # type: ignore[arg-type]
-            check(value, error)
-            return value
-        return read(hint, value, where, error)  # type: ignore[arg-type]
+        return partial(_read_literal, arguments)
+    if origin is tuple and arguments[1:] == (...,):
+        return partial(_read_list, _reader(arguments[0]))
     if origin is tuple:
-        return _read_tuple(arguments, value, where, error)
-    if origin in (dict, Mapping):
-        if not isinstance(value, Mapping):
-            raise error(f"{where}: must be an object, is {_kind(value)}")
-        return {str(key): _read(arguments[1], item, f"{where}.{key}", error) for key, item in value.items()}
-    return value if hint is Any else _read_plain(hint, value, where, error, rule)
+        return partial(_read_tuple, [_reader(kind) for kind in arguments])
+    if origin is Mapping:
+        return partial(_read_mapping, _reader(arguments[0]), _reader(arguments[1]))
+    read_record: Any = read
+    return partial(read_record, hint) if dataclasses.is_dataclass(hint) else partial(_read_plain, hint, rule)
 
 
-def _read_tuple(arguments: tuple[Any, ...], value: Any, where: str, error: type[Exception]) -> tuple[Any, ...]:
-    free = arguments[1:] == (...,)
-    if not isinstance(value, list | tuple) or not (free or len(value) == len(arguments)):
-        wanted = "a list" if free else f"a list of {_NUMBERS[len(arguments)]}"
-        raise error(f"{where}: must be {wanted}, is {value!r}")
-    hints = [arguments[0]] * len(value) if free else arguments
-    return tuple(
-        _read(hint, item, f"{where}[{i}]", error) for i, (hint, item) in enumerate(zip(hints, value, strict=True))
-    )
+def _read_union(readers: dict[Any, Reader], optional: bool, value: Any, where: str, error: Error) -> Any:
+    """Reads what may be None, or of several records the one that has the most of the given keys."""
+    if value is None and optional:
+        return None
+
+    def common(kind: Any) -> int:
+        return len(_hints(kind).keys() & value.keys()) if isinstance(value, Mapping) else isinstance(value, kind)
+
+    kind = next(iter(readers)) if len(readers) == 1 else max(readers, key=common)
+    return readers[kind](value, where, error)
 
 
-def _read_plain(hint: Any, value: Any, where: str, error: type[Exception], rule: Rule | None) -> Any:
+def _read_literal(allowed: tuple[Any, ...], value: Any, where: str, error: Error) -> Any:
+    if not any(type(value) is type(one) and value == one for one in allowed):
+        raise error(f"{where}: must be one of {', '.join(map(str, allowed))}, is {_shown(value)}")
+    return value
+
+
+def _read_list(reader: Reader, value: Any, where: str, error: Error) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise error(f"{where}: must be a list, is {_shown(value)}")
+    return tuple(reader(item, f"{where}[{i}]", error) for i, item in enumerate(value))
+
+
+def _read_tuple(readers: list[Reader], value: Any, where: str, error: Error) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple) or len(value) != len(readers):
+        raise error(f"{where}: must be a list of {_NUMBERS[len(readers)]}, is {_shown(value)}")
+    return tuple(readers[i](item, f"{where}[{i}]", error) for i, item in enumerate(value))
+
+
+def _read_mapping(key_reader: Reader, reader: Reader, value: Any, where: str, error: Error) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise error(f"{where}: must be an object, is {_shown(value)}")
+    keys = [key_reader(key, f"{where}: each key", error) for key in value]
+    return {key: reader(value[key], _at(where, key), error) for key in keys}
+
+
+def _read_plain(hint: Any, rule: Rule | None, value: Any, where: str, error: Error) -> Any:
+    if hint is Any:
+        return value
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if hint is float:
-        fits = is_number and math.isfinite(value)
+        fits = is_number and abs(value) <= sys.float_info.max  # neither NaN nor Inf, nor an int that no float holds
     elif hint is int:
         fits = is_number and isinstance(value, int)
     elif hint in (str, Path):
-        fits = bool(str(value).strip()) if isinstance(value, str | hint) else False
+        fits = isinstance(value, str | hint) and bool(str(value).strip())
     else:
         fits = isinstance(value, hint)
     if not fits or (rule and not rule.accepts(value)):
         text = rule.text if rule else _DEFAULT_TEXTS.get(hint, "a path")
-        raise error(f"{where}: must be {text}, is {value!r}")
+        raise error(f"{where}: must be {text}, is {_shown(value)}")
     return hint(value) if hint in (float, Path) else value
 
 
-def _number(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+def _shown(value: object) -> str:
+    """A wrong value for an error message: short, whatever it is."""
+    if isinstance(value, Mapping):
+        return "an object"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
-def _kind(value: object) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return kinds.get(type(value), f"the number {value!r}")
+_SCHEMAS: dict[Any, dict[str, Any]] = {
+    Any: {},
+    bool: {"type": "boolean"},
+    int: {"type": "integer"},
+    float: {"type": "number"},
+    str: {"type": "string", "pattern": r"\S"},
+    Path: {"type": "string", "pattern": r"\S"},
+}
 
 
 def _schema(hint: Any) -> dict[str, Any]:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return {**_schema(arguments[0]), **arguments[1].schema()}
+        rule: Rule = arguments[1]
+        return _schema(arguments[0]) | rule.schema()
     if origin in (Union, types.UnionType):
-        return {"anyOf": [{"type": "null"}, *(_schema(a) for a in arguments if a is not type(None))]}
+        return {"anyOf": [{"type": "null"} if kind is type(None) else _schema(kind) for kind in arguments]}
     if origin is Literal:
         return {"enum": list(arguments)}
-    if dataclasses.is_dataclass(hint):
-        return schema(hint)  # type: ignore[arg-type]
     if origin is tuple:
         size = {} if arguments[1:] == (...,) else {"minItems": len(arguments), "maxItems": len(arguments)}
-        return {"type": "array", "items": _schema(arguments[0]), **size}
-    if origin in (dict, Mapping):
-        return {"type": "object", "additionalProperties": _schema(arguments[1])}
-    if hint is Any:
-        return {}
-    return {"type": _SCHEMA_TYPES[hint]} | ({"minLength": 1} if hint in (str, Path) else {})
+        return {"type": "array", "items": _schema(arguments[0])} | size
+    if origin is Mapping:
+        return {"type": "object", "propertyNames": _schema(arguments[0]), "additionalProperties": _schema(arguments[1])}
+    return _SCHEMAS[hint] if hint in _SCHEMAS else schema(hint)
 
 
 def _descriptions(cls: type) -> dict[str, str]:
-    """What a docstring's `Attributes:` says of each field."""
-    _, _, attributes = (inspect.getdoc(cls) or "").partition("Attributes:\n")
-    found = re.findall(r"^    (\w+): (.*(?:\n      .*)*)", attributes, flags=re.M)
-    return {name: " ".join(text.split()) for name, text in found}
+    """What the docstrings of a class and its bases say under `Attributes:`, by field."""
+    found = {}
+    for base in reversed(cls.__mro__):
+        _, _, attributes = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")
+        for name, text in re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", attributes, flags=re.M):
+            found[name] = " ".join(text.split())
+    return found

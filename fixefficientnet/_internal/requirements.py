@@ -15,7 +15,7 @@ from fixefficientnet.errors import OutdatedPackageError
 
 MODELS = ("torch", "torchvision", "timm", "huggingface_hub", "safetensors", "numpy", "pillow")
 """What every model needs."""
-COMMAND_LINE = ("typer", "rich")
+COMMAND_LINE = ("cyclopts", "rich")
 """What the command line needs besides."""
 _MODULES = {"pillow": "PIL"}
 """Modules with another name than the package's on PyPI."""
@@ -23,14 +23,15 @@ _MODULES = {"pillow": "PIL"}
 
 @functools.cache
 def need(*packages: str) -> None:
-    """Makes sure that packages are there and new enough, before anything begins; looks once, if all is well.
+    """Checks that packages are installed and new enough; a check that passed is remembered.
 
     Args:
-        packages: By their names on PyPI, with _ for -.
+        packages: The packages by their names on PyPI, with _ for -.
 
     Raises:
-        ModuleNotFoundError: Names the first that is not there.
-        OutdatedPackageError: Names all that are older than what the tests pass with, and pip's command.
+        ModuleNotFoundError: A package is not there; the message names the first.
+        OutdatedPackageError: Packages are older than what the tests pass with; the message names them, and pip's
+            command.
     """
     oldest = floors()
     told, wanted = [], []
@@ -57,7 +58,7 @@ def need_for_command_line() -> None:
 
 
 def version(package: str) -> str:
-    """The installed release of a package, also where another one brings it (onnxruntime-gpu, pillow-simd)."""
+    """The installed release of a package, also where another one ships it (onnxruntime-gpu, pillow-simd)."""
     from importlib import metadata  # which takes a while, and listing models needs none of it
 
     with contextlib.suppress(metadata.PackageNotFoundError):

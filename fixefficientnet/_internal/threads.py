@@ -18,23 +18,23 @@ from torch import nn
 from fixefficientnet._internal import compat
 
 MOST = 8
-"""More threads of one interpreter wait for each other; further cores go to each thread."""
+"""Largest number of threads: more of one interpreter wait for each other; further cores go to each thread."""
 BATCH_SIZE = 2
 """Images per forward pass of a thread: more do not fit into a core's caches, which makes them slower."""
 
 _STARTING = threading.Lock()
-"""The number of threads is the process's, and another one while threads begin: nobody may take that for the cores."""
+"""Held while torch's number of threads, which is the process's, is another than the number of cores."""
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")
 
 
 def default_threads(model: nn.Module, batches: int | None = None) -> int:
-    """How many threads compute a batch of a model each.
+    """The number of threads that compute a batch each.
 
     Args:
-        model: On a CPU it has several; unless hooks watch it, which want one forward pass after the other.
-        batches: How many there are to compute, if that is known.
+        model: The model. On a CPU it has several threads, unless hooks watch it: they want one forward pass at a time.
+        batches: Number of batches to compute, if that is known.
     """
     if next(model.parameters()).device.type != "cpu" or any(map(compat.has_hooks, model.modules())):
         return 1
@@ -50,10 +50,10 @@ def map_in_threads(
     """Does the same work on each item, in threads; gives the results in the items' order.
 
     Args:
-        work: Called in threads that share the cores out, under the caller's autocast; inference mode is its own
-            business.
-        items: Drawn in the calling thread, a few ahead of the results.
-        threads: How many; 1 works in the calling thread. Fewer items have all cores among them.
+        work: The function of one item. It is called in threads that share the cores out, under the caller's autocast,
+            but not under the caller's inference mode.
+        items: The items, drawn in the calling thread, a few ahead of the results.
+        threads: Number of threads; 1 works in the calling thread. Fewer items than that share out all cores.
     """
     items = iter(items)
     first = list(islice(items, threads))

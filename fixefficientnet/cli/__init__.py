@@ -3,60 +3,111 @@
 `list`, `info` and `--help` import no torch.
 """
 
+import contextlib
 import gc
+import os
 import signal
 import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from fixefficientnet._internal import processes, requirements
 
 requirements.need_for_command_line()  # before these are imported: old ones may fail at that
 
+from cyclopts import CycloptsError
 from rich.markup import escape
 
-from fixefficientnet.cli.app import app, err, show_what_can_be_shown
-from fixefficientnet.errors import FixEfficientNetError
+from fixefficientnet.cli.app import UsageError, app, err, show_what_can_be_shown
+from fixefficientnet.errors import FixEfficientNetError, Interrupted, OptionError, RecipeError, UnknownVariantError
 
 # the modules add their commands, which stand in this order in --help
 # isort: off
-from fixefficientnet.cli import zoo, evaluation, deployment  # noqa: F401
+from fixefficientnet.cli import zoo, evaluation, reproduce, deployment  # noqa: F401
 # isort: on
 
-_EXTRAS = {"accelerate": "evaluate", "matplotlib": "evaluate", "torchmetrics": "evaluate"}
+_EXTRAS = dict.fromkeys(("accelerate", "matplotlib", "torchmetrics"), "evaluate")
 _EXTRAS |= dict.fromkeys(("onnx", "onnxruntime", "onnxscript", "sympy"), "onnx")
 _EXTRAS |= dict.fromkeys(("nncf", "openvino"), "openvino")
+_WITHOUT_MODELS = (zoo.list_, zoo.info)
 
 _OBJECTS_BETWEEN_COLLECTIONS = 100_000
 """Importing torch and timm makes hundreds of thousands of objects that stay: looking for garbage there takes 0.3 s."""
 
 
-def _end(number: int, frame: object) -> None:
-    """Ends as an exception does, so that what is half done is cleaned up."""
-    sys.exit(128 + number)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line, and ends the process.
+
+    An error of this package becomes one message and the status 1, wrong arguments the status 2, a signal its own.
+
+    Args:
+        arguments: The command and its arguments; None: those of the process.
+    """
+    show_what_can_be_shown()
+    status = 0
+    try:
+        with _settings_of_the_process():
+            _run(sys.argv[1:] if arguments is None else list(arguments))
+            sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
+        status, text = _outcome(error)
+        # an error of all processes alike is told by the first one
+        if text and not getattr(error, "said_elsewhere", isinstance(error, _ALIKE) and processes.rank() > 0):
+            _say(text)
+    if status and processes.several():
+        processes.leave(status)
+    sys.exit(status)
 
 
-def main() -> None:
-    """Runs the command line; an error of this package becomes one message and status 1."""
-    before, thresholds = signal.signal(signal.SIGTERM, _end), gc.get_threshold()
+_ALIKE = (CycloptsError, UsageError, OptionError, RecipeError, UnknownVariantError)
+"""What is wrong with the arguments, which all processes were given alike."""
+
+
+def _outcome(error: BaseException) -> tuple[int, str]:
+    """The status that an error ends the process with, and what is said; raises what is no error of a user's."""
+    match error:
+        case CycloptsError() | UsageError() | OptionError() | RecipeError():
+            return 2, f"{error}\nTry --help."
+        case FixEfficientNetError():
+            return 1, str(error)
+        case Interrupted():
+            return 128 + error.number, f"{error} The same command continues from here (without --overwrite)."
+        case KeyboardInterrupt():
+            return 130, "Aborted."
+        case BrokenPipeError():  # whoever read the output has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1, ""
+        case OSError():
+            return 1, f"{error.filename or 'Writing'}: {error.strerror or str(error) or type(error).__name__}."
+        case ModuleNotFoundError() if error.name in _EXTRAS:
+            return 1, f"This needs {error.name}: pip install 'fixefficientnet[{_EXTRAS[error.name]}]'"
+    raise error
+
+
+def _run(arguments: list[str]) -> None:
+    command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+    if command.__module__.startswith(__name__) and command not in _WITHOUT_MODELS:  # and not --help
+        requirements.need(*requirements.MODELS)
+    command(*bound.args, **bound.kwargs)
+
+
+@contextlib.contextmanager
+def _settings_of_the_process() -> Iterator[None]:
+    """SIGTERM ends the process as an exception does, so that what is half done is cleaned up."""
+
+    def end(number: int, frame: object) -> Any:
+        sys.exit(128 + number)
+
+    before, thresholds = signal.signal(signal.SIGTERM, end), gc.get_threshold()
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     try:
-        show_what_can_be_shown()
-        app()
-    except FixEfficientNetError as error:
-        if not getattr(error, "said_elsewhere", False):
-            where = f" (process {processes.rank()})" if processes.rank() else ""
-            err.quiet = False
-            err.print(f"[red]Error{where}:[/] {escape(str(error))}", soft_wrap=True)
-    except OSError as error:
-        where, reason = error.filename or "Writing", error.strerror or str(error) or type(error).__name__
-        err.print(f"[red]Error:[/] {escape(f'{where}: {reason}')}.", soft_wrap=True)
-    except ModuleNotFoundError as error:
-        if error.name not in _EXTRAS:
-            raise
-        command = f"pip install 'fixefficientnet[{_EXTRAS[error.name]}]'"
-        err.print(f"[red]Error:[/] This needs {error.name}: {escape(command)}", soft_wrap=True)
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
         gc.set_threshold(*thresholds)
-    if processes.several():
-        processes.leave(1)
-    sys.exit(1)
+
+
+def _say(text: str) -> None:
+    where = f" (process {processes.rank()})" if processes.rank() else ""
+    err.quiet = False
+    err.print(f"[red]Error{where}:[/] {escape(text)}", soft_wrap=True)

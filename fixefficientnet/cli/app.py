@@ -1,38 +1,96 @@
-"""What the commands share: the application, where it speaks, JSON."""
+"""What the commands share: the application, its consoles, JSON and tables."""
 
 import io
 import json
 import sys
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from dataclasses import field, fields, make_dataclass
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
-import typer
+import cyclopts
+from cyclopts import Parameter
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fixefficientnet._internal import processes, requirements
+from fixefficientnet._internal import processes
 from fixefficientnet._version import __version__
 
-app = typer.Typer(
+app = cyclopts.App(
+    name="fixefficientnet",
     help="FixEfficientNet: pretrained EfficientNets, tuned for their test size by FixRes.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # rich's table of options has no room for their names in 80 columns
-    context_settings={"help_option_names": ["-h", "--help"]},
+    help_flags=("--help", "-h"),
+    help_format="markdown",
+    version=__version__,
+    version_flags=("--version",),
+    default_parameter=Parameter(
+        negative=(),
+        allow_repeating=True,  # of a flag that is given twice, the last counts
+        show_default=lambda value: None if value is False else value,
+    ),
 )
 out = Console(highlight=False, quiet=processes.rank() > 0)  # the first process speaks for all
 err = Console(stderr=True, highlight=False)
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-Engine = Annotated[str, typer.Option(help="What computes: eager (PyTorch), compile, onnx or openvino.")]
+T = TypeVar("T")
+Flags = Parameter(name="*")
+"""For a dataclass, each field of which becomes a flag."""
+AsJson = Annotated[bool, Parameter(name="--json")]
+Output = Parameter(name=("--output", "-o"))
 
-MixedPrecision = Annotated[str, typer.Option(help="no, bf16 or fp16.")]
 
-Fast = Annotated[
-    bool,
-    typer.Option("--fast-preprocessing", help="From JPEG to tensor in half the time, with slightly other pixels."),
-]
+def whole_number(kind: Any, tokens: Any) -> int:
+    """Reads a whole number, where cyclopts would round 1.5.
+
+    Raises:
+        ValueError: It is none.
+    """
+    text = tokens[0].value
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no whole number") from None
+
+
+def flags(
+    cls: type, *, short: Mapping[str, str] | None = None, leave_out: Sequence[str] = (), optional: bool = False
+) -> Any:
+    """A dataclass of flags: those of the fields of another one, with its types, defaults and docstring.
+
+    The library's dataclasses need no cyclopts so, and whole numbers are read as such.
+
+    Args:
+        cls: The dataclass.
+        short: Short names, by field.
+        leave_out: Fields that are no flags.
+        optional: Whether each flag may be left out, which is None then.
+    """
+    hints, made = get_type_hints(cls, include_extras=True), []
+    for one in fields(cls):
+        if one.name in leave_out:
+            continue
+        long = f"--{one.name.replace('_', '-')}"
+        kinds = {getattr(kind, "__origin__", kind) for kind in (hints[one.name], *get_args(hints[one.name]))}
+        parameter = Parameter(
+            name=(long, short[one.name]) if short and one.name in short else None,
+            converter=whole_number if int in kinds else None,
+            negative=f"--no-{long[2:]}" if bool in kinds and (optional or one.default is None) else (),
+        )
+        kind: Any = hints[one.name] | None if optional else hints[one.name]
+        default: Any = None if optional else one.default
+        made.append((one.name, Annotated[kind, parameter], field(default=default)))
+    found = make_dataclass(cls.__name__, made, frozen=True)
+    found.__doc__, found.__module__ = cls.__doc__, __name__
+    return found
+
+
+def made(cls: type[T], given: object, **more: Any) -> T:
+    """The dataclass that flags stand for, with the fields that are no flags."""
+    return cls(**vars(given), **more)
+
+
+class UsageError(Exception):
+    """The arguments of a command do not go together; the message says which."""
 
 
 def show_what_can_be_shown() -> None:
@@ -42,9 +100,15 @@ def show_what_can_be_shown() -> None:
             stream.reconfigure(errors="replace")
 
 
+def print_text(text: str, end: str = "\n") -> None:
+    """Prints on stdout as it is."""
+    sys.stdout.write(text + end)
+    sys.stdout.flush()
+
+
 def print_json(value: object) -> None:
     """Prints JSON on stdout."""
-    typer.echo(json.dumps(value, indent=2, default=str))
+    print_text(json.dumps(value, indent=2, default=str))
 
 
 def table(*columns: str, title: str | None = None) -> Table:
@@ -57,18 +121,9 @@ def table(*columns: str, title: str | None = None) -> Table:
     return made
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
-        typer.echo(__version__)
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    context: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
-    ] = False,
-) -> None:
-    if context.invoked_subcommand not in ("list", "info"):  # which need no model
-        requirements.need(*requirements.MODELS)
+def grid() -> Table:
+    """Labels in bold beside text."""
+    made = Table.grid(padding=(0, 2))
+    made.add_column(style="bold", no_wrap=True)
+    made.add_column(overflow="fold")
+    return made

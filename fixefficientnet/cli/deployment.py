@@ -1,284 +1,227 @@
 """`convert`, `merge`, `export`, `publish`."""
 
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+from cyclopts import Parameter
 from rich.markup import escape
 
-from fixefficientnet import manifest
-from fixefficientnet.cli.app import app, out
-from fixefficientnet.errors import FixEfficientNetError, PublishError
+from fixefficientnet.cli.app import Flags, Output, UsageError, app, flags, made, out, print_text, whole_number
+from fixefficientnet.options import ExportOptions
+
+if TYPE_CHECKING:
+    from fixefficientnet.publishing.publish import PublishResult
+
+    OptionFlags = ExportOptions
+else:
+    OptionFlags = flags(ExportOptions)
 
 
-@app.command()
+def _say(text: str) -> None:
+    out.print(escape(text), soft_wrap=True)
+
+
+@app.command
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="A whole checkpoint: .safetensors, or .pth of tensors alone.")],
-    variant: Annotated[str, typer.Option(help="Which variant it is of.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The delta; with --full, the network.")],
-    full: Annotated[
-        bool, typer.Option("--full", help="Write the whole network, also what differs from the backbone.")
-    ] = False,
-    size: Annotated[
-        int | None, typer.Option(min=1, help="Test size that it was tuned for, in pixels. Default: the variant's.")
-    ] = None,
-    crop_pct: Annotated[float | None, typer.Option(help="And its crop_pct.")] = None,
-    license: Annotated[str, typer.Option(help="Of these weights; SPDX, lower case.")] = "unknown",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")] = False,
+    checkpoint: Path,
+    /,
+    *,
+    variant: str,
+    output: Annotated[Path, Output],
+    full: bool = False,
+    size: Annotated[int | None, Parameter(converter=whole_number)] = None,
+    crop_pct: float | None = None,
+    license: str = "unknown",
+    overwrite: bool = False,
 ) -> None:
     """Make a delta of a whole checkpoint.
 
     Everything outside the classifier and the last batch norm must be the original backbone's.
+
+    Args:
+        checkpoint: A whole checkpoint: .safetensors, or .pth of tensors alone.
+        variant: Variant that the checkpoint is of.
+        output: The delta; with --full, the network.
+        full: Write the whole network, also what differs from the backbone.
+        size: Test size that it was tuned for, in pixels. Default: the variant's.
+        crop_pct: crop_pct that it was tuned for. Default: the variant's.
+        license: License of these weights; SPDX, lower case.
+        overwrite: Replace the output if it is there.
     """
-    from fixefficientnet import delta
-    from fixefficientnet.publishing import conversion as converting
+    from fixefficientnet.publishing import conversion
 
-    row = manifest.find(variant)
-    _ending(output, (".safetensors", ".pth") if full else (".safetensors",))
-    _not_there([output], overwrite)
-    crop_pct = row.test.crop_pct if crop_pct is None else crop_pct
-    test = replace(row.test, size=size or row.test.size, crop_pct=crop_pct)
-    if not delta.is_sound(test):
-        raise typer.BadParameter(f"No image can be shown at {test.size} pixels with crop_pct {test.crop_pct:g}.")
-    found = converting.read(checkpoint, row)
-    out.print(
-        escape(
-            f"{checkpoint}: {row.key}, {len(found.tensors)} tensors; of the {found.outside} outside the head "
-            f"{found.outside - len(found.differing)} are the backbone's (tolerance {converting.TOLERANCE:g}), "
-            f"{len(found.differing)} differ"
-        ),
-        soft_wrap=True,
+    options = {"full": full, "size": size, "crop_pct": crop_pct, "license": license, "overwrite": overwrite}
+    done = conversion.convert(checkpoint, variant, output, **options)  # type: ignore[arg-type]
+    _say(
+        f"{checkpoint}: {done.variant.key}, {done.tensors} tensors; of the {done.outside} outside the head "
+        f"{done.outside - len(done.differing)} are the backbone's (tolerance {conversion.TOLERANCE:g}), "
+        f"{len(done.differing)} differ"
     )
-    if not found.tuned:
-        out.print("The head is the backbone's own too: nothing was tuned.")
+    if not done.tuned:
+        _say("The head is the backbone's own too: nothing was tuned.")
+    for name, difference in done.differing.items():
+        _say(f"  {name}: by up to {difference:.3g}")
     if full:
-        for name, difference in found.differing.items():
-            out.print(escape(f"  {name}: by up to {difference:.3g}"), soft_wrap=True)
-        converting.save_whole(found.tensors, output)
-        out.print(escape(f"{output}: the whole network, for timm's {row.backbone.architecture}"), soft_wrap=True)
-        return
-    made = converting.to_delta(found, row, license=license, source=checkpoint.name, test=test)
-    sha256 = delta.save(made, output)
-    bytes_ = output.stat().st_size
-    out.print(
-        escape(
-            f"{output}: {len(made.tensors)} tensors, {bytes_ / 1e6:.1f} MB, test size {test.size}, license {license}\n"
-            f"sha256 {sha256}"
-        ),
-        soft_wrap=True,
-    )
+        _say(f"{output}: the whole network, for timm's {done.variant.backbone.architecture}")
+    else:
+        _say(
+            f"{output}: {done.written} tensors, {done.bytes / 1e6:.1f} MB, test size {done.test.size}, "
+            f"license {license}\nsha256 {done.sha256}"
+        )
 
 
-@app.command()
-def merge(
-    variant: Annotated[str, typer.Argument(help="A variant's name or alias.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help=".safetensors, .pth, or a folder in the Hub's layout.")
-    ],
-    delta: Annotated[
-        str | None,
-        typer.Option(
-            help="A delta's path, a run's folder, hf://…, or 'backbone'. Default: the published weights; 'backbone' "
-            "for lite0, lite1 and lite2."
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output if it is there; a folder keeps its other files.")
-    ] = False,
-) -> None:
-    """Make one whole checkpoint of backbone and delta, which plain timm loads."""
-    from fixefficientnet import zoo
-    from fixefficientnet.publishing import conversion as converting
+@app.command
+def merge(variant: str, *, output: Annotated[Path, Output], delta: str | None = None, overwrite: bool = False) -> None:
+    """Make one whole checkpoint of backbone and delta, which plain timm loads.
 
-    row = manifest.find(variant)
-    if output.suffix.lower() in _WEIGHTS:
-        _ending(output, (".safetensors", ".pth"))
-    folder = output.suffix not in (".safetensors", ".pth")
-    _not_there([output], overwrite, may_be_folder=folder)
-    weights = row.usual_weights if delta is None else delta
-    if delta and Path(delta).is_dir():
-        weights = str(Path(delta) / "delta.safetensors")
-    model = zoo.create(row.key, weights)
-    converting.merge(model, output)
-    test, name = model.preprocess, row.backbone.name
+    Args:
+        variant: Name or alias of a variant.
+        output: .safetensors, .pth, or a folder in the Hub's layout.
+        delta: A delta's path, a run's folder, hf://…, or 'backbone'. Default: the published weights; 'backbone' for
+            lite0, lite1 and lite2.
+        overwrite: Replace the output if it is there; a folder keeps its other files.
+    """
+    from fixefficientnet.publishing import conversion
+
+    done = conversion.merge(variant, output, delta=delta, overwrite=overwrite)
+    test, name = done.test, done.variant.backbone.name
     said = f"{test.size} pixels, crop_pct {test.crop_pct:g}, {test.interpolation}, mean {test.mean}, std {test.std}"
     how = f"timm.create_model('{name}', checkpoint_path='{output}')\nIts preprocessing is not in the file: {said}."
-    if folder:
+    if done.folder:
         how = (
             f"timm.create_model('local-dir:{output}', pretrained=True)  # timm 1.0.16 or newer\n"
             f"Its preprocessing is in config.json: {said}."
         )
-    whose = "the backbone's own weights" if weights == "backbone" else f"FixRes weights ({delta or 'published'})"
-    out.print(escape(f"{output}: {row.title}, {whose}\n{how}"), soft_wrap=True)
+    weights = "the backbone's own weights" if done.weights == "backbone" else f"FixRes weights ({delta or 'published'})"
+    _say(f"{output}: {done.variant.title}, {weights}\n{how}")
 
 
-@app.command()
+@dataclass(frozen=True)
+class Int8:
+    """8-bit integers.
+
+    Attributes:
+        int8: 8-bit integers (onnx, openvino), calibrated on images of --data.
+        data: Labelled images, as for `evaluate`.
+    """
+
+    int8: bool = False
+    data: str = ""
+
+
+@app.command
 def export(
-    model: Annotated[
-        str,
-        typer.Argument(help="A variant (b4_ns; b4_ns:backbone, b4_ns:FILE), a run's folder or file, or timm/NAME."),
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file: .onnx, .xml, .pt2 or .pt.")],
-    kind: Annotated[
-        str | None,
-        typer.Option("--format", help="onnx, openvino, torch-export or torchscript. Default: by the ending."),
-    ] = None,
-    size: Annotated[int | None, typer.Option(min=1, help="Test size in pixels. Default: the model's.")] = None,
-    dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Leave height and width free.")] = False,
-    half: Annotated[bool, typer.Option("--half", help="Weights in float16; inputs and outputs stay float32.")] = False,
-    eight_bit: Annotated[
-        bool, typer.Option("--int8", help="8-bit integers (onnx, openvino), calibrated on images of --data.")
-    ] = False,
-    data: Annotated[str, typer.Option(help="Labelled images, as for `evaluate`.")] = "",
-    images: Annotated[int, typer.Option(min=1, help="How many of them --int8 takes, evenly spread.")] = 300,
-    max_drop: Annotated[
-        float, typer.Option(help="Points of accuracy on these that --int8 may lose; more, and nothing is written.")
-    ] = 2.0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")] = False,
+    model: str,
+    /,
+    *,
+    output: Annotated[Path, Output],
+    format: Literal["onnx", "openvino", "torch-export", "torchscript"] | None = None,
+    options: Annotated[OptionFlags, Flags] = OptionFlags(),  # noqa: B008 - frozen
+    calibration: Annotated[Int8, Flags] = Int8(),
+    overwrite: bool = False,
 ) -> None:
     """Write a model as a file for another runtime, and check it there.
 
     The number of images is free. Preprocessing is in the file's metadata, labels are beside it.
+
+    Args:
+        model: A variant (b4_ns; b4_ns:backbone, b4_ns:FILE), a run's folder or file, or timm/NAME.
+        output: The file: .onnx, .xml, .pt2 or .pt.
+        format: Format of the file. Default: by the ending.
+        options: Options of an export.
+        calibration: 8-bit integers.
+        overwrite: Replace the output if it is there.
     """
+    chosen = made(ExportOptions, options)
+    if calibration.int8 != bool(calibration.data):
+        raise UsageError("--int8 takes its images from --data, and nothing else does.")
     from fixefficientnet._internal import requirements
+    from fixefficientnet._internal.files import check_output
     from fixefficientnet.runtimes import formats
 
-    kind = formats.format_of(output, kind)
-    requirements.need(*formats.PACKAGES.get(kind, ()))
-    if eight_bit != bool(data):
-        raise typer.BadParameter("--int8 takes its images from --data, and nothing else does.")
-    from fixefficientnet.evaluation.evaluate import Settings, dataset_for
+    requirements.need(*formats.PACKAGES.get(formats.format_of(output, format), ()))
+    from fixefficientnet.evaluation.evaluate import dataset_for
+    from fixefficientnet.evaluation.settings import Settings
     from fixefficientnet.models import open_model
-    from fixefficientnet.runtimes import exporting as exporting
-    from fixefficientnet.runtimes.int8 import Calibration
+    from fixefficientnet.runtimes import exporting
 
-    written = exporting.files(output)
-    _not_there(written, overwrite)
+    check_output(exporting.files(output), overwrite)
     loaded = open_model(model)
-    test = loaded.at(size)
-    calibration = None
-    if eight_bit:
-        calibration = Calibration(dataset_for(loaded, Settings(data)), loaded.transform(test), images)
-    checked = exporting.export(
-        loaded,
-        output,
-        test=test,
-        dynamic_size=dynamic_size,
-        half=half,
-        calibration=calibration,
-        max_drop=max_drop,
-    )
-    size_of = sum(file.stat().st_size for file in written)
-    said = [
-        f"{output}: {loaded.name}, {kind}, {'any size' if dynamic_size else f'{test.size} pixels'}, "
-        f"{size_of / 1e6:.1f} MB (with {', '.join(file.name for file in written[1:])})",
-        f"against eager: logits differ by up to {checked.difference:.2g} ({checked.relative:.1g} of the largest), "
-        f"same top-1 prediction for {checked.agreement:.0%} of {checked.images} generated images",
-    ]
-    if checked.correct:
-        before, after = (100 * count / checked.measured for count in checked.correct)
-        said[1] = (
-            f"top-1 on the {checked.measured} images of {data} that it was calibrated on: {before:.2f} before, "
-            f"{after:.2f} after"
+    images = dataset_for(loaded, Settings(calibration.data)) if calibration.int8 else None
+    done = exporting.export(loaded, output, chosen, format=format, calibration=images)
+    size = "any size" if chosen.dynamic_size else f"{done.test.size} pixels"
+    more = ", ".join(file.name for file in done.files[1:])
+    _say(f"{output}: {done.name}, {done.format}, {size}, {done.bytes / 1e6:.1f} MB (with {more})")
+    if done.int8:
+        before, after = (100 * count / done.int8.images for count in (done.int8.before, done.int8.after))
+        _say(
+            f"top-1 on the {done.int8.images} images of {calibration.data} that it was calibrated on: {before:.2f} "
+            f"before, {after:.2f} after"
         )
-    out.print(escape("\n".join(said)), soft_wrap=True)
+    else:
+        found = done.agreement
+        _say(
+            f"against eager: logits differ by up to {found.difference:.2g} ({found.relative:.1g} of the largest), "
+            f"same top-1 prediction for {found.top1:.0%} of {found.images} generated images"
+        )
 
 
-@app.command()
+@app.command
 def publish(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, of different variants.")],
-    repo: Annotated[str, typer.Option(help="ORGANISATION/NAME on the Hub.")],
-    to: Annotated[
-        Path | None, typer.Option(help="Write it as a git repository in this folder, and nothing to the Hub.")
-    ] = None,
-    manifest_file: Annotated[
-        Path, typer.Option("--manifest", help="Gets the rows that load from there; made if need be.")
-    ] = Path("weights_manifest.json"),
-    replacing: Annotated[bool, typer.Option("--replace", help="Replace other weights of the same variants.")] = False,
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is made.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show everything and write nothing.")] = False,
+    *runs: Path,
+    repo: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    to: Path | None = None,
+    manifest: Path | None = None,
+    replace: bool = False,
+    private: bool = False,
+    dry_run: bool = False,
 ) -> None:
     """Check finished runs and publish their deltas on the Hub.
 
     One commit, one tag: deltas, model card, models.json. Who may write there is huggingface_hub's business: `hf auth
     login`, or HF_TOKEN.
-    """
-    from fixefficientnet.publishing import checks as checking
-    from fixefficientnet.publishing import manifest_rows
-    from fixefficientnet.publishing.publish import CARD, plan
-    from fixefficientnet.publishing.publish import publish as publishing
-    from fixefficientnet.publishing.repository import InFolder, OnHub, Present, check_name
 
-    check_name(repo)
-    if private and to is not None:
-        raise typer.BadParameter("--private is for the Hub; a folder is as private as it is.")
-    checked = checking.check_all(runs)
-    for run in checked:
-        said = (
+    Args:
+        runs: Folders of finished runs, of different variants.
+        repo: ORGANISATION/NAME on the Hub.
+        to: Write plain files into this folder, with a manifest that loads them, and nothing to the Hub.
+        manifest: Manifest that gets the rows that load from the Hub; made if need be. Default: weights_manifest.json.
+        replace: Replace other weights of the same variants.
+        private: Make the repository private, if it is made.
+        dry_run: Show everything and write nothing.
+    """
+    if not runs:
+        raise UsageError("Name the folder of a finished run.")
+    from fixefficientnet.publishing.publish import publish as publish_runs
+
+    done = publish_runs(runs, repo, to=to, manifest=manifest, replace=replace, private=private, dry_run=dry_run)
+    for run in done.runs:
+        _say(
             f"{run.folder}: {run.variant.key}, {len(run.data) / 1e6:.1f} MB, sha256 {run.sha256}\n"
-            f"  complete; {run.correct} of {run.probed} stored images correct, logits differ by {run.difference:.1g} "
-            "of the largest"
+            f"  complete; {run.probe.correct} of {run.probe.images} stored images correct, logits differ by "
+            f"{run.probe.difference:.1g} of the largest"
         )
-        out.print(escape(said), soft_wrap=True)
-    place = OnHub(repo, private) if to is None else InFolder(to)
-    try:
-        present = place.present()
-    except PublishError as error:
-        if not dry_run or to is not None:
-            raise
-        present = Present()
-        out.print(escape(f"{error}\nShown as if {repo} had nothing yet."), soft_wrap=True)
-    chosen = plan(checked, repo, present, replace=replacing)
-    where = repo if to is None else f"{to} ({repo})"
-    if dry_run:
-        said = f"\n{where}, {chosen.message if chosen.files else f'{chosen.version}: all is there'}"
-        out.print(escape(said), soft_wrap=True)
-        for name, data in chosen.files.items():
-            out.print(escape(f"  {name}  {len(data):,} bytes"), soft_wrap=True)
-        if card := chosen.files.get(CARD):
-            out.print(f"\n{CARD}:", soft_wrap=True)
-            typer.echo(card.decode())
-        revisions = {run.variant.key: "0" * 40 for run in checked}
-        out.print(escape(f"{manifest_file}, but for the commit:"), soft_wrap=True)
-        typer.echo(manifest_rows.updated(manifest_file, checked, repo, revisions), nl=False)
-        out.print("Nothing was written (--dry-run).")
+    if done.unreachable:
+        _say(f"{done.unreachable}\nShown as if {repo} had nothing yet.")
+    _say(f"{done.where}, {done.message}")
+    if not done.written:
+        _show_dry_run(done)
         return
-    done = publishing(checked, chosen, place, present, manifest_file)
-    said = f"{where}, {chosen.message if chosen.files else f'{chosen.version}: all was there already'}"
-    out.print(escape(said), soft_wrap=True)
     for key, revision in done.revisions.items():
-        out.print(escape(f"  {key} at {revision}"), soft_wrap=True)
-    served = "" if to is None else f", once {to} is served as {repo}"
-    out.print(
-        escape(
-            f"{manifest_file} has the rows: with FIXEFFICIENTNET_MANIFEST={manifest_file}, "
-            f"create({next(iter(done.revisions))!r}, pretrained=True) loads them{served}."
-        ),
-        soft_wrap=True,
+        _say(f"  {key} at {revision}")
+    _say(
+        f"{done.manifest_file} has the rows: with FIXEFFICIENTNET_MANIFEST={done.manifest_file}, "
+        f"create({done.runs[0].variant.key!r}, pretrained=True) loads them."
     )
 
 
-_WEIGHTS = {".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar"}
-"""Endings that no folder is meant to have."""
-
-
-def _ending(output: Path, allowed: tuple[str, ...]) -> None:
-    if output.suffix not in allowed:
-        raise FixEfficientNetError(f"{output}: the ending of such a file is {' or '.join(allowed)}.")
-
-
-def _not_there(outputs: list[Path], overwrite: bool, *, may_be_folder: bool = False) -> None:
-    """Refuses to replace files unasked, and what is no file at all: a device, a folder."""
-    for output in outputs:
-        if may_be_folder and output.is_dir():
-            wrong, there = False, any(output.iterdir())
-        else:
-            there = output.exists() or output.is_symlink()
-            wrong = there and not output.is_file()
-        if wrong:
-            raise FixEfficientNetError(f"{output} is there, and is no file. Choose another --output.")
-        if there and not overwrite:
-            raise FixEfficientNetError(
-                f"{output} is there already. Choose another --output, or replace it: --overwrite."
-            )
+def _show_dry_run(done: "PublishResult") -> None:
+    for name, data in done.files.items():
+        _say(f"  {name}  {len(data):,} bytes")
+    if card := done.files.get("README.md"):
+        _say("\nREADME.md:")
+        print_text(card.decode())
+    _say(f"{done.manifest_file}, but for the commit:")
+    print_text(done.manifest, end="")
+    _say("Nothing was written (--dry-run).")

@@ -1,8 +1,6 @@
 """`list`, `info`, `predict`."""
 
-import contextlib
 import glob
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -10,43 +8,51 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from cyclopts import Parameter
 from rich.markup import escape
-from rich.table import Table
 
 from fixefficientnet import manifest
-from fixefficientnet.cli.app import AsJson, Engine, Fast, MixedPrecision, app, err, out, print_json
-from fixefficientnet.errors import FixEfficientNetError, ImageError
-from fixefficientnet.manifest import Variant
+from fixefficientnet.cli.app import AsJson, Flags, UsageError, app, err, flags, grid, made, out, print_json, table
+from fixefficientnet.errors import ImageError
+from fixefficientnet.manifest import LocalWeights, Variant, Weights
+from fixefficientnet.options import PredictionOptions
 
 if TYPE_CHECKING:
     from fixefficientnet.preprocessing import ImageSource
+
+    OptionFlags = PredictionOptions
+else:
+    OptionFlags = flags(PredictionOptions)
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
 IMAGE_SUFFIXES |= {".jfif", ".avif", ".jp2"}
 
 
-@app.command("list")
-def list_(
-    filter: Annotated[str, typer.Argument(help="Wildcard on the name, such as '*_ns'.")] = "",
-    as_json: AsJson = False,
-) -> None:
-    """List the variants: size, the paper's top-1, and whether weights are published."""
+def _no_option(kind: type, image: str) -> None:
+    """Lets "-" through, which means stdin, and no option that there is not."""
+    if image.startswith("-") and image != "-":
+        raise ValueError(f"There is no option {image}.")
+
+
+@app.command(name="list")
+def list_(filter: str = "", /, *, as_json: AsJson = False) -> None:
+    """List the variants: size, the paper's top-1, and whether weights are published.
+
+    Args:
+        filter: Wildcard on the name, such as '*_ns'.
+        as_json: Print JSON.
+    """
     variants = [manifest.load()[key] for key in manifest.list_models(filter)]
     if as_json:
         print_json([_row(variant) for variant in variants])
         return
     if not variants:
         err.print(f"No variant matches {filter!r}.")
-        raise typer.Exit(1)
-    table = Table(header_style="bold")
-    table.add_column("variant")
-    for column in ("params", "test size", "paper base", "paper Fix"):
-        table.add_column(column, justify="right")
-    table.add_column("FixRes weights")
+        raise SystemExit(1)
+    shown = table("variant", "params", "test size", "paper base", "paper Fix", "FixRes weights")
     for variant in variants:
         paper = variant.paper
-        table.add_row(
+        shown.add_row(
             variant.key,
             f"{variant.parameters / 1e6:.1f}M",
             str(variant.test.size),
@@ -54,16 +60,18 @@ def list_(
             f"{paper.fix.top1:.1f}" if paper else "-",
             _published(variant),
         )
-    out.print(table)
+    out.print(shown)
     out.print("paper: ImageNet top-1 (%) as reported in arXiv 2003.08237, Tables 1 and 2")
 
 
-@app.command()
-def info(
-    name: Annotated[str, typer.Argument(help="A variant's name or alias.")],
-    as_json: AsJson = False,
-) -> None:
-    """Show everything the manifest knows about one variant."""
+@app.command
+def info(name: str, /, *, as_json: AsJson = False) -> None:
+    """Show everything the manifest knows about one variant.
+
+    Args:
+        name: Name or alias of a variant.
+        as_json: Print JSON.
+    """
     variant = manifest.find(name)
     if as_json:
         print_json(_row(variant))
@@ -88,7 +96,7 @@ def info(
         )
     lines["FixRes weights"] = _published(variant)
     if weights:
-        lines["weights file"] = str(weights.path or f"{weights.repository}/{weights.filename}@{weights.revision}")
+        lines["weights file"] = str(weights)
         lines["sha256"] = weights.sha256
         if measured := weights.measured:
             lines["measured"] = (
@@ -96,101 +104,72 @@ def info(
             )
     if variant.note:
         lines["note"] = variant.note
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
+    shown = grid()
     for key, value in lines.items():
-        grid.add_row(key, escape(value))
-    out.print(grid)
+        shown.add_row(key, escape(value))
+    out.print(shown)
 
 
-@app.command()
+@app.command
 def predict(
-    images: Annotated[list[str], typer.Argument(help="Files, folders, globs, or - for one image on stdin.")],
-    model: Annotated[str, typer.Option(help="A variant's name or alias.")] = manifest.DEFAULT_MODEL,
-    pretrained: Annotated[
-        str | None,
-        typer.Option(
-            help="'backbone' for the original weights, a delta's path, or hf://org/repo/file@revision. "
-            "Default: the published FixRes weights; 'backbone' for lite0, lite1 and lite2, which have none."
-        ),
-    ] = None,
-    topk: Annotated[int, typer.Option(min=1, help="Labels per image.")] = 5,
+    *images: Annotated[str, Parameter(allow_leading_hyphen=True, validator=_no_option)],
+    model: str = manifest.DEFAULT_MODEL,
+    pretrained: str | None = None,
+    options: Annotated[OptionFlags, Flags] = OptionFlags(),  # noqa: B008 - frozen
     as_json: AsJson = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, …  Default: cuda if there is one.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images per forward pass. Default: 16, on a CPU 2.")
-    ] = None,
-    mixed_precision: MixedPrecision = "no",
-    engine: Engine = "eager",
-    fast_preprocessing: Fast = False,
 ) -> None:
-    """Classify images into ImageNet's 1000 classes."""
+    """Classify images into ImageNet's 1000 classes.
+
+    Args:
+        images: Files, folders, globs, or - for one image on stdin.
+        model: Name or alias of a variant.
+        pretrained: 'backbone' for the original weights, a delta's path, or hf://org/repo/file@revision. Default: the
+            published FixRes weights; 'backbone' for lite0, lite1 and lite2, which have none.
+        options: Options of a prediction.
+        as_json: Print JSON.
+    """
+    if not images:
+        raise UsageError("Name an image, a folder, or - for stdin.")
+    chosen = made(PredictionOptions, options)
     variant = manifest.find(model)
     failed: list[dict[str, str]] = []
 
-    def report(image: "ImageSource", error: ImageError) -> None:
+    def on_error(image: "ImageSource", error: ImageError) -> None:
         failed.append({"file": _shown(image), "error": str(error)})
         err.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
 
-    sources = list(_images(images, report))
+    def on_message(text: str) -> None:
+        err.print(escape(text), soft_wrap=True)
+
+    sources = list(_images(list(images), on_error))
     if not sources and not as_json:  # no need for a model
         _end_with(failed)
-    import torch
-
     from fixefficientnet import prediction, zoo
-    from fixefficientnet._internal import processes
-    from fixefficientnet._internal.threads import BATCH_SIZE, default_threads
     from fixefficientnet.runtimes import engines
 
-    if engine in engines.EXPORTED and device is None:
-        device = "cpu"
-    place = torch.device(_device(device))
-    processes.check_precision(mixed_precision, cpu=place.type == "cpu")
-    engines.check(engine, place, mixed_precision)
     weights = variant.usual_weights if pretrained is None else pretrained
-    network = zoo.create(variant.key, weights, device=place)
-    if fast_preprocessing:
-        from fixefficientnet.preprocessing import FastPreprocess
-
-        network.preprocess = FastPreprocess.of(network.preprocess)
+    device = engines.device_for(chosen.engine, chosen.device, chosen.mixed_precision)
+    network = zoo.create(variant.key, weights, device=device)
+    predictions = prediction.iter_predictions(sources, network, chosen, on_error=on_error, on_message=on_message)
     tuned = weights != "backbone"
-    said = f"{variant.title}, {'FixRes' if tuned else 'backbone'} weights, test size {network.preprocess.size}"
-    if not tuned:
-        said += " (not tuned by FixRes)"
-    batches = math.ceil(len(sources) / (batch_size or BATCH_SIZE))
-    threads = 1 if engine == "compile" else default_threads(network, batches)
-    with contextlib.ExitStack() as stack:
-        if engine != "eager":
-            from fixefficientnet.models import from_module
-
-            loaded = from_module(network)
-            if engine in engines.EXPORTED:
-                engines.exported(loaded, loaded.test, engine, lambda text: err.print(escape(text), soft_wrap=True))
-            running = engines.running(loaded, loaded.test, engine, threads=threads, precision=mixed_precision)
-            stack.enter_context(running)
-        if mixed_precision != "no":
-            stack.enter_context(torch.autocast(place.type, torch.bfloat16 if mixed_precision == "bf16" else torch.half))
-        predictions = prediction.stream(
-            sources, network, topk=topk, batch_size=batch_size, on_error=report, threads=threads
-        )
-        if as_json:
-            found = [{"file": _shown(p.image), "labels": [asdict(label) for label in p.labels]} for p in predictions]
-            kind = "fixres" if tuned else "backbone"
-            print_json({"model": variant.key, "weights": kind, "predictions": found, "errors": failed})
-        else:
-            out.print(said, soft_wrap=True)
-            for found_one in predictions:
-                out.print(f"\n[bold]{escape(_shown(found_one.image))}[/]", soft_wrap=True)
-                for label in found_one.labels:
-                    out.print(f"  {label.probability:6.1%}  {escape(label.name)}", no_wrap=True, overflow="ellipsis")
+    if as_json:
+        found = [{"file": _shown(p.image), "labels": [asdict(label) for label in p.labels]} for p in predictions]
+        kind = "fixres" if tuned else "backbone"
+        print_json({"model": variant.key, "weights": kind, "predictions": found, "errors": failed})
+    else:
+        said = f"{variant.title}, {'FixRes' if tuned else 'backbone'} weights, test size {network.preprocess.size}"
+        out.print(said + ("" if tuned else " (not tuned by FixRes)"), soft_wrap=True)
+        for one in predictions:
+            out.print(f"\n[bold]{escape(_shown(one.image))}[/]", soft_wrap=True)
+            for label in one.labels:
+                out.print(f"  {label.probability:6.1%}  {escape(label.name)}", no_wrap=True, overflow="ellipsis")
     _end_with(failed)
 
 
 def _end_with(failed: list[dict[str, str]]) -> None:
     if failed:
-        err.print(f"{len(failed)} of what was named could not be used.")
-        raise typer.Exit(1)
+        err.print(f"{len(failed)} {'image' if len(failed) == 1 else 'images'} could not be used.")
+        raise SystemExit(1)
 
 
 def _images(images: list[str], report: Any) -> Iterator["ImageSource"]:
@@ -219,24 +198,9 @@ def _shown(image: "ImageSource") -> str:
     return "-" if isinstance(image, bytes) else str(image)
 
 
-def _device(name: str | None) -> str:
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name).cpu()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]
-        raise FixEfficientNetError(
-            f"The device {name!r} cannot be used here: {reason}. Use --device cpu, or leave it out."
-        ) from None
-    return name
-
-
 def _published(variant: Variant) -> str:
     if variant.weights:
-        return "local" if variant.weights.path else "published"
+        return "local" if isinstance(variant.weights, LocalWeights) else "published"
     return "none (backbone only)" if variant.backbone_only else "not published yet"
 
 
@@ -246,4 +210,4 @@ def _triple(values: tuple[float, float, float]) -> str:
 
 def _row(variant: Variant) -> dict[str, Any]:
     names = {"key": variant.key, "hub_name": variant.hub_name, "timm_name": variant.timm_name}
-    return names | asdict(variant) | {"published": bool(variant.weights and not variant.weights.path)}
+    return names | asdict(variant) | {"published": isinstance(variant.weights, Weights)}

@@ -1,7 +1,6 @@
-"""Images with labels: any dataset that timm opens, its classes mapped to the model's, and batches of them.
+"""Labelled images: any dataset that timm opens, its classes mapped to the model's.
 
-Images are addressed by their index, every batch says which it holds, and an image that cannot be read is
-named, never silently replaced.
+Images are addressed by their index, and an image that cannot be read is named, never silently replaced.
 """
 
 import contextlib
@@ -36,23 +35,23 @@ class ImageDataset:
     Attributes:
         source: timm's reader, or a torchvision dataset.
         classes: Names of the classes, by the model's index; empty where the dataset names none.
-        targets: From the dataset's class index to the model's; empty: they are the same.
-        what: The split, for messages.
+        targets: Map from the dataset's class index to the model's; empty if they are the same.
+        name: Name of the split in messages: its folder, or "hfds/name (validation)".
     """
 
     source: Any
     classes: tuple[str, ...]
     targets: dict[int, int]
-    what: str
+    name: str
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """One image as RGB, and its class in the model's numbering.
+        """One image as RGB, and its class index of the model.
 
         Raises:
-            ImageError: It cannot be read; names it.
+            ImageError: The image cannot be read; names it.
         """
         try:
             image, target = self.source[index][:2]
@@ -61,7 +60,7 @@ class ImageDataset:
                     image = image.read()
             return open_image(image), self.targets.get(int(target), int(target))
         except (ImageError, OSError) as error:
-            raise ImageError(f"{self.name(index)}: {error}") from error
+            raise ImageError(f"{self.image_name(index)}: {error}") from error
 
     @property
     def imagenet(self) -> bool:
@@ -70,32 +69,32 @@ class ImageDataset:
 
     @property
     def files(self) -> bool:
-        """Whether each image is read from a file that is opened for it, as several threads may do at once."""
+        """Whether each image is read from a file that is opened for it, as several threads may do concurrently."""
         return hasattr(self.source, "samples")
 
     def present(self) -> set[int]:
-        """The classes that it may hold images of, in the model's numbering; all, where it does not tell."""
+        """The model's class indices that images may have; all of them, if the source does not tell."""
         if hasattr(self.source, "samples"):
             return {self.targets.get(int(label), int(label)) for _, label in self.source.samples}
         return set(self.targets.values()) or set(range(len(self.classes)))
 
-    def name(self, index: int) -> str:
-        """What to call an image: its file, or its index."""
+    def image_name(self, index: int) -> str:
+        """The name of an image in messages: its file, or its index."""
         filename = None
         with contextlib.suppress(Exception):  # readers without file names raise what they like
             filename = self.source.filename(index)
-        return str(filename or f"image {index} of {self.what}")
+        return str(filename or f"image {index} of {self.name}")
 
     def fingerprint(self) -> str:
-        """sha256 over number, classes, labels and file names, as far as the dataset tells; not over the pixels."""
+        """sha256 over length, classes, labels and file names, as far as the source tells them; not over the pixels."""
         digest = hashlib.sha256(f"{len(self)} {self.classes} {sorted(self.targets.items())}".encode())
         if hasattr(self.source, "samples") and hasattr(self.source, "filename"):
             for index, (_, label) in enumerate(self.source.samples):
-                digest.update(f"{self.name(index)}\0{label}\0".encode())
+                digest.update(f"{self.image_name(index)}\0{label}\0".encode())
         else:  # a name is all that there is to tell one from another, or Hugging Face's own fingerprint
             known = compat.dataset_fingerprint(getattr(self.source, "dataset", None))
             labels = [int(label) for label in getattr(self.source, "targets", ())]
-            digest.update(f"{known or self.what} {labels}".encode())
+            digest.update(f"{known or self.name} {labels}".encode())
         return digest.hexdigest()
 
 
@@ -115,13 +114,14 @@ def open_dataset(
             index: "hfids/" is downloaded as "hfds/" is, and "wds/" takes tar files on disk.
         split: "train" or "validation", which finds training/, val/ and the like too; or the exact name of another.
             None: "validation", or the folder itself where it holds the classes' folders.
-        root: Where a named dataset lies or is cached, as timm's `root`.
-        num_classes: Of the model. With 1000, classes named by WordNet ids are mapped to ImageNet's by these, and
-            some may be missing. None: as many as the dataset has.
-        numbered: Whether so are classes named by numbers from 0 to 999, as ImageNet-V2's are.
+        root: Folder that a named dataset lies in or is cached in, as timm's `root`.
+        num_classes: Number of the model's classes. With 1000, classes named by WordNet ids are mapped to ImageNet's,
+            and some may be missing. None: as many as the dataset has.
+        numbered: Whether classes named by numbers from 0 to 999, as ImageNet-V2's are, are mapped to ImageNet's too.
 
     Raises:
-        DataError: No such folder or split, no images, a class without any, or other classes than the model's.
+        DataError: There is no such folder or split, or no image in it or in a class; or its classes are not the
+            model's.
     """
     kind, _, name = data.partition("/")
     kind = kind.lower()
@@ -130,35 +130,35 @@ def open_dataset(
         raise DataError(f"{data} is a stream, but images are needed by index: use a folder, hfds/ or wds/.")
     if kind in ("hfds", "hfids", "torch"):
         source = _named("hfds" if kind == "hfids" else kind, name, split, root)
-        what = f"{data} ({split})"
+        title = f"{data} ({split})"
     elif kind == "wds":
         source = TarShards(Path(root or name).expanduser(), _SYNONYMS.get(split, (split,)))
-        what = f"{data} ({split})"
+        title = f"{data} ({split})"
     else:
         folder = _split_folder(Path(data).expanduser(), split, may_be_whole=may_be_whole)
-        what = str(folder)
+        title = str(folder)
         source = _open_folder(folder)
     if not len(source):
-        raise DataError(f"{what} holds no images.")
+        raise DataError(f"{title} holds no images.")
     names = class_names(source)
-    return ImageDataset(source, *classes.mapping(names, num_classes, what, numbered=numbered), what)
+    return ImageDataset(source, *classes.mapping(names, num_classes, title, numbered=numbered), title)
 
 
-def follow(dataset: ImageDataset, order: tuple[str, ...], whose: str) -> ImageDataset:
-    """Gives a split the class numbers of a training split or a model, by name: folders are numbered as they come.
+def follow(dataset: ImageDataset, order: tuple[str, ...], owner: str) -> ImageDataset:
+    """Gives a split the class indices of a training split or a model, by name: folders are numbered as they come.
 
     Args:
         dataset: The split.
-        order: Names of the classes, by the index to follow; empty: nothing to follow.
-        whose: They are, for messages.
+        order: Names of the classes, by the index to follow; empty: the split stays as it is.
+        owner: Name of the training split or model that has this order, for messages.
 
     Raises:
-        DataError: The split has classes that are not among them.
+        DataError: The split has classes that `order` lacks.
     """
     if not dataset.classes or not order or dataset.classes == order:
         return dataset
-    targets = classes.by_name(dataset.classes, order, dataset.what, whose)
-    return ImageDataset(dataset.source, order, targets, dataset.what)
+    targets = classes.by_name(dataset.classes, order, dataset.name, owner)
+    return ImageDataset(dataset.source, order, targets, dataset.name)
 
 
 def _named(kind: str, name: str, split: str, root: str | None) -> Any:
@@ -200,7 +200,7 @@ def _open_folder(folder: Path) -> Any:
     """timm's reader for a folder of classes, numbered in timm's order.
 
     timm numbers each innermost folder with an image in it, so an empty class, a stray image or a folder within a
-    class would shift the others without a word; and it leaves the order of names that differ in case or leading
+    class would silently shift the others; and it leaves the order of names that differ in case or leading
     zeros alone ("Fox", "fox") to chance.
     """
     try:
@@ -229,7 +229,7 @@ def _in_order(name: str) -> tuple[list[str | int], str]:
 
 
 def class_names(source: Any) -> tuple[str, ...]:
-    """A source's own names of its classes, by its own index; empty where it has none."""
+    """A source's own names of its classes, by its own index; empty if it has none."""
     numbers = getattr(source, "class_to_idx", None)
     if numbers:
         return tuple(str(name) for name, _ in sorted(numbers.items(), key=lambda item: item[1]))

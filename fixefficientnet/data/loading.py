@@ -29,7 +29,11 @@ Task = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class InEveryEpoch:
-    """A transform that is the same in every epoch and for every image."""
+    """A test-time transform as a `Transform`: the same in every epoch and for every image.
+
+    Attributes:
+        transform: RGB image → tensor.
+    """
 
     transform: Callable[[Image.Image], Tensor]
 
@@ -40,13 +44,13 @@ class InEveryEpoch:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What a loader gives.
+    """A batch of transformed images.
 
     Attributes:
-        inputs: float32 [n, ...]: the transform's results, stacked.
-        targets: int64 [n].
-        indices: Of the images that the results are of; int64 [n].
-        unreadable: Those that were asked for and could not be read: index and reason.
+        inputs: The transform's results, stacked; float32 [n, ...].
+        targets: Class indices of the model; int64 [n].
+        indices: Indices of the images in the dataset; int64 [n].
+        unreadable: Index and reason of each image that was asked for and could not be read.
     """
 
     inputs: Tensor
@@ -55,7 +59,7 @@ class Batch:
     unreadable: list[tuple[int, str]]
 
     def pin_memory(self) -> "Batch":
-        """The same in page-locked memory, as DataLoader asks for."""
+        """This batch in page-locked memory; DataLoader calls it."""
         return Batch(self.inputs.pin_memory(), self.targets, self.indices, self.unreadable)
 
 
@@ -72,12 +76,12 @@ def load_batches(
 
     Args:
         dataset: The dataset.
-        transform: What is done to each.
-        tasks: The images of each batch; drawn from as loading goes on.
-        workers: Number of loading processes; 0 loads in this one.
+        transform: The transform of each image.
+        tasks: Epoch and index of the images of each batch; drawn while batches are loaded.
+        workers: Number of loading processes; 0 loads in this process.
         substitute: Whether the next readable image takes the place of an unreadable one, so that batches
-            keep their size; else it is left out.
-        pin_memory: As in DataLoader.
+            keep their size; else the unreadable one is left out.
+        pin_memory: Whether batches are put into page-locked memory, as in DataLoader.
     """
     loader: DataLoader[Any] = DataLoader(
         _Loading(dataset, transform, substitute),
@@ -100,10 +104,10 @@ def shard_tasks(length: int, shard: int, batch: int, shards: Sequence[int]) -> l
     """Batches for whole shards of a dataset: fixed runs of `shard` images, so that no batch is in two.
 
     Args:
-        length: Images in all.
+        length: Number of images in all.
         shard: Images per shard.
         batch: Images per batch.
-        shards: Which shards, in order.
+        shards: Numbers of the shards, in order.
     """
     tasks = []
     for number in shards:
@@ -115,7 +119,7 @@ def shard_tasks(length: int, shard: int, batch: int, shards: Sequence[int]) -> l
 def _leave_signals_to_the_parent(worker: int) -> None:
     """A signal to the whole process group must not take the loading processes from a parent that is still saving.
 
-    They end with it instead, at once, also where it was killed.
+    They end with it instead, immediately, also where it was killed.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -125,7 +129,7 @@ def _leave_signals_to_the_parent(worker: int) -> None:
 
 
 class _Loading(Dataset[Any]):
-    """What runs in a worker: (epoch, index) → the transformed image, or why not."""
+    """The dataset of a worker: (epoch, index) → the transformed image, or the reason why there is none."""
 
     def __init__(self, dataset: ImageDataset, transform: Transform, substitute: bool):
         self.dataset, self.transform, self.substitute = dataset, transform, substitute

@@ -22,12 +22,12 @@ class TarShards:
     `.cls`, or as "label" in `.json`.
 
     Args:
-        folder: Holds the tar files and, as a rule, `_info.json` with the files of each split.
-        splits: Names for the split; the first that the folder has is taken. Without `_info.json` it is
-            the files with that name in theirs: "imagenet1k-train-0000.tar".
+        folder: Folder of the tar files and, as a rule, of `_info.json` with the files of each split.
+        splits: Names for the split; the first that the folder has is taken. Without `_info.json` a split is
+            the files with its name in theirs: "imagenet1k-train-0000.tar".
 
     Raises:
-        DataError: No such split, a file is damaged, or a sample lacks its image or label.
+        DataError: There is no such split, a file is damaged, or a sample lacks its image or label.
     """
 
     def __init__(self, folder: Path, splits: Sequence[str]):
@@ -51,7 +51,7 @@ class TarShards:
             return io.BytesIO(stream.read(size)), label
 
     def filename(self, index: int) -> str:
-        """Tar file and name in it."""
+        """The tar file of an image, and the image's name in it."""
         file, *_, name = self._samples[index]
         return f"{self._files[file].name}/{name}"
 

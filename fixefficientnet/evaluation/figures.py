@@ -43,10 +43,10 @@ def save(figure: "Figure", path: Path, data: object) -> None:
     """Writes a figure, deterministic but for matplotlib's version.
 
     Args:
-        figure: What to write.
-        path: Ends in .png or .svg.
-        data: What it shows, as JSON values; their sha256 goes into the file's Description, so that a figure that was
-            drawn from other data can be told.
+        figure: The figure.
+        path: The file, .png or .svg.
+        data: The data that the figure shows, as JSON values; their sha256 goes into the file's Description, so that a
+            figure of other data is recognised.
 
     Raises:
         EvaluationError: Another ending, or the file cannot be written.
@@ -93,16 +93,16 @@ def _looks(lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[s
 
 def _mark_sizes(axes: "Sequence[Axes]", rows: Iterable[Mapping[str, Any]], named_on: "Sequence[Axes]") -> None:
     """Vertical lines at the sizes that count, named along the top of a panel, in turns of several."""
-    marks: dict[int, list[str]] = {}
+    labels_at: dict[int, list[str]] = {}
     for row in rows:
         for key, label in (("train_size", "train size"), ("paper_size", "paper's size"), ("test_size", "test size")):
             size = row[key]
             is_papers = key == "test_size" and (size == row["paper_size"] or not row["tuned"])
-            if size and not is_papers and label not in marks.setdefault(size, []):
-                marks[size].append(label)
+            if size and not is_papers and label not in labels_at.setdefault(size, []):
+                labels_at[size].append(label)
     low, high = named_on[0].get_xlim()
-    marks = {size: labels for size, labels in sorted(marks.items()) if labels and low <= size <= high}
-    for (size, labels), named in zip(marks.items(), itertools.cycle(named_on), strict=False):
+    labels_at = {size: labels for size, labels in sorted(labels_at.items()) if labels and low <= size <= high}
+    for (size, labels), named in zip(labels_at.items(), itertools.cycle(named_on), strict=False):
         for axis in axes:
             axis.axvline(size, color="#999999", linewidth=0.9, linestyle=":" if "train size" in labels else "-.")
         first, last = named.get_xlim()

@@ -1,4 +1,4 @@
-"""Finished batches of an evaluation on disk, so that one that was killed goes on.
+"""Finished batches of an evaluation on disk, so that one that was killed continues.
 
 One JSON line per batch, appended when it is done; each process of a run has its own file. A line that a killed
 process left half written is passed over, and its batch evaluated again.
@@ -19,10 +19,10 @@ class Finished:
     """Images that are done.
 
     Attributes:
-        predictions: By image index.
-        unreadable: Reason by image index.
-        seconds: What they took; of several processes, the one that took longest.
-        notes: What belongs to the whole, the latest of each key.
+        predictions: Predictions by image index.
+        unreadable: Reasons by image index.
+        seconds: Time that the batches took; of several processes, that of the slowest.
+        notes: Values that belong to the whole evaluation; of each key, the latest.
     """
 
     predictions: dict[int, ImagePrediction] = field(default_factory=dict)
@@ -101,7 +101,7 @@ class Journal:
                 stream.write(b"\n" * (stream.tell() > 0) + json.dumps(values).encode())
         except OSError as error:
             raise EvaluationError(
-                f"{file} cannot be written: {error.strerror}. Once that is fixed, go on from the batches before."
+                f"{file} cannot be written: {error.strerror}. Once that is fixed, continue from the batches before."
             ) from error
 
 

@@ -1,13 +1,13 @@
-"""The engine: a model over labelled images, each evaluated once."""
+"""The evaluation loop: a model over labelled images, each evaluated once."""
 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,114 +15,130 @@ from fixefficientnet._internal.modes import in_eval_mode
 from fixefficientnet._internal.progress import Bar
 from fixefficientnet._internal.threads import map_in_threads
 from fixefficientnet.data.dataset import ImageDataset
-from fixefficientnet.data.loading import Batch, InEveryEpoch, load_batch, load_batches, shard_tasks
+from fixefficientnet.data.loading import Batch, InEveryEpoch, Task, load_batch, load_batches, shard_tasks
 from fixefficientnet.errors import DataError, EvaluationError, FixEfficientNetError
 from fixefficientnet.evaluation.journal import Finished, Journal
 from fixefficientnet.evaluation.outcome import Evaluation, ImagePrediction
 from fixefficientnet.manifest import TestTime
-from fixefficientnet.preprocessing import Preprocess
+from fixefficientnet.preprocessing import Preprocess, TestTransform
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from fixefficientnet.classes import Subset
 
-TestTransform = Callable[[Image.Image], Tensor]
-"""RGB image → float32 [3, S, S]."""
 
-
-def predict_dataset(
-    model: nn.Module,
-    dataset: ImageDataset,
-    test: TestTime,
-    *,
-    transform: TestTransform | None = None,
-    batch_size: int = 32,
-    shard: int = 256,
-    workers: int = 0,
-    threads: int = 1,
-    subset: "Subset | None" = None,
-    journal: Journal | None = None,
-    accelerator: "Accelerator | None" = None,
-    progress: Bar | None = None,
-) -> Evaluation:
-    """Measures a model, in eval mode; its own mode and place are left as they are.
+@dataclass(frozen=True)
+class EvaluationLoop:
+    """A model over the labelled images of a dataset, in eval mode; its own mode and device are left as they are.
 
     The dataset is cut into fixed shards that the processes share out, so their number changes no figure, and each
     image is evaluated once.
 
-    Args:
-        model: float32 [N, 3, S, S] → logits [N, classes].
-        dataset: What to measure on.
-        test: Test-time preprocessing.
-        transform: What to do instead of it, where it cannot say it all.
+    Attributes:
+        model: The network: float32 [N, 3, S, S] → logits [N, classes].
+        dataset: The labelled images.
+        test: The test-time preprocessing.
+        transform: The transform, where it is another one than that of `test`.
         batch_size: Images per forward pass.
         shard: Images per shard.
         workers: Loading processes.
-        threads: How many threads of this process load and compute a batch each; more than 1: without
-            loading processes.
-        subset: The classes that logits are restricted to.
+        threads: Threads of this process that load and compute a batch each; with more than one, no loading processes.
+        subset: The classes that logits are restricted to; None: all.
         journal: Keeps finished batches; those that it has are not evaluated again.
         accelerator: Shares the work among its processes, and computes in its precision.
         progress: Counts the images as they are done.
-
-    Raises:
-        DataError: No image could be read, or a label is out of the model's range.
-        EvaluationError: The model gives NaN, or does not take this size.
     """
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    done = journal.read() if journal else Finished()
-    done.unreadable.clear()  # these may have been fixed
-    mine = range(rank, math.ceil(len(dataset) / shard), world)
-    tasks = shard_tasks(len(dataset), shard, batch_size, mine)
-    tasks = [batch for batch in tasks if not all(index in done.predictions for _, index in batch)]
-    if progress and done.predictions:
-        progress.skip(len(done.predictions))
-    failure: FixEfficientNetError | None = None
-    now = Finished()
-    device = next(model.parameters()).device
-    every = InEveryEpoch(transform or Preprocess.of(test))
 
-    def evaluated(batch: Batch) -> Finished:
-        found = Finished(unreadable=dict(batch.unreadable))
-        if len(batch.targets):
-            logits = _logits(model, batch.inputs.to(device, non_blocking=True), test.size, accelerator)
-            found.predictions = _predictions(logits, batch, dataset, subset)
-        return found
+    model: nn.Module
+    dataset: ImageDataset
+    test: TestTime
+    transform: TestTransform | None = None
+    batch_size: int = 32
+    shard: int = 256
+    workers: int = 0
+    threads: int = 1
+    subset: "Subset | None" = None
+    journal: Journal | None = None
+    accelerator: "Accelerator | None" = None
+    progress: Bar | None = None
 
-    def results() -> Generator[Finished, None, None]:
-        if threads > 1:
-            yield from map_in_threads(lambda task: evaluated(load_batch(dataset, every, task)), tasks, threads)
-            return
-        pin = device.type == "cuda"
-        yield from map(evaluated, load_batches(dataset, every, tasks, workers=min(workers, len(tasks)), pin_memory=pin))
+    def run(self) -> Evaluation:
+        """Evaluates what the journal does not have yet.
 
-    start = time.perf_counter()
-    try:
+        Returns:
+            The whole evaluation, in every process.
+
+        Raises:
+            DataError: No image could be read, or a label is out of the model's range.
+            EvaluationError: The model gives NaN, or does not take this size.
+        """
+        rank, world = self._rank_and_world
+        done = self.journal.read() if self.journal else Finished()
+        done.unreadable.clear()  # these may have been repaired
+        if self.progress and done.predictions:
+            self.progress.skip(len(done.predictions))
+        now, failure = Finished(), None
+        try:
+            self._evaluate(self._tasks(done), now)
+        except FixEfficientNetError as error:
+            failure = error
+        now = _of_all_processes(now, failure, world)
+        now.seconds += done.seconds
+        now.add(done)
+        total = len(self.dataset)
+        if not now.predictions:
+            reason = next(iter(now.unreadable.values()))
+            raise DataError(f"None of the {total} images of {self.dataset.name} could be read: {reason}")
+        whole = {"size": self.test.size, "crop_pct": self.test.crop_pct, "images": total}
+        if self.journal and rank == 0 and not whole.items() <= done.notes.items():
+            self.journal.note(whole)
+        return now.evaluation(self.test.size, self.test.crop_pct, total)
+
+    @property
+    def _rank_and_world(self) -> tuple[int, int]:
+        return (self.accelerator.process_index, self.accelerator.num_processes) if self.accelerator else (0, 1)
+
+    def _tasks(self, done: Finished) -> list[list[Task]]:
+        """The batches of this process that are not done."""
+        rank, world = self._rank_and_world
+        mine = range(rank, math.ceil(len(self.dataset) / self.shard), world)
+        tasks = shard_tasks(len(self.dataset), self.shard, self.batch_size, mine)
+        return [batch for batch in tasks if not all(index in done.predictions for _, index in batch)]
+
+    def _evaluate(self, tasks: list[list[Task]], now: Finished) -> None:
+        """Adds each batch to `now` as it is done."""
+        start = time.perf_counter()
         # threads that still compute when this fails must end while the model is in eval mode
-        with in_eval_mode(model), contextlib.closing(results()) as done_now:
-            for found in done_now:
+        with in_eval_mode(self.model), contextlib.closing(self._results(tasks)) as results:
+            for found in results:
                 found.seconds, start = time.perf_counter() - start, time.perf_counter()
-                if journal:
-                    journal.write(found)
+                if self.journal:
+                    self.journal.write(found)
                 now.predictions |= found.predictions
                 now.unreadable |= found.unreadable
                 now.seconds += found.seconds
-                if progress:
-                    progress.advance((len(found.predictions) + len(found.unreadable)) * world)
-    except FixEfficientNetError as error:
-        failure = error
-    now = _of_all_processes(now, failure, world)
-    now.seconds += done.seconds
-    now.add(done)
-    if not now.predictions:
-        raise DataError(
-            f"None of the {len(dataset)} images of {dataset.what} could be read: {next(iter(now.unreadable.values()))}"
-        )
-    whole = {"size": test.size, "crop_pct": test.crop_pct, "images": len(dataset)}
-    if journal and rank == 0 and not whole.items() <= done.notes.items():
-        journal.note(whole)
-    return now.evaluation(test.size, test.crop_pct, len(dataset))
+                if self.progress:
+                    self.progress.advance((len(found.predictions) + len(found.unreadable)) * self._rank_and_world[1])
+
+    def _results(self, tasks: list[list[Task]]) -> Generator[Finished, None, None]:
+        dataset, transform = self.dataset, InEveryEpoch(self.transform or Preprocess.of(self.test))
+        if self.threads > 1:
+            work = map_in_threads(lambda task: self._batch(load_batch(dataset, transform, task)), tasks, self.threads)
+            yield from work
+            return
+        pin = next(self.model.parameters()).device.type == "cuda"
+        workers = min(self.workers, len(tasks))
+        yield from map(self._batch, load_batches(dataset, transform, tasks, workers=workers, pin_memory=pin))
+
+    def _batch(self, batch: Batch) -> Finished:
+        found = Finished(unreadable=dict(batch.unreadable))
+        if len(batch.targets):
+            device = next(self.model.parameters()).device
+            inputs = batch.inputs.to(device, non_blocking=True)
+            logits = _logits(self.model, inputs, self.test.size, self.accelerator)
+            found.predictions = _predictions(logits, batch, self.dataset, self.subset)
+        return found
 
 
 def _of_all_processes(mine: Finished, failure: FixEfficientNetError | None, world: int) -> Finished:
@@ -154,16 +170,17 @@ def _predictions(
     allowed = set(classes)
     for index, label in zip(indices, labels, strict=True):
         if label not in allowed:
+            restricted = "" if subset is None else f", restricted to {len(allowed)}"
             raise DataError(
-                f"{dataset.name(index)} has the label {label}, but the model's classes are 0 to {logits.shape[1] - 1}"
-                f"{'' if subset is None else ', restricted to ' + str(len(allowed))}. Evaluate it on data whose labels "
-                "are numbered as the model's classes."
+                f"{dataset.image_name(index)} has the label {label}, but the model's classes are 0 to "
+                f"{logits.shape[1] - 1}{restricted}. Evaluate it on data whose labels are numbered as the model's "
+                "classes."
             )
     if not logits.isfinite().all():
         row = int((~logits.isfinite().all(1)).nonzero()[0])
         raise EvaluationError(
-            f"The model's logits are NaN or infinite for {dataset.name(indices[row])}: its weights are damaged, or "
-            "half precision overflows (--mixed-precision no)."
+            f"The model's logits are NaN or infinite for {dataset.image_name(indices[row])}: its weights are damaged, "
+            "or half precision overflows (--mixed-precision no)."
         )
     targets = batch.targets
     if subset is not None:

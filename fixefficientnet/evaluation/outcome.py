@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fixefficientnet._internal.records import Count, Percent, Positive, Share
 from fixefficientnet.errors import EvaluationError
 from fixefficientnet.evaluation.statistics import wilson
 
@@ -28,6 +29,37 @@ class ImagePrediction(NamedTuple):
     labels: tuple[int, ...]
     top5: tuple[int, ...]
     confidence: float
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The figures of an evaluation; accuracies and their 95% intervals (Wilson) in per cent.
+
+    Attributes:
+        size: Test size, in pixels.
+        crop_pct: Share of the resized shorter side that the crop keeps.
+        images: Number of images evaluated.
+        unreadable: Number of images that could not be read.
+        top1: Top-1 accuracy.
+        top1_low: Lower end of its interval.
+        top1_high: Upper end of its interval.
+        top5: Top-5 accuracy.
+        top5_low: Lower end of its interval.
+        top5_high: Upper end of its interval.
+        loss: Mean cross-entropy, in nats.
+    """
+
+    size: Positive
+    crop_pct: Share
+    images: Positive
+    unreadable: Count
+    top1: Percent
+    top1_low: Percent
+    top1_high: Percent
+    top5: Percent
+    top5_low: Percent
+    top5_high: Percent
     loss: float
 
 
@@ -113,22 +145,19 @@ class Evaluation:
         """Images per second, loading included."""
         return len(self.predictions) / self.seconds if self.seconds else None
 
-    def summary(self) -> dict[str, Any]:
-        """The figures alone, as JSON values."""
-        (low, high), (low5, high5) = self.interval, self.interval5
-        return {
-            "size": self.size,
-            "crop_pct": self.crop_pct,
-            "images": self.images,
-            "unreadable": len(self.unreadable),
-            "top1": self.top1,
-            "top1_low": low,
-            "top1_high": high,
-            "top5": self.top5,
-            "top5_low": low5,
-            "top5_high": high5,
-            "loss": self.loss,
-        }
+    def summary(self) -> Summary:
+        """The figures alone."""
+        return Summary(
+            self.size,
+            self.crop_pct,
+            self.images,
+            len(self.unreadable),
+            self.top1,
+            *self.interval,
+            self.top5,
+            *self.interval5,
+            self.loss,
+        )
 
     def relabelled(self, labels: Sequence[Sequence[int]]) -> "Evaluation":
         """The same predictions held against other labels; the loss stays that of the original ones.

@@ -1,13 +1,10 @@
 """The paper's Tables 1 and 2, beside what has been measured."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fixefficientnet import manifest
-from fixefficientnet.errors import EvaluationError
 from fixefficientnet.manifest import Accuracy, Variant
 
 NOISE = 0.1
@@ -30,12 +27,12 @@ class Result:
     """What somebody measured for a variant, in per cent.
 
     Attributes:
-        variant: Its key.
-        source: A run's report, or "published".
-        images: How many it is of.
-        comparable: Whether it was measured on what the paper's was.
-        base: Of the untuned model at its train size; None where that is not told.
-        fix: Of the tuned one.
+        variant: Key of the variant.
+        source: Folder of the run, or "published".
+        images: Number of images.
+        comparable: Whether it was measured on what the paper's figures are of.
+        base: Accuracy of the untuned model at its train size; None where that is not known.
+        fix: Accuracy of the tuned model.
     """
 
     variant: str
@@ -57,41 +54,6 @@ def published() -> list[Result]:
             fix = Accuracy(variant.test.size, measured.top1, measured.top5)
             found.append(Result(variant.key, "published", measured.images, comparable, None, fix))
     return found
-
-
-def of_runs(paths: Iterable[Path]) -> list[Result]:
-    """The FixRes runs of the paper's variants among reports, run folders, and folders of run folders.
-
-    Raises:
-        EvaluationError: There is no report, or one cannot be read.
-    """
-    found = []
-    for path in paths:
-        reports = [path] if path.is_file() else sorted({*path.glob("report.json"), *path.glob("*/report.json")})
-        if not reports:
-            raise EvaluationError(f"{path} holds no report.json: it takes finished runs of reproduce, or their folder.")
-        for file in reports:
-            if (result := _of_report(file)) is not None:
-                found.append(result)
-    return found
-
-
-def _of_report(file: Path) -> Result | None:
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-        measured = report["measured"]
-        if "tuned" not in measured:  # a base stage
-            return None
-        base = _accuracy(measured["base"]) if "base" in measured else None
-        images = int(measured["tuned"]["images"])
-        comparable = bool((report.get("paper") or {}).get("comparable"))
-        return Result(str(report["variant"]), str(file.parent), images, comparable, base, _accuracy(measured["tuned"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EvaluationError(f"{file} is no report of a fine-tuning run: {error!r}.") from error
-
-
-def _accuracy(row: Mapping[str, Any]) -> Accuracy:
-    return Accuracy(int(row["size"]), float(row["top1"]), float(row["top5"]))
 
 
 def rows(results: Sequence[Result]) -> list[dict[str, Any]]:

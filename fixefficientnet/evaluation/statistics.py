@@ -24,10 +24,10 @@ class Comparison:
     """Two models on the same images.
 
     Attributes:
-        both: How many images both classify correctly.
-        only_first: How many the first alone classifies correctly.
-        only_second: How many the second alone.
-        neither: How many none of them.
+        both: Number of images that both models classify correctly.
+        only_first: Number of images that the first alone classifies correctly.
+        only_second: Number of images that the second alone classifies correctly.
+        neither: Number of images that none of them classifies correctly.
     """
 
     both: int

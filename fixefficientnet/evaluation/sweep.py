@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from fixefficientnet._internal.files import write_atomically
 from fixefficientnet.errors import EvaluationError
-from fixefficientnet.evaluation import cost, tables
-from fixefficientnet.evaluation.evaluate import Measured, Settings
+from fixefficientnet.evaluation import cost, figures, tables
+from fixefficientnet.evaluation.evaluate import Measured
+from fixefficientnet.evaluation.settings import Settings
 from fixefficientnet.models import LoadedModel, open_model
 
 
@@ -55,10 +58,10 @@ def sweep(
     """Measures each model at each size.
 
     Args:
-        models: Which; all are measured with their own crop_pct unless the settings say another.
-        sizes: In pixels.
-        settings: On what, and how.
-        take: Measures one.
+        models: The models; all with their own crop_pct unless the settings say another.
+        sizes: Test sizes, in pixels.
+        settings: What they are evaluated on, and how.
+        take: Evaluates one model at one size.
 
     Returns:
         One row per model and size: `tables.row`, what an image costs in `gmacs` (billions of multiply-adds), the
@@ -83,3 +86,30 @@ def sweep(
 def best_size(rows: Sequence[Mapping[str, Any]]) -> int:
     """The size of highest top-1; of several, the smallest."""
     return int(min(rows, key=lambda row: (-row["top1"], row["size"]))["size"])
+
+
+def write(rows: Sequence[Mapping[str, Any]], folder: Path, *, statistics: bool) -> list[str]:
+    """Writes the table of a sweep, and its figures.
+
+    Args:
+        rows: What `sweep` gave.
+        folder: Where to write them.
+        statistics: Whether the pooled activations are drawn too.
+
+    Returns:
+        The names of the files.
+
+    Raises:
+        EvaluationError: A file cannot be written.
+    """
+    try:
+        write_atomically(folder / "sweep.csv", tables.as_csv(rows).encode())
+    except OSError as error:
+        raise EvaluationError(f"{folder / 'sweep.csv'} cannot be written: {error.strerror}.") from error
+    for kind in figures.FORMATS:  # an earlier sweep's would not belong to the new table
+        (folder / f"statistics.{kind}").unlink(missing_ok=True)
+    drawn = {"sweep": figures.sweep(rows)} | ({"statistics": figures.activations(rows)} if statistics else {})
+    for name, figure in drawn.items():
+        for kind in figures.FORMATS:
+            figures.save(figure, folder / f"{name}.{kind}", rows)
+    return ["sweep.csv", *(f"{name}.{kind}" for name in drawn for kind in figures.FORMATS)]

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from timm.data import ImageNetInfo
@@ -21,9 +22,9 @@ def row(measured: Measured) -> dict[str, Any]:
         "timm_name": loaded.timm_name,
         "tuned": loaded.tuned,
         "parameters": loaded.parameters,
-        "data": measured.dataset.what,
+        "data": measured.dataset.name,
         "interpolation": loaded.test.interpolation,
-        **found.summary(),
+        **asdict(found.summary()),
         "calibration_error": found.calibration_error,
         "restricted_to_classes": len(measured.subset.classes) if measured.subset else None,
         "real_labels": measured.real_labels,

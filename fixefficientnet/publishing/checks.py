@@ -1,40 +1,56 @@
 """A finished run, checked before anyone else gets it."""
 
 import hashlib
-import json
-import os
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
 
 from fixefficientnet import delta, manifest, zoo
+from fixefficientnet._internal import records
 from fixefficientnet.delta import Delta
 from fixefficientnet.errors import CheckpointError, PublishError
 from fixefficientnet.evaluation import journal
+from fixefficientnet.evaluation.outcome import Evaluation, Summary
 from fixefficientnet.evaluation.paper import IMAGENET_NAME
 from fixefficientnet.manifest import TestTime, Variant
-from fixefficientnet.reproduce import probe
-from fixefficientnet.reproduce.report import PAIRED, paired
+from fixefficientnet.publishing import index
+from fixefficientnet.publishing.index import PublishedModel
+from fixefficientnet.reproduce import probe, report
+from fixefficientnet.reproduce.folder import DELTA, EVALUATIONS, RECIPE, Identity
+from fixefficientnet.reproduce.report import PairedTest, Report
 
-DELTA, REPORT, RECIPE = "delta.safetensors", "report.json", "recipe.json"
 _DAMAGED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+"""Errors that a journal of another shape leads to."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """A finished FixRes run of a variant, all of whose promises hold.
+class ProbeCheck:
+    """The probe's images, classified again with backbone and delta.
 
     Attributes:
-        folder: Where it is.
-        variant: The manifest's row.
-        delta: What it tuned.
-        data: The delta file's bytes.
-        sha256: Of these.
-        report: What it says of itself.
-        test: The test-time preprocessing that it was tuned for.
-        difference: Largest difference of its logits, computed again, relative to the largest.
-        correct: How many of the probe's images are correct.
-        probed: How many there are.
+        difference: Largest difference of the logits from the run's own, relative to its largest logit.
+        correct: Number of images whose top-1 prediction is correct.
+        images: Number of images.
+    """
+
+    difference: float
+    correct: int
+    images: int
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """A finished FixRes run of a variant whose report follows from its files.
+
+    Attributes:
+        folder: Folder of the run.
+        variant: Row of the manifest.
+        delta: The delta that the run tuned.
+        data: Content of the delta's file.
+        sha256: sha256 of the delta's file.
+        report: The run's report.
+        test: Test-time preprocessing that the delta was tuned for.
+        probe: Result of the probe.
     """
 
     folder: Path
@@ -42,154 +58,166 @@ class Run:
     delta: Delta
     data: bytes
     sha256: str
-    report: dict[str, Any]
+    report: Report
     test: TestTime
-    difference: float
-    correct: int
-    probed: int
+    probe: ProbeCheck
 
     @property
     def dataset(self) -> str:
-        """What it was measured on, without places on this machine."""
+        """Name of the images that the run was measured on, without places on this machine."""
         if self.comparable:
             return f"{IMAGENET_NAME}, validation"
-        path = PurePath(str(self.report["data"]["validation"]))
-        whose = 3 if path.parts[1:2] in (("home",), ("Users",)) else 1  # /home/NAME tells who it was
-        return "/".join(path.parts[whose if path.is_absolute() else 0 :][-2:]) or "images of one's own"
-
-    @property
-    def filename(self) -> str:
-        """Of its delta in a repository."""
-        return f"{self.variant.key}.safetensors"
+        path = PurePath(self.report.validation_data)
+        skipped = 3 if path.parts[1:2] in (("home",), ("Users",)) else 1  # /home/NAME names the user
+        return "/".join(path.parts[skipped if path.is_absolute() else 0 :][-2:]) or "images of one's own"
 
     @property
     def comparable(self) -> bool:
-        """Whether it was measured on what the paper's figures are of."""
-        return bool((self.report.get("paper") or {}).get("comparable"))
+        """Whether the run was measured on what the paper's figures are of."""
+        return self.report.paper is not None and self.report.paper.comparable
 
-    def entry(self) -> dict[str, Any]:
-        """What the repository tells about it, as JSON values."""
-        report, paper = self.report, self.variant.paper
-        return {
-            "file": self.filename,
-            "sha256": self.sha256,
-            "bytes": len(self.data),
-            "license": self.delta.license,
-            "backbone": self.variant.backbone.name,
-            "backbone_repository": self.variant.backbone.repository,
-            "parameters": self.variant.parameters,
-            "test": asdict(self.test),
-            "dataset": self.dataset,
-            "measured": report["measured"],
-            PAIRED: report.get(PAIRED),
-            "paper": asdict(paper) | {"comparable": self.comparable} if paper else None,
-            "train_images": report["train_images"],
-            "processes": report["processes"],
-            "recipe": report["recipe"],
-            "libraries": dict(self.delta.libraries),
-        }
+    def as_model(self, file: str) -> PublishedModel:
+        """What a repository tells of the run.
+
+        Args:
+            file: Name of the delta's file in the repository.
+        """
+        return PublishedModel(
+            file=file,
+            sha256=self.sha256,
+            bytes=len(self.data),
+            license=self.delta.license,
+            backbone=self.variant.backbone.name,
+            backbone_repository=self.variant.backbone.repository,
+            parameters=self.variant.parameters,
+            test=self.test,
+            dataset=self.dataset,
+            measured=self.report.measured,
+            paired=self.report.paired,
+            paper=self.variant.paper,
+            comparable=self.comparable,
+            train_images=self.report.train_images,
+            processes=self.report.processes,
+            recipe=self.report.recipe,
+            libraries=dict(self.delta.libraries),
+            version=index.FIRST,
+        )
 
 
-def check(folder: Path, *, cache_dir: str | os.PathLike[str] | None = None) -> Run:
-    """Reads a run and holds what it says against what its files give.
+def check(folder: Path) -> CheckedRun:
+    """Reads a run and compares its report with its files.
 
-    That is: it is complete; the delta has the recorded hash, is of the recorded recipe and of a variant that `create`
-    builds; the evaluation's batches give the recorded accuracy; backbone and delta give the logits that the run left.
+    The run is complete; the delta has the recorded hash, and is of the recorded recipe and of a variant that `create`
+    builds; the evaluations' batches give the recorded figures; backbone and delta give the logits that the run left.
 
     Args:
-        folder: The run's.
-        cache_dir: Hub cache to use instead of the user's.
+        folder: Folder of the run.
 
     Raises:
         PublishError: One of these does not hold.
-        FixEfficientNetError: A file is damaged, or the backbone is not to be had.
+        FixEfficientNetError: A file is missing or damaged, or the backbone cannot be loaded.
     """
-    report = _json(folder, REPORT)
-    saved = _json(folder, RECIPE)
-    recipe = report.get("recipe")
-    if not isinstance(recipe, dict) or recipe.get("stage") != "fixres":
-        raise PublishError(f"{folder} is no FixRes run: only these have a delta to publish.")
-    key, known = str(report.get("variant")), manifest.load()
-    if key not in known or recipe.get("weights") != "pretrained":
-        raise PublishError(
-            f"{folder} is a run of {key} that did not start from a variant's original weights, so no delta makes it of "
-            "what is on the Hub. Its model.safetensors is the whole network: timm.models.push_to_hf_hub uploads that."
-        )
-    variant = known[key]
-    missing = [name for name in ("delta_sha256", "data", "measured", "train_images", "processes") if name not in report]
-    missing += [name for name in (DELTA, probe.FILENAME) if not (folder / name).is_file()]
-    if missing:
-        raise PublishError(
-            f"{folder} lacks {', '.join(missing)}: the run is of an older release, or something was deleted. The "
-            "command that made it, given again, makes what is missing; with --overwrite it starts anew."
-        )
-    whole = {"data": "validation", "measured": "tuned"}
-    sound = all(isinstance(report[name], dict) and key in report[name] for name, key in whole.items())
-    if not sound or not all(isinstance(row, dict) for row in report["measured"].values()):
-        raise PublishError(f"{folder / REPORT} is damaged.")
-    try:
-        data = (folder / DELTA).read_bytes()
-    except OSError as error:
-        raise PublishError(f"{folder / DELTA} cannot be read: {error.strerror}.") from error
-    sha256 = hashlib.sha256(data).hexdigest()
-    if sha256 != report["delta_sha256"]:
-        raise PublishError(
-            f"{folder / DELTA} has the sha256 {sha256}, the run recorded {report['delta_sha256']}: the file was "
-            "changed after the run."
-        )
-    tuned = delta.loads(data, source=str(folder / DELTA))
-    delta.check_variant(tuned, key, folder / DELTA)
-    if dict(tuned.recipe) != recipe or saved.get("recipe") != recipe:
-        raise PublishError(f"{folder}: {DELTA}, {REPORT} and {RECIPE} tell of different recipes.")
-    seen = saved.get("images")
-    if isinstance(seen, dict) and seen.get("train") == seen.get("validation"):
-        raise PublishError(f"{folder} was measured on the very images that it was trained on: that is no accuracy.")
-    _check_evaluation(folder, report)
-    test = delta.test_time(tuned, variant.test)
-    difference, correct, probed = _check_logits(folder, variant, test, cache_dir)
-    return Run(folder, variant, tuned, data, sha256, report, test, difference, correct, probed)
-
-
-def _json(folder: Path, name: str) -> dict[str, Any]:
     if not folder.is_dir():
         raise PublishError(f"{folder}: there is no such run.")
-    try:
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    found = Report.load(folder)
+    variant = _variant(folder, found)
+    if missing := [name for name in (DELTA, probe.FILENAME) if not (folder / name).is_file()]:
         raise PublishError(
-            f"{folder} has no {name}: it is no finished run. The command that began it goes on."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise PublishError(f"{folder / name} is damaged: {error}.") from error
-    if not isinstance(found, dict):
-        raise PublishError(f"{folder / name} is damaged.")
-    return found
+            f"{folder} lacks {', '.join(missing)}: something was deleted. The command that made the run, given again, "
+            "makes what is missing; with --overwrite it starts anew."
+        )
+    tuned, data, sha256 = _read_delta(folder, found)
+    _check_recipe(folder, found, tuned)
+    _check_evaluations(folder, found)
+    test = delta.test_time(tuned, variant.test)
+    return CheckedRun(folder, variant, tuned, data, sha256, found, test, _check_logits(folder, variant, test))
 
 
-def _check_evaluation(folder: Path, report: dict[str, Any]) -> None:
+def check_all(folders: Sequence[Path]) -> list[CheckedRun]:
+    """Checks several runs, of different variants.
+
+    Raises:
+        PublishError: `check` refuses one, or two are of the same variant.
+    """
+    runs: dict[str, CheckedRun] = {}
+    for folder in folders:
+        run = check(folder)
+        if run.variant.key in runs:
+            raise PublishError(f"{runs[run.variant.key].folder} and {folder} are both runs of {run.variant.key}.")
+        runs[run.variant.key] = run
+    return list(runs.values())
+
+
+def _variant(folder: Path, found: Report) -> Variant:
+    """The row of the manifest that a run is of; refuses runs that have no delta for it."""
+    if found.recipe.stage != "fixres":
+        raise PublishError(f"{folder} is no FixRes run: only these have a delta to publish.")
+    known = manifest.load()
+    if found.variant not in known or found.recipe.weights != "pretrained":
+        raise PublishError(
+            f"{folder} is a run of {found.variant} that did not start from a variant's original weights, so no delta "
+            "makes it of what is on the Hub. Its model.safetensors is the whole network: timm.models.push_to_hf_hub "
+            "uploads that."
+        )
+    return known[found.variant]
+
+
+def _read_delta(folder: Path, found: Report) -> tuple[Delta, bytes, str]:
+    """The delta, its file's content and sha256."""
+    file = folder / DELTA
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise PublishError(f"{file} cannot be read: {error.strerror}.") from error
+    sha256 = hashlib.sha256(data).hexdigest()
+    if sha256 != found.delta_sha256:
+        raise PublishError(
+            f"{file} has the sha256 {sha256}, the run recorded {found.delta_sha256}: the file was changed after the "
+            "run."
+        )
+    tuned = delta.loads(data, source=str(file))
+    delta.check_variant(tuned, found.variant, file)
+    return tuned, data, sha256
+
+
+def _check_recipe(folder: Path, found: Report, tuned: Delta) -> None:
+    """Report, delta and recipe.json have the same recipe, and the run was not measured on its training images."""
+    identity = Identity.load(folder / RECIPE)
+    if dict(tuned.recipe) != records.to_json(found.recipe) or identity.recipe != found.recipe:
+        raise PublishError(f"{folder}: {DELTA}, {report.FILENAME} and {RECIPE} have different recipes.")
+    if identity.train_images == identity.validation_images:
+        raise PublishError(f"{folder} was measured on the very images that it was trained on: that is no accuracy.")
+
+
+def _check_evaluations(folder: Path, found: Report) -> None:
     """The recorded figures follow from the evaluations' own batches."""
+    if "tuned" not in found.measured or (found.measured.keys() - report.TITLES.keys()):
+        raise PublishError(f"{folder / report.FILENAME} is damaged: it has figures of {', '.join(found.measured)}.")
     evaluations = {}
-    for name, row in report["measured"].items():
-        try:
-            evaluations[name] = journal.load(folder / "evaluations" / name)
-            found = evaluations[name].summary()
-        except _DAMAGED as error:
-            raise PublishError(f"{folder / 'evaluations' / name}.*.jsonl is damaged: {error!r}.") from error
-        if wrong := [key for key in {**found, **row} if found.get(key) != row.get(key)]:
-            raise PublishError(
-                f"{folder}: the batches in evaluations/ give {wrong[0]} {found.get(wrong[0])} for {name!r}, {REPORT} "
-                f"says {row.get(wrong[0])}."
-            )
-    if paired(evaluations) != report.get(PAIRED):
-        raise PublishError(f"{folder}: the batches in evaluations/ give another {PAIRED} than {REPORT} says.")
+    for name, recorded in found.measured.items():
+        evaluations[name], counted = _evaluation(folder / EVALUATIONS / name)
+        for field in Summary.__slots__:
+            if getattr(counted, field) != getattr(recorded, field):
+                raise PublishError(
+                    f"{folder}: the batches in {EVALUATIONS}/ give {field} {getattr(counted, field)} for {name!r}, "
+                    f"{report.FILENAME} says {getattr(recorded, field)}."
+                )
+    if PairedTest.of(evaluations) != found.paired:
+        raise PublishError(f"{folder}: the batches in {EVALUATIONS}/ give another paired test than {report.FILENAME}.")
 
 
-def _check_logits(
-    folder: Path, variant: Variant, test: TestTime, cache_dir: str | os.PathLike[str] | None
-) -> tuple[float, int, int]:
-    """Backbone and delta give the logits that the run left: relative difference, correct predictions, images."""
+def _evaluation(path: Path) -> tuple[Evaluation, Summary]:
+    try:
+        evaluation = journal.load(path)
+        return evaluation, evaluation.summary()
+    except _DAMAGED as error:
+        raise PublishError(f"{path}.*.jsonl is damaged: {error!r}.") from error
+
+
+def _check_logits(folder: Path, variant: Variant, test: TestTime) -> ProbeCheck:
+    """Backbone and delta give the logits that the run left."""
     left = probe.load(folder / probe.FILENAME)
-    model = zoo.create(variant.key, folder / DELTA, cache_dir=cache_dir)
+    model = zoo.create(variant.key, folder / DELTA)
     try:
         found = probe.logits(model, left.images, test)
     except (RuntimeError, ValueError) as error:
@@ -202,19 +230,4 @@ def _check_logits(
             f"{difference:.2g} of the largest, {correct} instead of {left.correct} of {len(left)} images are correct. "
             "The run was of another backbone, or its files were changed."
         )
-    return difference, correct, len(left)
-
-
-def check_all(folders: list[Path], *, cache_dir: str | os.PathLike[str] | None = None) -> list[Run]:
-    """Checks several runs, of different variants.
-
-    Raises:
-        PublishError: As `check`; or two are of the same variant.
-    """
-    runs: dict[str, Run] = {}
-    for folder in folders:
-        run = check(folder, cache_dir=cache_dir)
-        if run.variant.key in runs:
-            raise PublishError(f"{runs[run.variant.key].folder} and {folder} are both runs of {run.variant.key}.")
-        runs[run.variant.key] = run
-    return list(runs.values())
+    return ProbeCheck(difference, correct, len(left))

@@ -1,9 +1,10 @@
 """A whole checkpoint to a delta, and a delta back to a whole checkpoint that plain timm loads."""
 
 import io
-import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -11,17 +12,23 @@ import torch
 from timm.models import filter_pretrained_cfg
 from torch import Tensor
 
-from fixefficientnet import delta, zoo
-from fixefficientnet._internal import checkpoint_file, compat
+from fixefficientnet import delta as deltas
+from fixefficientnet import manifest, zoo
+from fixefficientnet._internal import checkpoint_file, compat, records
 from fixefficientnet._internal.checkpoint_file import listed
-from fixefficientnet._internal.files import beside, replacing
+from fixefficientnet._internal.files import beside, check_output, replacing
 from fixefficientnet.delta import Delta
-from fixefficientnet.errors import CheckpointError
+from fixefficientnet.errors import CheckpointError, FixEfficientNetError
+from fixefficientnet.hub import sha256_of
 from fixefficientnet.manifest import TestTime, Variant
 
 TOLERANCE = 1e-6
 """Largest difference of any value outside the head at which a tensor still counts as the backbone's."""
 _IGNORED = ".num_batches_tracked"
+_WHOLE = (".safetensors", ".pth")
+"""Endings of a whole checkpoint."""
+_OTHER_WEIGHTS = (".pt", ".bin", ".ckpt", ".tar")
+"""Endings that no folder is meant to have, and that are not written."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +36,10 @@ class Checkpoint:
     """A whole checkpoint of a variant.
 
     Attributes:
-        tensors: By timm's state-dict names; float32.
-        backbone: The backbone's own tensors.
-        differing: Tensors outside classifier and last norm that are not the backbone's: name, largest difference.
+        tensors: The checkpoint's tensors by timm's state-dict names; float32.
+        backbone: The backbone's own tensors, by the same names.
+        differing: Largest difference of each tensor outside the head (classifier and last norm) that is not the
+            backbone's, by name.
     """
 
     tensors: dict[str, Tensor]
@@ -40,77 +48,227 @@ class Checkpoint:
 
     @property
     def tuned(self) -> bool:
-        """Whether the head is another than the backbone's."""
+        """Whether the head differs from the backbone's."""
         return any(not torch.equal(tensor, self.backbone[name]) for name, tensor in self._head.items())
+
+    @property
+    def outside(self) -> int:
+        """Number of tensors outside the head."""
+        return len(self.tensors) - len(self._head)
 
     @property
     def _head(self) -> dict[str, Tensor]:
         return zoo.HEAD.select(self.tensors)
 
-    @property
-    def outside(self) -> int:
-        """How many tensors there are outside the head."""
-        return len(self.tensors) - len(self._head)
+
+@dataclass(frozen=True)
+class ConversionResult:
+    """What a conversion found and wrote.
+
+    Attributes:
+        variant: Row of the manifest that the checkpoint is of.
+        tensors: Number of tensors in the checkpoint.
+        outside: Number of tensors outside the head.
+        differing: Largest difference of each tensor outside the head that is not the backbone's, by name.
+        tuned: Whether the head differs from the backbone's.
+        output: The file that was written.
+        written: Number of tensors in it.
+        bytes: Size of the file, in bytes.
+        sha256: sha256 of the file.
+        test: Test-time preprocessing that the weights were tuned for.
+    """
+
+    variant: Variant
+    tensors: int
+    outside: int
+    differing: Mapping[str, float]
+    tuned: bool
+    output: Path
+    written: int
+    bytes: int
+    sha256: str
+    test: TestTime
 
 
-def read(path: Path, variant: Variant, *, cache_dir: str | os.PathLike[str] | None = None) -> Checkpoint:
-    """Reads a whole checkpoint and holds it against the variant's backbone.
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge wrote.
+
+    Attributes:
+        variant: Row of the manifest.
+        weights: What was merged, as `create` takes it for `pretrained`; True for the published weights.
+        output: The file or folder that was written.
+        folder: Whether it is a folder in the Hub's layout, with the preprocessing in its config.json.
+        test: Test-time preprocessing of the weights.
+    """
+
+    variant: Variant
+    weights: bool | str
+    output: Path
+    folder: bool
+    test: TestTime
+
+
+def convert(
+    checkpoint: Path,
+    variant: str,
+    output: Path,
+    *,
+    full: bool = False,
+    size: int | None = None,
+    crop_pct: float | None = None,
+    license: str = "unknown",
+    overwrite: bool = False,
+) -> ConversionResult:
+    """Makes a delta of a whole checkpoint, whose tensors outside the head must be the original backbone's.
 
     Args:
-        path: safetensors, or a `.pth` of tensors alone; timm's names, also under "model" or "state_dict" and with
+        checkpoint: Whole checkpoint: `.safetensors`, or `.pth` of tensors alone.
+        variant: Key or alias of the variant that it is of.
+        output: The delta, `.safetensors`; with `full`, the network, also `.pth`.
+        full: Write the whole network, also where it differs from the backbone.
+        size: Test size that it was tuned for, in pixels; None: the variant's.
+        crop_pct: Share of the resized shorter side that the crop keeps, in (0, 1]; None: the variant's.
+        license: License of the weights; SPDX identifier, lower case.
+        overwrite: Replace the output if it is there.
+
+    Raises:
+        UnknownVariantError: There is no such variant.
+        MissingFileError: There is no such checkpoint.
+        CheckpointError: It cannot be read, is of another network, or has other tensors than a delta can hold.
+        FixEfficientNetError: The output has another ending, or is there; no image has such a size.
+        OSError: The output cannot be written.
+    """
+    row = manifest.find(variant)
+    _check_ending(output, _WHOLE if full else (".safetensors",))
+    check_output([output], overwrite)
+    chosen: dict[str, Any] = {"size": size, "crop_pct": crop_pct}
+    test = replace(row.test, **{name: value for name, value in chosen.items() if value is not None})
+    records.check(test, FixEfficientNetError)
+    found = read(checkpoint, row)
+    if full:
+        save_whole(found.tensors, output)
+        written = len(found.tensors)
+    else:
+        made = to_delta(found, row, license=license, source=checkpoint.name, test=test)
+        deltas.save(made, output)
+        written = len(made.tensors)
+    return ConversionResult(
+        variant=row,
+        tensors=len(found.tensors),
+        outside=found.outside,
+        differing=found.differing,
+        tuned=found.tuned,
+        output=output,
+        written=written,
+        bytes=output.stat().st_size,
+        sha256=sha256_of(output),
+        test=test,
+    )
+
+
+def merge(variant: str, output: Path, *, delta: str | None = None, overwrite: bool = False) -> MergeResult:
+    """Makes one whole checkpoint of backbone and delta, which plain timm loads.
+
+    Args:
+        variant: Key or alias of the variant.
+        output: `.safetensors` or `.pth`; a path with another ending is a folder in the Hub's layout.
+        delta: Path of a delta, folder of a run, hf://…, or "backbone"; None: the published weights, and "backbone"
+            where the paper has none.
+        overwrite: Replace the output if it is there; a folder keeps its other files.
+
+    Raises:
+        UnknownVariantError: There is no such variant.
+        FixEfficientNetError: The output has an ending that is not written, or is there; the weights cannot be loaded.
+        OSError: The output cannot be written.
+    """
+    row = manifest.find(variant)
+    if output.suffix.lower() in (*_WHOLE, *_OTHER_WEIGHTS):
+        _check_ending(output, _WHOLE)
+    folder = output.suffix not in _WHOLE
+    check_output([output], overwrite, folder=folder)
+    weights = row.usual_weights if delta is None else delta
+    if delta and Path(delta).is_dir():
+        weights = str(Path(delta) / "delta.safetensors")
+    model = zoo.create(row.key, weights)
+    save_merged(model, output)
+    return MergeResult(row, weights, output, folder, model.preprocess)
+
+
+def _check_ending(output: Path, allowed: tuple[str, ...]) -> None:
+    if output.suffix not in allowed:
+        raise FixEfficientNetError(f"{output}: the ending of such a file is {' or '.join(allowed)}.")
+
+
+def read(path: Path, variant: Variant) -> Checkpoint:
+    """Reads a whole checkpoint and compares it with the variant's backbone.
+
+    Args:
+        path: `.safetensors`, or `.pth` of tensors alone; timm's names, also under "model" or "state_dict" and with
             the prefix "module.".
-        variant: Which it is of.
-        cache_dir: Hub cache to use instead of the user's.
+        variant: Row of the manifest that it is of.
 
     Raises:
         MissingFileError: There is no such file.
         CheckpointError: It cannot be read, or is of another network.
     """
-    if delta.is_delta(path):
+    if deltas.is_delta(path):
         raise CheckpointError(f"{path} is a delta already; `convert` takes a whole checkpoint.")
     found = checkpoint_file.read_wrapped(path)
-    backbone = zoo.backbone_tensors(variant, cache_dir)
-    names = {name for name in backbone if not name.endswith(_IGNORED)}
-    wrong = [name for name in sorted(names) if name not in found or found[name].shape != backbone[name].shape]
-    wrong += sorted(name for name in set(found) - set(backbone) if not name.endswith(_IGNORED))
-    weight = found.get(f"{zoo.HEAD.classifier}.weight")
-    if weight is not None and weight.ndim and set(wrong) == {f"{zoo.HEAD.classifier}.{x}" for x in ("weight", "bias")}:
+    backbone = zoo.backbone_tensors(variant)
+    names = sorted(name for name in backbone if not name.endswith(_IGNORED))
+    _check_tensors(path, variant, found, backbone)
+    if broken := [name for name in names if not found[name].isfinite().all()]:
+        raise CheckpointError(f"{path} has NaN or Inf in {listed(broken)}.")
+    head = zoo.HEAD.select(found).keys()
+    differing = _differing(found, backbone, [name for name in names if name not in head])
+    if len(differing) > len(names) / 2:
         raise CheckpointError(
-            f"{path} has {len(weight)} classes, {variant.key} has {len(backbone[f'{zoo.HEAD.classifier}.weight'])}: a "
-            "delta is of a network with the backbone's own classes."
+            f"{path} has the shapes of {variant.key} but other weights: {len(differing)} of {len(names)} tensors "
+            f"differ from {variant.backbone.name}. Is it another variant's, or trained as a whole?"
+        )
+    return Checkpoint({name: found[name].detach().to(torch.float32) for name in names}, backbone, differing)
+
+
+def _check_tensors(path: Path, variant: Variant, found: Mapping[str, Tensor], backbone: Mapping[str, Tensor]) -> None:
+    """Refuses tensors of other names or shapes than the backbone's."""
+    names = {name for name in found.keys() | backbone.keys() if not name.endswith(_IGNORED)}
+    here, there = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (found, backbone))
+    wrong = sorted(name for name in names if here.get(name) != there.get(name))
+    weight, bias = (f"{zoo.HEAD.classifier}.{name}" for name in ("weight", "bias"))
+    if {*wrong} == {weight, bias} and len(here.get(weight, ())) > 0:
+        raise CheckpointError(
+            f"{path} has {here[weight][0]} classes, {variant.key} has {there[weight][0]}: a delta is of a network with "
+            "the backbone's own classes."
         )
     if wrong:
         raise CheckpointError(
             f"{path} is no checkpoint of {variant.backbone.architecture}: {listed(wrong)} missing, too many, or of "
             f"another shape. Is it {variant.key}?"
         )
-    if broken := [name for name in sorted(names) if not found[name].isfinite().all()]:
-        raise CheckpointError(f"{path} has NaN or Inf in {listed(broken)}.")
+
+
+def _differing(found: Mapping[str, Tensor], backbone: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, float]:
+    """Largest difference of each tensor that is not the backbone's, by name."""
     differing = {}
-    for name in sorted(names - zoo.HEAD.select(found).keys()):
+    for name in names:
         # a checkpoint in half precision has the backbone's values as far as that holds them
         original = backbone[name].to(found[name].dtype).to(torch.float32)
         difference = float((found[name].to(torch.float32) - original).abs().max())
         if difference > TOLERANCE:
             differing[name] = difference
-    if len(differing) > len(names) / 2:
-        raise CheckpointError(
-            f"{path} has the shapes of {variant.key} but other weights: {len(differing)} of {len(names)} tensors "
-            f"differ from {variant.backbone.name}. Is it another variant's, or trained as a whole?"
-        )
-    tensors = {name: found[name].detach().to(torch.float32) for name in sorted(names)}
-    return Checkpoint(tensors, backbone, differing)
+    return differing
 
 
-def to_delta(found: Checkpoint, variant: Variant, *, license: str, source: str, test: TestTime | None = None) -> Delta:
+def to_delta(found: Checkpoint, variant: Variant, *, license: str, source: str, test: TestTime) -> Delta:
     """The delta that makes a checkpoint of its backbone.
 
     Args:
-        found: What `read` gave.
-        variant: Which it is of.
-        license: Of the weights; SPDX, lower case.
-        source: Where they come from, for the delta's metadata.
-        test: The preprocessing that it was tuned for; None: the variant's.
+        found: The checkpoint.
+        variant: Row of the manifest that it is of.
+        license: License of the weights; SPDX identifier, lower case.
+        source: Where the weights come from, for the delta's metadata.
+        test: Test-time preprocessing that they were tuned for.
 
     Raises:
         CheckpointError: Other tensors than the head's were tuned too, which a delta cannot hold.
@@ -125,13 +283,13 @@ def to_delta(found: Checkpoint, variant: Variant, *, license: str, source: str, 
             f"{variant.backbone.name} (tolerance {TOLERANCE:g}):\n{shown}{more}\n"
             "A delta cannot hold them; --full writes the whole network."
         )
-    return delta.of_tensors(
+    return deltas.of_tensors(
         zoo.HEAD.select(found.tensors),
         replaced=zoo.HEAD.select(found.backbone),
         variant=variant.key,
         backbone=variant.backbone.name,
         license=license,
-        recipe={"converted_from": source, "test_size": (test or variant.test).size, **asdict(test or variant.test)},
+        recipe={"converted_from": source, "test_size": test.size, **asdict(test)},
     )
 
 
@@ -147,11 +305,11 @@ def save_whole(tensors: dict[str, Tensor], path: Path) -> None:
         temporary.write_bytes(written.getbuffer())
 
 
-def merge(model: "zoo.ZooModel", path: Path) -> None:
+def save_merged(model: "zoo.ZooModel", path: Path) -> None:
     """Writes a variant as plain timm loads it, with no trace of this package.
 
     Args:
-        model: As `create` gives it.
+        model: The variant, as `create` gives it.
         path: `.safetensors` or `.pth` for `timm.create_model(NAME, checkpoint_path=…)`; anything else is a folder for
             `timm.create_model("local-dir:…")` and for upload to the Hub, with the test-time preprocessing in its
             config.json. A folder that is there keeps its other files.
@@ -159,7 +317,7 @@ def merge(model: "zoo.ZooModel", path: Path) -> None:
     Raises:
         OSError, CheckpointError: It cannot be written.
     """
-    if path.suffix in (".safetensors", ".pth"):
+    if path.suffix in _WHOLE:
         save_whole(dict(model.state_dict()), path)
         return
     with beside(path) as temporary:

@@ -1,64 +1,88 @@
 """The manifest's rows of published weights."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fixefficientnet import manifest
+from fixefficientnet._internal import records
 from fixefficientnet._internal.files import write_atomically
 from fixefficientnet.errors import ManifestError, PublishError
-from fixefficientnet.publishing.checks import Run
+from fixefficientnet.manifest import LocalWeights, Measured, Weights
+from fixefficientnet.publishing.index import PublishedModel
 
+FILENAME = "weights_manifest.json"
 WIDTH = 110
 """Longest object or list that stands on one line."""
+NEW: Mapping[str, Any] = {"schema_version": manifest.SCHEMA_VERSION, "variants": {}}
+"""A manifest without rows."""
 
 
-def updated(path: Path, runs: Sequence[Run], repository: str, revisions: Mapping[str, str]) -> str:
-    """The text of a manifest's file with the rows of published runs.
+def on_hub(model: PublishedModel, repository: str, revision: str) -> Weights:
+    """Where the weights of a model lie on the Hub.
 
     Args:
-        path: A whole manifest, or rows to lay over one; need not be there.
-        runs: Which.
-        repository: Where they are published.
-        revisions: At which commit, by variant.
+        model: The model.
+        repository: ORGANISATION/NAME.
+        revision: Commit, 40 hex digits.
+    """
+    return Weights(repository, model.file, revision, model.sha256, model.bytes, model.license, _measured(model))
+
+
+def in_folder(model: PublishedModel) -> LocalWeights:
+    """Where the weights of a model lie in the folder of the manifest."""
+    return LocalWeights(Path(model.file), model.sha256, model.bytes, model.license, _measured(model))
+
+
+def _measured(model: PublishedModel) -> Measured:
+    tuned = model.tuned
+    return Measured(model.dataset, tuned.images, round(tuned.top1, 3), round(tuned.top5, 3))
+
+
+def updated(
+    document: Mapping[str, Any],
+    path: Path,
+    models: Mapping[str, PublishedModel],
+    weights: Mapping[str, Weights | LocalWeights],
+) -> str:
+    """The text of a manifest with the rows of published models.
+
+    Args:
+        document: The manifest as it is: a whole one, or rows to lay over one.
+        path: Path of the manifest.
+        models: Each model by the variant's key.
+        weights: Where the weights of each lie, by the variant's key.
+
+    Raises:
+        ManifestError: It is no manifest, or cannot take the rows.
+    """
+    folder, source = path.resolve().parent, str(path)
+    usual = manifest.parse_overlay(document, folder=folder, source=source)
+    rows = dict(document["variants"])
+    for key, model in models.items():
+        row = rows[key] = dict(rows.get(key, {}))
+        given = records.to_json(weights[key]).items()
+        row["weights"] = {name: value for name, value in given if value is not None}
+        if key not in usual or model.test != usual[key].test:
+            row["test"] = records.to_json(model.test)
+        if model.paper is None:
+            row["note"] = None  # which says that there are no FixRes weights
+    together = {**document, "variants": rows}
+    manifest.parse_overlay(together, folder=folder, source=source)
+    return dumps(together) + "\n"
+
+
+def read(path: Path) -> Mapping[str, Any]:
+    """Reads a manifest's file; one without rows, where there is no file.
 
     Raises:
         ManifestError: The file cannot be read, or is no manifest.
     """
-    document = _read(path)
-    usual = manifest.parse_overlay(document, folder=path.resolve().parent, source=str(path))
-    for run in runs:
-        row = document["variants"].setdefault(run.variant.key, {})
-        tuned = run.report["measured"]["tuned"]
-        row["weights"] = {
-            "repository": repository,
-            "filename": run.filename,
-            "revision": revisions[run.variant.key],
-            "sha256": run.sha256,
-            "bytes": len(run.data),
-            "license": run.delta.license,
-            "measured": {
-                "dataset": run.dataset,
-                "images": tuned["images"],
-                "top1": round(tuned["top1"], 3),
-                "top5": round(tuned["top5"], 3),
-            },
-        }
-        if run.variant.key not in usual or run.test != usual[run.variant.key].test:
-            row["test"] = json.loads(json.dumps(asdict(run.test)))
-        if run.variant.paper is None:
-            row["note"] = None  # which says that there are no FixRes weights
-    manifest.parse_overlay(document, folder=path.resolve().parent, source=str(path))
-    return dumps(document) + "\n"
-
-
-def _read(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return {"schema_version": manifest.SCHEMA_VERSION, "variants": {}}
+        return NEW
     except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(
             f"{path} cannot be read as a manifest: {error}. Choose another file: --manifest."
@@ -72,7 +96,7 @@ def write(path: Path, text: str) -> None:
     """Writes a manifest's file.
 
     Raises:
-        PublishError: It cannot be written; all else is published.
+        PublishError: The file cannot be written; all else is published.
     """
     try:
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
@@ -85,7 +109,7 @@ def write(path: Path, text: str) -> None:
 
 
 def dumps(value: Any, indent: str = "") -> str:
-    """JSON as the packaged manifest is written: what is short and has no objects within stands on one line."""
+    """JSON as the packaged manifest is written: what is short and holds no objects stands on one line."""
     inner = list(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
     line = json.dumps(value, ensure_ascii=False)
     short = len(indent) + len(line) <= WIDTH and not any(isinstance(one, dict | list) for one in inner)

@@ -1,173 +1,264 @@
-"""publish(): runs to a repository of deltas, and to the manifest's rows that load from it.
+"""publish(): finished runs to a repository of deltas, on the Hub or as plain files, and to the manifest's rows."""
 
-`models.json` in the repository is its memory: the version, and what is told of each model. The model card is made from
-it. A version vX.Y is the tag of a commit: Y counts additions, X commits that replaced weights.
-"""
-
-import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from fixefficientnet import manifest
 from fixefficientnet.errors import PublishError
-from fixefficientnet.publishing import card, manifest_rows
-from fixefficientnet.publishing.checks import Run
-from fixefficientnet.publishing.repository import INDEX, Place, Present, check_name
+from fixefficientnet.publishing import card, checks, folder, index, manifest_rows
+from fixefficientnet.publishing.checks import CheckedRun
+from fixefficientnet.publishing.hub_repository import Contents, HubRepository, check_name
+from fixefficientnet.publishing.index import Index, PublishedModel
 
-CARD = "README.md"
-FIRST = "v1.0"
+NO_COMMIT = "0" * 40
+"""Stands for the commit in the rows of a dry run."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What publishing would do.
+    """The difference between what a repository has and what it will have.
 
     Attributes:
-        repository: organisation/name.
-        version: The tag that the runs will be under.
-        added: Variants that the repository did not have.
-        replaced: Variants whose weights change.
-        models: All that the repository will have; see `Run.entry`.
-        files: What is committed, by name; empty: all is there.
+        index: All models that the repository will have.
+        added: Keys of the variants that it did not have.
+        replaced: Keys of the variants whose weights change.
+        described: Keys of the variants whose weights stay and whose description changes.
+        listed: Names of the files that an earlier publication wrote.
+        obsolete: Names of the files whose place others take.
     """
 
-    repository: str
-    version: str
+    index: Index
     added: tuple[str, ...]
     replaced: tuple[str, ...]
-    models: Mapping[str, Mapping[str, Any]]
-    files: Mapping[str, bytes]
+    described: tuple[str, ...]
+    listed: frozenset[str]
+    obsolete: frozenset[str]
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Keys of all variants that change."""
+        return self.added + self.replaced + self.described
 
     @property
     def message(self) -> str:
-        """Of the commit."""
-        said = [f"{what} {', '.join(keys)}" for what, keys in (("add", self.added), ("replace", self.replaced)) if keys]
-        return f"{self.version}: {'; '.join(said) or 'tell more of what is there'}"
+        """The version and what it changes; the message of the commit."""
+        groups = {"add": self.added, "replace": self.replaced, "describe anew": self.described}
+        said = [f"{what} {', '.join(keys)}" for what, keys in groups.items() if keys]
+        return f"{self.index.version}: {'; '.join(said)}"
 
 
 @dataclass(frozen=True)
-class Published:
-    """What publishing did.
+class PublishResult:
+    """What was published, or would be.
 
     Attributes:
-        plan: What was to be done.
-        revisions: The commit at which each run's weights are, 40 hex digits, by variant.
-        manifest: The manifest file's new text.
+        runs: The checked runs.
+        where: Repository on the Hub; for a folder, the folder and the name that it is to be served under.
+        message: The version and what it changed.
+        files: Content of each file that was written, by name; empty: all was there.
+        manifest_file: The manifest's file that has the rows.
+        manifest: Text of the manifest's file; of a dry run on the Hub, with zeros for the commit.
+        revisions: Commit of each run's weights on the Hub, by the variant's key; empty for a folder and a dry run.
+        written: Whether anything was written; False for a dry run.
+        unreachable: Why the Hub did not say what the repository has; dry run only, shown as if it had nothing.
     """
 
-    plan: Plan
-    revisions: Mapping[str, str]
+    runs: Sequence[CheckedRun]
+    where: str
+    message: str
+    files: Mapping[str, bytes]
+    manifest_file: Path
     manifest: str
+    revisions: Mapping[str, str] = field(default_factory=dict)
+    written: bool = True
+    unreachable: str | None = None
 
 
-def plan(runs: Sequence[Run], repository: str, present: Present, *, replace: bool = False) -> Plan:
-    """Holds runs against what a repository has.
+def publish(
+    runs: Sequence[Path],
+    repository: str,
+    *,
+    to: Path | None = None,
+    manifest: Path | None = None,
+    replace: bool = False,
+    private: bool = False,
+    dry_run: bool = False,
+) -> PublishResult:
+    """Checks finished runs and publishes their deltas, with a model card and models.json.
+
+    On the Hub that is one commit and its tag; then a manifest's file gets the rows. What is there already stays as it
+    is, so the same call completes one that failed.
 
     Args:
-        runs: Of different variants.
-        repository: organisation/name.
-        present: What it has.
-        replace: Whether what is there under the same name may be replaced.
+        runs: Folders of finished runs, of different variants.
+        repository: ORGANISATION/NAME on the Hub.
+        to: Folder to write the files to, and nothing to the Hub. The manifest is a file in it then, which loads the
+            weights from there; the card names them as in `repository`.
+        manifest: File that gets the rows which load from the Hub: a whole manifest, or rows to lay over one; made if
+            need be. None: weights_manifest.json in the working directory.
+        replace: Replace other weights of the same variants, and files that `publish` did not write.
+        private: Make a new repository private.
+        dry_run: Write nothing.
 
     Raises:
-        PublishError: It has something else under the same name.
+        PublishError: A run cannot be published, or not there; the message says what is published by then.
+        ManifestError: The manifest's file cannot take the rows; found before anything is published.
+        FixEfficientNetError: A run's file is damaged, or its backbone cannot be loaded.
     """
     check_name(repository)
-    version, models = _memory(repository, present)
-    entries = {run.variant.key: json.loads(json.dumps({**run.entry(), "version": None})) for run in runs}
-    changed = [key for key, entry in entries.items() if {**models.get(key, {}), "version": None} != entry]
-    replaced = [key for key in changed if key in models and models[key].get("sha256") != entries[key]["sha256"]]
-    if replaced and not replace:
-        said = "\n".join(f"  {key}: sha256 {models[key].get('sha256')}" for key in replaced)
-        raise PublishError(
-            f"{repository} has other weights ({version}):\n{said}\nNothing was published. --replace puts these runs' "
-            "in their place, under a new tag; the old ones stay at theirs."
-        )
-    names = {entries[key]["file"] for key in changed if key not in models}
-    if present.index is None:
-        names.add(CARD)
-    if not replace and (foreign := sorted(names & present.names)):
-        raise PublishError(
-            f"{repository} has {', '.join(foreign)}, which `publish` did not write. Nothing was published: choose "
-            "another repository, or replace them with --replace."
-        )
-    following = _next(version, bool(replaced))
-    together = models | {key: {**entries[key], "version": following} for key in changed}
-    order = {key: number for number, key in enumerate(manifest.load())}
-    together = dict(sorted(together.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
-    if not changed:
-        return Plan(repository, version or FIRST, (), (), together, {})
-    if following in present.tags:
-        raise PublishError(
-            f"{repository} has a tag {following} already, which `publish` did not make. Nothing was published: remove "
-            "it first."
-        )
-    files = {run.filename: run.data for run in runs if run.variant.key in changed}
-    index = {"version": following, "models": together}
-    files |= {INDEX: (json.dumps(index, indent=2) + "\n").encode()}
-    try:
-        files |= {CARD: card.render(repository, following, together).encode()}
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise PublishError(f"{INDEX} of {repository} is damaged ({error!r}). Nothing was published.") from error
-    added = tuple(key for key in changed if key not in models)
-    return Plan(repository, following, added, tuple(replaced), together, files)
+    if to is None:
+        target = HubRepository(repository, private)
+        file = manifest or Path(manifest_rows.FILENAME)
+        return _to_hub(checks.check_all(runs), target, file, replace, dry_run)
+    if private or manifest is not None:
+        option = "--private" if private else "--manifest"
+        raise PublishError(f"{option} is for the Hub. A folder (--to) has its own {manifest_rows.FILENAME}.")
+    return _to_folder(checks.check_all(runs), repository, to, replace, dry_run)
 
 
-def _memory(repository: str, present: Present) -> tuple[str | None, dict[str, dict[str, Any]]]:
-    if present.index is None:
-        return None, {}
-    try:
-        index = json.loads(present.index)
-        version, models = index["version"], dict(index["models"])
-        if not re.fullmatch(r"v\d+\.\d+", version) or not all(isinstance(entry, dict) for entry in models.values()):
-            raise ValueError(version)
-    except (ValueError, KeyError, TypeError) as error:
-        raise PublishError(f"{INDEX} of {repository} cannot be read ({error!r}). Nothing was published.") from error
-    return version, models
-
-
-def _next(version: str | None, replaced: bool) -> str:
-    if version is None:
-        return FIRST
-    major, minor = map(int, version.removeprefix("v").split("."))
-    return f"v{major + 1}.0" if replaced else f"v{major}.{minor + 1}"
-
-
-def publish(runs: Sequence[Run], chosen: Plan, place: Place, present: Present, manifest_file: Path) -> Published:
-    """Does what was planned: a commit, its tag, the manifest's rows; what is done already stays as it is.
+def plan(models: Mapping[str, PublishedModel], before: Index | None, where: str, *, replace: bool = False) -> Plan:
+    """Compares models with what a repository has.
 
     Args:
-        runs: Of the plan.
-        chosen: What `plan` gave for `present`.
-        place: Where to.
-        present: What it has.
-        manifest_file: Which gets the rows: a whole manifest, or rows to lay over one; made if need be.
+        models: The models to publish, by the variant's key.
+        before: All models that the repository has; None where it has none.
+        where: Name of the repository, for messages.
+        replace: Whether other weights of the same variants are replaced.
 
     Raises:
-        PublishError: Something failed; the message says what is published by then. The same call completes it.
-        ManifestError: The manifest's file cannot take the rows; found before anything is published.
+        PublishError: The repository has other weights of a variant, which are not to be replaced.
     """
+    there = dict(before.models) if before else {}
+    added = tuple(key for key in models if key not in there)
+    replaced = tuple(key for key in models if key in there and models[key].sha256 != there[key].sha256)
+    same = {key for key in models if key in there and models[key].same_as(there[key])}
+    described = tuple(key for key in models if key not in {*added, *replaced, *same})
+    if replaced and not replace:
+        assert before is not None
+        said = "\n".join(f"  {key}: sha256 {there[key].sha256}" for key in replaced)
+        raise PublishError(
+            f"{where} has other weights ({before.version}):\n{said}\nNothing was published. --replace puts these runs' "
+            "in their place, as the next version."
+        )
+    changed = {key: models[key] for key in added + replaced + described}
+    after = before if before and not changed else Index.following(before, changed, replaced=bool(replaced))
+    assert after is not None
+    files = frozenset(model.file for model in there.values())
+    obsolete = files - {model.file for model in after.models.values()}
+    made = {index.FILENAME, card.FILENAME, manifest_rows.FILENAME} if before else set()
+    return Plan(after, added, replaced, described, files | made, obsolete)
+
+
+def _deltas(runs: Sequence[CheckedRun], after: Index) -> dict[str, bytes]:
+    return {after.models[run.variant.key].file: run.data for run in runs}
+
+
+def _refuse_foreign(where: str, names: Set[str], replace: bool) -> None:
+    """Refuses to replace files that no publication wrote."""
+    if names and not replace:
+        raise PublishError(
+            f"{where} has {', '.join(sorted(names))}, which `publish` did not write. Nothing was published: choose "
+            "another repository or folder, or replace them with --replace."
+        )
+
+
+def _said(planned: Plan, files: Mapping[str, bytes]) -> str:
+    if planned.changed:
+        return planned.message
+    return f"{planned.index.version}: {'write again what was missing' if files else 'all was there already'}"
+
+
+def _to_folder(
+    runs: Sequence[CheckedRun], repository: str, target: Path, replace: bool, dry_run: bool
+) -> PublishResult:
+    content = folder.read_index(target)
+    before = None if content is None else Index.load(content, str(target / index.FILENAME))
+    # other weights get another name: a publication that is killed leaves both, and each manifest finds its own
+    models = {run.variant.key: run.as_model(f"{run.variant.key}-{run.sha256[:8]}.safetensors") for run in runs}
+    planned = plan(models, before, str(target), replace=replace)
+    after, manifest_file = planned.index, target / manifest_rows.FILENAME
+    weights = {key: manifest_rows.in_folder(model) for key, model in after.models.items()}
+    text = manifest_rows.updated(manifest_rows.NEW, manifest_file, after.models, weights)
+    files = _deltas(runs, after)
+    files |= {manifest_rows.FILENAME: text.encode(), card.FILENAME: card.render(repository, after)}
+    files |= {index.FILENAME: after.dump()}
+    files = {name: data for name, data in files.items() if not folder.has(target / name, data)}
+    there = {name for name in files if os.path.lexists(target / name)}
+    _refuse_foreign(str(target), there - planned.listed, replace)
+    if not dry_run:
+        folder.write(target, files, planned.obsolete)
+    where = f"{target} ({repository})"
+    return PublishResult(runs, where, _said(planned, files), files, manifest_file, text, written=not dry_run)
+
+
+def _to_hub(
+    runs: Sequence[CheckedRun], target: HubRepository, manifest_file: Path, replace: bool, dry_run: bool
+) -> PublishResult:
+    contents, unreachable = _ask(target, dry_run)
+    source = f"{index.FILENAME} of {target.name}"
+    before = None if contents.index is None else Index.load(contents.index, source)
     keys = [run.variant.key for run in runs]
-    manifest_rows.updated(manifest_file, runs, chosen.repository, dict.fromkeys(keys, "0" * 40))
-    tagged = present.tags.get(chosen.version)
-    if chosen.files:
-        revision = place.commit(chosen.files, chosen.message, present.head)
+    models = {run.variant.key: run.as_model(f"{run.variant.key}.safetensors") for run in runs}
+    planned = plan(models, before, target.name, replace=replace)
+    after = planned.index
+    files: dict[str, bytes] = {}
+    if planned.changed:
+        if after.version in contents.tags:
+            raise PublishError(
+                f"{target.name} has a tag {after.version} already, which `publish` did not make. Nothing was "
+                "published: remove it first."
+            )
+        files = _deltas([run for run in runs if run.variant.key in planned.changed], after)
+        files |= {index.FILENAME: after.dump(), card.FILENAME: card.render(target.name, after)}
+        _refuse_foreign(target.name, contents.names & (files.keys() - planned.listed), replace)
+    published = {key: after.models[key] for key in keys}
+    # with zeros first: a manifest that cannot take the rows is found before anything is published
+    text = _hub_rows(manifest_file, published, target.name, dict.fromkeys(keys, NO_COMMIT))
+    revisions: dict[str, str] = {}
+    if not dry_run:
+        revision = _commit(target, planned, files, contents)
+        tags = {**contents.tags, after.version: revision}
+        revisions = {key: tags.get(model.version, revision) for key, model in published.items()}
+        text = _hub_rows(manifest_file, published, target.name, revisions)
+        manifest_rows.write(manifest_file, text)
+    said = _said(planned, files)
+    return PublishResult(
+        runs, target.name, said, files, manifest_file, text, revisions, written=not dry_run, unreachable=unreachable
+    )
+
+
+def _ask(target: HubRepository, dry_run: bool) -> tuple[Contents, str | None]:
+    """What a repository has; of a dry run without the Hub, nothing, with the reason."""
+    try:
+        return target.contents(), None
+    except PublishError as error:
+        if not dry_run:
+            raise
+        return Contents(), str(error)
+
+
+def _commit(target: HubRepository, planned: Plan, files: Mapping[str, bytes], contents: Contents) -> str:
+    """Makes the commit and its tag, as far as they are missing; returns the commit."""
+    version = planned.index.version
+    tagged = contents.tags.get(version)
+    if files:
+        revision = target.commit(files, planned.message, contents.head)
     else:
-        assert present.head is not None
-        revision = tagged or present.head
-    if not tagged or chosen.files:
+        assert contents.head is not None
+        revision = tagged or contents.head
+    if not tagged:
         try:
-            place.tag(chosen.version, revision)
+            target.tag(version, revision)
         except (KeyboardInterrupt, SystemExit) as error:
             raise PublishError(
-                f"Stopped: the commit {revision} is published, its tag {chosen.version} may not be. The same command "
+                f"Stopped: the commit {revision} is published, its tag {version} may not be. The same command "
                 "completes it."
             ) from error
-    tags = {**present.tags, chosen.version: revision}
-    revisions = {key: tags.get(str(chosen.models[key].get("version")), revision) for key in keys}
-    text = manifest_rows.updated(manifest_file, runs, chosen.repository, revisions)
-    manifest_rows.write(manifest_file, text)
-    return Published(chosen, revisions, text)
+    return revision
+
+
+def _hub_rows(path: Path, models: Mapping[str, PublishedModel], repository: str, revisions: Mapping[str, str]) -> str:
+    """The text of a manifest's file with rows that load models from the Hub."""
+    weights = {key: manifest_rows.on_hub(model, repository, revisions[key]) for key, model in models.items()}
+    return manifest_rows.updated(manifest_rows.read(path), path, models, weights)

@@ -1,42 +1,50 @@
 """Fine-tuning on features: the backbone sees each image a few times only, however many epochs follow.
 
-One pass re-estimates the head norm's statistics at the test size, exactly. One pass computes the pooled
-features of each view with that norm in place. Then the classifier trains on them. Statistics and features
-are computed in fixed shards of images, each saved when done: a killed run goes on with the next shard, and
-any number of processes shares them out without changing a bit of the result.
+One pass estimates the statistics of the head norm at the test size, exactly. One pass computes the pooled features of
+each view, with that norm in place. Then the classifier trains on the features.
 """
 
-import contextlib
 import hashlib
 import json
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from fixefficientnet import delta
-from fixefficientnet._internal.files import write_atomically
 from fixefficientnet.data.dataset import ImageDataset
-from fixefficientnet.data.loading import Batch, Transform, load_batches, shard_tasks
+from fixefficientnet.data.loading import Batch
 from fixefficientnet.errors import DataError, RunError
 from fixefficientnet.preprocessing import Views
-from fixefficientnet.reproduce.checkpoints import Checkpoints
-from fixefficientnet.reproduce.network import Network, optimizer_of
+from fixefficientnet.reproduce.checkpoints import Checkpoints, Position
+from fixefficientnet.reproduce.network import Network, TrainingState, optimizer_of
 from fixefficientnet.reproduce.online import order, transform_of
 from fixefficientnet.reproduce.recipe import Recipe
-from fixefficientnet.reproduce.session import Interrupted, Session
+from fixefficientnet.reproduce.session import Session
+from fixefficientnet.reproduce.shards import Shard, ShardPass, one_thread
+from fixefficientnet.reproduce.training import Schedule, StepResult, train
 
-Shard = dict[str, Tensor]
-_EMPTY = "none"  # for a shard without a readable image: a file must hold something
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Features:
+    """The features of a dataset, on disk.
+
+    Attributes:
+        values: float16 or float32 [images, views, channels], memory-mapped.
+        targets: int64 [images]: the label; -1 where the image could not be read.
+    """
+
+    values: Array
+    targets: Array
 
 
 def tune(
@@ -46,19 +54,19 @@ def tune(
     recipe: Recipe,
     checkpoints: Checkpoints,
     folder: Path,
-) -> dict[str, int]:
-    """Re-estimates the statistics, computes features, trains the classifier; goes on where it was.
+) -> int:
+    """Estimates the statistics, computes features, trains the classifier; continues where an earlier call stopped.
 
     Args:
-        session: The run's surroundings.
-        network: Prepared for the recipe; left in eval mode.
-        dataset: To tune on.
-        recipe: How.
-        checkpoints: Of the classifier's training.
-        folder: For shards and features; those already there are used if they are of this network and images.
+        session: Processes, log, signals.
+        network: The network, prepared for the recipe; left in eval mode.
+        dataset: The training images.
+        recipe: The recipe.
+        checkpoints: Checkpoints of the classifier's training.
+        folder: Folder of shards and features; those already there are used if they are of this network and dataset.
 
     Returns:
-        How many images went forward through the backbone.
+        Number of images that went forward through the backbone.
 
     Raises:
         RunError: Too little disk for the features; NaN or Inf in features or loss.
@@ -67,47 +75,43 @@ def tune(
     network.model.eval()
     with session.stoppable():
         if recipe.moves_statistics:
-            chosen = _subset(recipe, len(dataset))
-            _estimate_statistics(session, network, dataset, chosen, recipe, folder)
+            _estimate_statistics(session, network, dataset, recipe, folder)
         if recipe.trains_classifier:
             place = folder / f"features-{_key(network, dataset, recipe, 'features')}"
             with session.locked(place):
-                features, targets = _compute_features(session, network, dataset, recipe, place)
-                session.on_main(lambda: _train_classifier(session, network, features, targets, recipe, checkpoints))
+                features = _compute_features(session, network, dataset, recipe, place)
+                session.on_main(lambda: _train_classifier(session, network, features, recipe, checkpoints))
             with torch.no_grad():
                 for tensor in network.moving.values():
                     tensor.copy_(cast(Tensor, broadcast(tensor.detach().clone())))
-    return {"forwards": forwards(recipe, len(dataset))}
+    return forwards(recipe, len(dataset))
 
 
 def forwards(recipe: Recipe, dataset: int) -> int:
-    """How many images go forward through the backbone."""
+    """Number of images that go forward through the backbone."""
     statistics = min(recipe.statistics_images or dataset, dataset) if recipe.moves_statistics else 0
     return statistics + (recipe.views * dataset if recipe.trains_classifier else 0)
 
 
 def feature_bytes(recipe: Recipe, dataset: int, channels: int) -> int:
-    """Size of the feature file."""
+    """Size of the feature file, in bytes."""
     return dataset * recipe.views * channels * np.dtype(recipe.feature_dtype).itemsize
 
 
-def _subset(recipe: Recipe, length: int) -> list[int]:
-    """The images that the statistics come from; folders are sorted by class, so a part is drawn at random."""
+def _chosen(recipe: Recipe, length: int) -> list[int]:
+    """Indices of the images for the statistics; datasets are sorted by class, so a part is drawn at random."""
     asked = recipe.statistics_images
     return list(range(length)) if not asked or asked >= length else sorted(order(recipe, 0, length)[:asked])
 
 
-# --- statistics -------------------------------------------------------------------------------------------
-
-
 def _estimate_statistics(
-    session: Session, network: Network, dataset: ImageDataset, chosen: list[int], recipe: Recipe, folder: Path
+    session: Session, network: Network, dataset: ImageDataset, recipe: Recipe, folder: Path
 ) -> None:
     channels = cast(Tensor, network.norm.running_mean).numel()
     sums: Shard = {}
 
     def take(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        with _one_thread():
+        with one_thread():
             values = inputs[0].double()
             sums["sum"] = values.sum((0, 2, 3))
             sums["squares"] = values.square().sum((0, 2, 3))
@@ -117,25 +121,22 @@ def _estimate_statistics(
         _forward(session, network, batch.inputs)
         return {name: tensor.cpu() for name, tensor in sums.items()}
 
-    def add(total: Shard | None, part: Shard) -> Shard:
-        return part if total is None else {name: total[name] + part[name] for name in total}
-
+    chosen = _chosen(recipe, len(dataset))
     key = _key(network, dataset, recipe, "statistics", chosen=chosen if len(chosen) < len(dataset) else None)
     place = folder / f"statistics-{key}"
-    chosen_images = _Chosen(dataset, chosen)
     transform = Views(1, cast(Any, transform_of(recipe)))
     hook = network.norm.register_forward_pre_hook(take)
     with session.locked(place):
         try:
-            shards = _over_shards(session, "Statistics", chosen_images, transform, recipe, place, forward, add)
+            images = _Subset(dataset, chosen)
+            shards = ShardPass(session, "Statistics", images, transform, recipe, place, forward, _sum).run()
         finally:
             hook.remove()
-    total: Shard | None = None
-    for part in shards:
-        if part:
-            total = add(total, part)
-    if total is None:
-        raise DataError(f"None of the images of {dataset.what} could be read.")
+    total: Shard = {}
+    for part in filter(None, shards):
+        total = _sum(total, part) if total else part
+    if not total:
+        raise DataError(f"None of the images of {dataset.name} could be read.")
     count = float(total["count"])
     mean = total["sum"] / count
     variance = (total["squares"] / count - mean.square()).clamp_min(0) * (count / max(1.0, count - 1))
@@ -145,11 +146,15 @@ def _estimate_statistics(
     cast(Tensor, network.norm.running_var).copy_(variance)
 
 
-class _Chosen:
+def _sum(total: Shard, part: Shard) -> Shard:
+    return {name: total[name] + part[name] for name in total}
+
+
+class _Subset:
     """Some images of a dataset, as a dataset."""
 
     def __init__(self, dataset: ImageDataset, chosen: list[int]):
-        self._images, self._chosen, self.what = dataset, chosen, dataset.what
+        self._images, self._chosen, self.name = dataset, chosen, dataset.name
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -158,13 +163,9 @@ class _Chosen:
         return self._images[self._chosen[index]]
 
 
-# --- features ---------------------------------------------------------------------------------------------
-
-
 def _compute_features(
     session: Session, network: Network, dataset: ImageDataset, recipe: Recipe, place: Path
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Memory-mapped features [images, views, channels], and targets [images] (-1: unreadable)."""
+) -> Features:
     channels = cast(Tensor, network.classifier.weight).shape[1]
     shape = (len(dataset), recipe.views, channels)
     path = place / "features.bin"
@@ -181,32 +182,32 @@ def _compute_features(
         values = pooled[0].view(len(batch.targets), recipe.views, channels).cpu().numpy().astype(recipe.feature_dtype)
         if not np.isfinite(values).all():
             raise RunError(
-                f"The features of {dataset.name(int(batch.indices[0]))} or one after it are NaN or infinite in "
-                f"{recipe.feature_dtype}. Try --set feature_dtype=float32, or look for broken weights."
+                f"The features of {dataset.image_name(int(batch.indices[0]))} or one after it are NaN or infinite in "
+                f"{recipe.feature_dtype}. Try --feature-dtype float32, or look for broken weights."
             )
         features[batch.indices.numpy()] = values
         return {"indices": batch.indices, "targets": batch.targets}
 
-    def add(total: Shard | None, part: Shard) -> Shard:
-        return part if total is None else {name: torch.cat([total[name], part[name]]) for name in total}
-
-    def rows(number: int) -> np.ndarray[Any, Any]:
-        # opened anew each time: on a network file system, an open map may not show what other nodes wrote
+    def rows(number: int) -> Array:
+        # opened each time: on a network file system, an open map may not show what other nodes wrote
         written = np.memmap(path, dtype=recipe.feature_dtype, mode="r", shape=shape)
         return np.ascontiguousarray(written[number * recipe.shard : (number + 1) * recipe.shard])
 
     transform = Views(recipe.views, cast(Any, transform_of(recipe)))
     hook = network.classifier.register_forward_pre_hook(take)
     try:
-        parts = (place, forward, add, rows, features.flush)
-        shards = _over_shards(session, "Features", dataset, transform, recipe, *parts)
+        work = (session, "Features", dataset, transform, recipe, place, forward, _join, rows, features.flush)
+        shards = ShardPass(*work).run()
     finally:
         hook.remove()
     targets = np.full(len(dataset), -1, dtype=np.int64)
-    for shard in shards:
-        if shard:
-            targets[shard["indices"].numpy()] = shard["targets"].numpy()
-    return np.memmap(path, dtype=recipe.feature_dtype, mode="r", shape=shape), targets
+    for shard in filter(None, shards):
+        targets[shard["indices"].numpy()] = shard["targets"].numpy()
+    return Features(np.memmap(path, dtype=recipe.feature_dtype, mode="r", shape=shape), targets)
+
+
+def _join(total: Shard, part: Shard) -> Shard:
+    return {name: torch.cat([total[name], part[name]]) for name in total}
 
 
 def _allocate(path: Path, size: int) -> None:
@@ -216,7 +217,7 @@ def _allocate(path: Path, size: int) -> None:
     if size - there > free:
         raise RunError(
             f"The features take {size / 1e9:.2f} GB, {path.parent} has {free / 1e9:.2f} GB free. Make room, choose "
-            "another place with --output, or take --set views=1 or --method online, which stores none."
+            "another place with --output, or take --views 1 or --method online, which stores none."
         )
     with path.open("ab") as file:
         file.truncate(size)
@@ -228,180 +229,61 @@ def _allocate(path: Path, size: int) -> None:
             raise RunError(reason) from error
 
 
-# --- the classifier ---------------------------------------------------------------------------------------
-
-
 def _train_classifier(
-    session: Session,
-    network: Network,
-    features: np.ndarray[Any, Any],
-    targets: np.ndarray[Any, Any],
-    recipe: Recipe,
-    checkpoints: Checkpoints,
+    session: Session, network: Network, features: Features, recipe: Recipe, checkpoints: Checkpoints
 ) -> None:
-    """Every view of every image is one example; one process alone, as it takes seconds."""
+    """Trains on every view of every image, in one process alone, as it takes seconds."""
     device = session.accelerator.device
-    rows = np.flatnonzero(targets >= 0)
-    if not len(rows):
+    images = np.flatnonzero(features.targets >= 0)
+    if not len(images):
         raise DataError("None of the images could be read.")
-    examples = len(rows) * recipe.views
+    examples = len(images) * recipe.views
     size = min(recipe.batch_size, examples)
-    steps = examples // size
-    optimizer = optimizer_of(network, recipe)
-    # statistics were put in place by the passes before, and are in the checkpoint with all that moves
-    position = checkpoints.restore(network.moving, optimizer)
+    schedule = Schedule(examples // size, size)
+    state = TrainingState(network, optimizer_of(network, recipe))
+    assert state.optimizer
+    optimizer = state.optimizer
+    # the statistics, which the passes before put in place, are in the checkpoint too
+    position = checkpoints.restore(state)
     session.log.resume(position.steps)
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
-    flat = features.reshape(-1, features.shape[-1])
-    image_shape = (
-        (-1, features.shape[-1], 1, 1) if isinstance(network.classifier, nn.Conv2d) else (-1, features.shape[-1])
-    )
-    with _one_thread(), session.log.bar("Classifier", recipe.epochs * steps * size) as bar:
-        bar.skip(position.steps * size)
-        while position.epoch < recipe.epochs:
-            epoch = position.epoch
-            sequence = np.array(order(recipe, epoch, examples))
-            loss_sum = correct = seen = 0.0
-            while position.epoch == epoch:
-                chosen = sequence[position.step * size : (position.step + 1) * size]
-                image, view = np.divmod(chosen, recipe.views)
-                values = flat[rows[image] * recipe.views + view]
-                inputs = torch.from_numpy(values).to(device).float().view(image_shape)
-                labels = torch.from_numpy(targets[rows[image]]).to(device)
-                rate = recipe.learning_rate(epoch + position.step / steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                logits = network.classifier(inputs).flatten(1)
-                loss = criterion(logits, labels)
-                if not math.isfinite(value := loss.item()):
-                    raise checkpoints.give_up(value, position)
-                checkpoints.confirm()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                position.step += 1
-                position.steps += 1
-                if position.step == steps:
-                    position.epoch, position.step = epoch + 1, 0
-                seen, loss_sum = seen + size, loss_sum + value * size
-                correct += float((logits.argmax(1) == labels).sum())
-                said = f"loss {loss_sum / seen:.3f}, top-1 {100 * correct / seen:.1f}"
-                bar.advance(size, said)
-                if position.epoch > epoch:
-                    top1 = 100 * correct / seen
-                    session.log.write(position.steps, epoch=epoch, loss=loss_sum / seen, top1=top1, lr=rate)
-                if session.stopped_by or checkpoints.due(position) or position.epoch == recipe.epochs:
-                    checkpoints.save(position, network.moving, optimizer)
-                if session.stopped_by:
-                    raise Interrupted(session.stopped_by)
-    checkpoints.confirm()
+    channels = features.values.shape[-1]
+    flat = features.values.reshape(-1, channels)
+    shape = (-1, channels, 1, 1) if isinstance(network.classifier, nn.Conv2d) else (-1, channels)
+    sequences: dict[int, Array] = {}
 
+    def step(position: Position) -> StepResult:
+        if position.epoch not in sequences:
+            sequences.clear()
+            sequences[position.epoch] = np.array(order(recipe, position.epoch, examples))
+        chosen = sequences[position.epoch][position.step * size : (position.step + 1) * size]
+        row, view = np.divmod(chosen, recipe.views)
+        inputs = torch.from_numpy(flat[images[row] * recipe.views + view]).to(device).float().view(shape)
+        labels = torch.from_numpy(features.targets[images[row]]).to(device)
+        logits = network.classifier(inputs).flatten(1)
+        loss = criterion(logits, labels)
+        if not np.isfinite(value := loss.item()):
+            raise checkpoints.give_up(value, position)
+        checkpoints.confirm()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return StepResult(value, float((logits.argmax(1) == labels).sum()), size, session.stopped_by)
 
-# --- shards -----------------------------------------------------------------------------------------------
-
-
-def _over_shards(
-    session: Session,
-    title: str,
-    dataset: Any,
-    transform: Transform,
-    recipe: Recipe,
-    place: Path,
-    forward: Callable[[Batch], Shard],
-    add: Callable[[Shard | None, Shard], Shard],
-    rows: Callable[[int], Any] = lambda number: b"",
-    flush: Callable[[], None] = lambda: None,
-) -> list[Shard]:
-    """Computes the shards that are not done yet, each process its share, and saves each when it is complete.
-
-    Returns:
-        All shards, in order; empty ones for those without a readable image.
-    """
-    paths = [place / f"{number:06d}.safetensors" for number in range(math.ceil(len(dataset) / recipe.shard))]
-    mine = range(session.rank, len(paths), session.world)
-    left = [number for number in mine if _read(paths[number], rows, number) is None]
-    lengths = {number: min(recipe.shard, len(dataset) - number * recipe.shard) for number in mine}
-    tasks = shard_tasks(len(dataset), recipe.shard, recipe.forward_batch, left)
-    pin = session.accelerator.device.type == "cuda"
-    with session.log.bar(title, sum(lengths.values())) as bar:
-        bar.skip(sum(lengths[number] for number in set(mine) - set(left)))
-        batches = load_batches(dataset, transform, tasks, workers=min(session.workers, len(tasks)), pin_memory=pin)
-        for number in left:
-            total: Shard | None = None
-            unreadable: list[str] = []
-            for batch in _take(batches, -(-lengths[number] // recipe.forward_batch)):
-                unreadable += [reason for _, reason in batch.unreadable]
-                session.count_unreadable(dataset.what, unreadable, len(dataset))
-                if len(batch.targets):
-                    total = add(total, forward(batch))
-                bar.advance(len(batch.targets) + len(batch.unreadable))
-            flush()
-            total = total or {_EMPTY: torch.zeros(0)}
-            metadata = {"digest": _digest(total, rows(number)), "unreadable": json.dumps(unreadable)}
-            write_atomically(paths[number], safetensors.torch.save(total, metadata))
-            if session.stopped_by:
-                raise Interrupted(session.stopped_by)
-    session.accelerator.wait_for_everyone()
-
-    def check() -> None:
-        for number, path in enumerate(paths):
-            if _read(path, rows, number) is None:
-                raise RunError(f"{path} lacks what was just written. Do all processes see the same folder?")
-
-    session.on_main(check)
-    shards = []
-    for path in paths:
-        with safetensors.safe_open(path, "pt") as file:
-            reasons = json.loads((file.metadata() or {})["unreadable"])
-            shards.append({name: file.get_tensor(name) for name in file.keys() if name != _EMPTY})  # noqa: SIM118
-        with session.alike():
-            session.count_unreadable(dataset.what, reasons, len(dataset))
-    return shards
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """The bits of a sum or matrix product on a CPU depend on the number of threads, and that on the processes'."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _take(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
-    for _ in range(count):
-        yield next(batches)
-
-
-def _read(path: Path, rows: Callable[[int], Any], number: int) -> Shard | None:
-    """A shard's tensors; None if it is not there, not whole, or not what was saved."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            shard = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return shard if (file.metadata() or {}).get("digest") == _digest(shard, rows(number)) else None
-    except (safetensors.SafetensorError, OSError):
-        return None
-
-
-def _digest(shard: Shard, rows: Any) -> str:
-    """Of a shard's tensors and of its rows in the feature file."""
-    digest = hashlib.sha256(safetensors.torch.save(shard))
-    digest.update(rows)
-    return digest.hexdigest()
+    with one_thread():
+        train(session, state, recipe, schedule, checkpoints, position, step)
 
 
 @torch.inference_mode()
 def _forward(session: Session, network: Network, inputs: Tensor) -> None:
-    """Runs the whole network for its hooks' sake; inputs [n, views, 3, S, S]."""
+    """Runs the whole network, whose hooks take what is wanted; inputs: float32 [n, views, 3, S, S]."""
     dataset = inputs.flatten(0, 1).to(session.accelerator.device, non_blocking=True)
     with session.accelerator.autocast():
         network.model(dataset.contiguous(memory_format=torch.channels_last))
 
 
 def _key(network: Network, dataset: ImageDataset, recipe: Recipe, kind: str, **more: Any) -> str:
-    """What decides these shards: the network as it is now, the images, the views. Others are computed anew."""
+    """A hash of all that decides these shards: the network as it is now, the images, the views."""
     fields = ["test_size", "crop_pct", "interpolation", "mean", "std", "forward_batch", "shard", "mixed_precision"]
     if kind == "features":
         fields += ["views", "feature_dtype"]

@@ -1,7 +1,7 @@
-"""A run's state on disk: one safetensors file, renamed into place, that holds only what moves.
+"""The state of a run on disk: one safetensors file that holds only what changes.
 
-Neither the frozen weights (gigabytes for the largest) nor any pickle: random draws are a function of seed,
-epoch and image, so there is no generator's state to keep.
+It holds neither the frozen weights (gigabytes for the largest network) nor a random generator's state: random draws
+are a function of seed, epoch and image.
 """
 
 import json
@@ -15,34 +15,47 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 from fixefficientnet._internal.files import write_atomically
 from fixefficientnet.errors import CheckpointError, RunError
+from fixefficientnet.reproduce.network import TrainingState
 
 _MODEL, _MOMENTUM = "model.", "momentum."
 
 
 @dataclass(slots=True)
 class Position:
-    """How far training is: `step` of the epoch are done, `steps` in all."""
+    """How far training is.
+
+    Attributes:
+        epoch: Number of finished epochs.
+        step: Number of finished steps of the epoch after these.
+        steps: Number of finished steps of all epochs.
+    """
 
     epoch: int = 0
     step: int = 0
     steps: int = 0
 
+    def advance(self, steps_per_epoch: int) -> None:
+        """Counts one step."""
+        self.step += 1
+        self.steps += 1
+        if self.step == steps_per_epoch:
+            self.epoch, self.step = self.epoch + 1, 0
+
 
 @dataclass
 class Checkpoints:
-    """Saves and restores what moves, at the pace that was asked for.
+    """Saves and restores what a run changes.
 
     Attributes:
-        path: The file.
-        identity: What run it belongs to; another run's is refused.
-        every_steps: Save after so many steps.
-        every_seconds: Save after so much time.
-        enabled: False on all processes but the first: they hold the same state and do not write.
+        path: The checkpoint file.
+        identity: The run that the file belongs to, as JSON values.
+        every_steps: Number of steps between two saves.
+        every_seconds: Longest time between two saves.
+        enabled: Whether this process writes; all hold the same state, and the first one writes it.
         unreadable: Images that could not be read so far; saved and restored with the state.
     """
 
@@ -59,34 +72,29 @@ class Checkpoints:
         """Whether it is time to save."""
         return position.steps % self.every_steps == 0 or time.monotonic() - self._saved >= self.every_seconds
 
-    def save(
-        self,
-        position: Position,
-        moving: Mapping[str, Tensor],
-        optimizer: Optimizer | None,
-        scaler: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Writes the state; whatever happens, either the last state or this one is there.
+    def save(self, position: Position, state: TrainingState) -> None:
+        """Writes the state; whatever happens, either the last state or this one is on disk.
 
         The last one stays beside it until `confirm`: only the next loss shows whether an update was good.
 
         Raises:
-            RunError: What moves is NaN or infinite; nothing is written.
+            RunError: A tensor is NaN or infinite; nothing is written.
         """
+        moving = state.network.moving
         if not all(bool(torch.isfinite(tensor).all()) for tensor in moving.values()):
             raise self.give_up(math.nan, position)
         if not self.enabled:
             return
         tensors = {_MODEL + name: tensor for name, tensor in moving.items()}
         for name, tensor in moving.items():
-            buffer = optimizer.state.get(tensor, {}).get("momentum_buffer") if optimizer else None
+            buffer = state.optimizer.state.get(tensor, {}).get("momentum_buffer") if state.optimizer else None
             if buffer is not None:
                 tensors[_MOMENTUM + name] = buffer
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         metadata = {
             "identity": json.dumps(self.identity, sort_keys=True),
             "position": json.dumps([position.epoch, position.step, position.steps]),
-            "scaler": json.dumps(scaler or {}),
+            "scaler": json.dumps(state.scaler.state_dict() if state.scaler else {}),
             "unreadable": json.dumps(self.unreadable),
         }
         if self.path.exists():
@@ -96,17 +104,17 @@ class Checkpoints:
         self._saved = time.monotonic()
 
     def confirm(self) -> None:
-        """The state that was saved last gave a finite loss."""
+        """Drops the state before the last one: the last one gave a finite loss."""
         if self._unconfirmed:
             self._previous.unlink(missing_ok=True)
             self._unconfirmed = False
 
     def give_up(self, loss: float, position: Position) -> RunError:
-        """Puts the last state that is known to be good back; the error to raise.
+        """Puts the last state that is known to be good back, and gives the error to raise.
 
         Args:
-            loss: What is not finite.
-            position: After the last step that was.
+            loss: The loss, which is not finite.
+            position: The position of the step that gave it.
         """
         if self._unconfirmed:
             self.path.unlink(missing_ok=True)
@@ -115,19 +123,20 @@ class Checkpoints:
         kept = "The last good checkpoint is kept." if self.path.exists() else "Nothing was saved before."
         return RunError(
             f"The loss is {loss} at step {position.steps + 1} (epoch {position.epoch + 1}, step {position.step + 1} in "
-            f"it). {kept} Try a smaller base_lr (--set base_lr=…), or look for broken weights."
+            f"it). {kept} Try a smaller --base-lr, or look for broken weights."
         )
 
     @property
     def _previous(self) -> Path:
         return self.path.with_name(f"previous-{self.path.name}")
 
-    def restore(self, moving: Mapping[str, Tensor], optimizer: Optimizer | None, scaler: Any = None) -> Position:
-        """Puts the saved state in place; the beginning where nothing is saved.
+    def restore(self, state: TrainingState) -> Position:
+        """Puts the saved state in place; where nothing is saved, the position is the beginning.
 
         Raises:
-            CheckpointError: The file is damaged, or does not hold what moves in this run.
+            CheckpointError: The file is damaged, or does not hold what changes in this run.
         """
+        moving = state.network.moving
         if not self.path.exists():
             return Position()
         try:
@@ -141,20 +150,20 @@ class Checkpoints:
             raise CheckpointError(f"{self.path} is damaged ({error}). Delete it to start anew.") from error
         expected = {_MODEL + name: tensor.shape for name, tensor in moving.items()}
         if {name: t.shape for name, t in tensors.items() if name.startswith(_MODEL)} != expected:
-            raise CheckpointError(f"{self.path} holds other tensors than this run moves. Delete it to start anew.")
+            raise CheckpointError(f"{self.path} holds other tensors than this run changes. Delete it to start anew.")
         with torch.no_grad():
             for name, tensor in moving.items():
                 tensor.copy_(tensors[_MODEL + name])
-                if optimizer and isinstance(tensor, nn.Parameter) and _MOMENTUM + name in tensors:
-                    optimizer.state[tensor]["momentum_buffer"] = tensors[_MOMENTUM + name].to(tensor.device)
-        if scaler is not None and saved_scaler:
-            scaler.load_state_dict(saved_scaler)
+                if state.optimizer and isinstance(tensor, nn.Parameter) and _MOMENTUM + name in tensors:
+                    state.optimizer.state[tensor]["momentum_buffer"] = tensors[_MOMENTUM + name].to(tensor.device)
+        if state.scaler is not None and saved_scaler:
+            state.scaler.load_state_dict(saved_scaler)
         self.unreadable = unreadable
         self._unconfirmed = self.enabled and self._previous.exists()
         return position
 
     def saved_identity(self) -> Mapping[str, Any] | None:
-        """What run the file belongs to; None where there is none."""
+        """The run that the file belongs to; None where there is no file."""
         if not self.path.exists():
             return None
         try:

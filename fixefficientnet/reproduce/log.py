@@ -17,9 +17,9 @@ class Log:
     """Speaks for the first process; on the others everything here is silent and writes nothing.
 
     Args:
-        folder: Of the run.
+        folder: Folder of the run.
         enabled: Whether this is the first process.
-        console: Where to.
+        console: Console to print on; None: the terminal.
     """
 
     def __init__(self, folder: Path, *, enabled: bool, console: Console | None = None):
@@ -36,7 +36,7 @@ class Log:
             self.console.print(escape(text), soft_wrap=not self.console.is_terminal)
 
     def resume(self, steps: int) -> None:
-        """Starts or goes on logging: lines and events of steps after the restored one are dropped."""
+        """Starts or continues logging: lines and events of steps after the restored one are dropped."""
         if not self.enabled:
             return
         if self._file.exists():

@@ -1,4 +1,4 @@
-"""The network of a run: where its weights come from, what is frozen in it, what moves."""
+"""The network of a run: where its weights come from, what is frozen, what changes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ from fixefficientnet.reproduce.recipe import Recipe, Subject
 
 @dataclass(frozen=True)
 class Network:
-    """A network prepared for a recipe.
+    """A network prepared for a recipe: the rest of it is frozen.
 
     Attributes:
         model: The whole network.
-        head: Names of its classifier and last batch norm before pooling.
-        norm: The latter.
-        classifier: The former.
-        trained: Parameters that gradients move, by state-dict name.
-        statistics: State-dict names of the running statistics that move.
+        head: Names of the classifier and of the last batch norm before pooling.
+        norm: The last batch norm before pooling.
+        classifier: The final linear layer.
+        trained: Parameters that gradients change, by state-dict name.
+        statistics: State-dict names of the running statistics that change.
     """
 
     model: nn.Module
@@ -37,7 +37,7 @@ class Network:
 
     @property
     def moving(self) -> dict[str, Tensor]:
-        """All tensors that the run changes, by state-dict name; looked up anew, as wrappers replace buffers."""
+        """All tensors that the run changes, by state-dict name; looked up each time, as wrappers replace buffers."""
         buffers = {name: self.model.get_buffer(name) for name in self.statistics}
         return dict(sorted({**self.trained, **buffers}.items()))
 
@@ -50,14 +50,30 @@ class Network:
             self.norm.train()
 
 
+@dataclass(frozen=True)
+class TrainingState:
+    """All that a step of training changes.
+
+    Attributes:
+        network: The network; its `moving` tensors change.
+        optimizer: The optimizer; None where no gradient flows.
+        scaler: The gradient scaler of fp16; None elsewhere.
+    """
+
+    network: Network
+    optimizer: torch.optim.SGD | None
+    scaler: Any = None
+
+
 def load(subject: Subject, weights: str | Path, *, num_classes: int, seed: int) -> nn.Module:
     """Builds the network.
 
     Args:
-        subject: Which.
+        subject: The network to build.
         weights: "pretrained", "random", or a checkpoint file (safetensors, or a `.pth` of tensors alone).
-        num_classes: Where the weights do not decide it; a classifier of another size starts at random.
-        seed: Of what starts at random.
+        num_classes: Number of classes; a classifier of another size than the weights' starts at random. A checkpoint
+            file decides the number itself.
+        seed: Seed of what starts at random.
 
     Raises:
         MissingFileError: There is no such checkpoint.
@@ -81,7 +97,7 @@ def load(subject: Subject, weights: str | Path, *, num_classes: int, seed: int) 
 
 
 def prepare(model: nn.Module, recipe: Recipe) -> Network:
-    """Freezes what the recipe does not move.
+    """Freezes what the recipe does not change.
 
     Raises:
         UnsupportedModelError: The network has no classifier, or no batch norm before its pooling.
@@ -116,15 +132,15 @@ def prepare(model: nn.Module, recipe: Recipe) -> Network:
 
 
 def optimizer_of(network: Network, recipe: Recipe) -> torch.optim.SGD:
-    """SGD over what gradients move; the schedule sets its learning rate before each step."""
+    """SGD over the trained parameters; the training loop sets its learning rate before each step."""
     return torch.optim.SGD(network.trained.values(), lr=0.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
 
 
 def compile_frozen(network: Network) -> None:
     """Compiles what lies before the head, in the largest parts that hold nothing of it.
 
-    The head stays as it is: features and statistics are taken at its doors, and a compiled module does not see hooks
-    that come later.
+    The head is not compiled: hooks on it take features and statistics, and a compiled module does not see hooks that
+    are registered later.
     """
 
     def go(module: nn.Module) -> None:

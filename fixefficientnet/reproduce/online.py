@@ -1,6 +1,6 @@
-"""Fine-tuning as the paper does it: a forward pass per image and epoch, the head norm in train mode.
+"""Fine-tuning as in the paper: a forward pass per image and epoch, the head norm in train mode.
 
-Serves the base stage too, where the whole network trains.
+The base stage, where the whole network trains, runs here too.
 """
 
 import math
@@ -20,9 +20,10 @@ from fixefficientnet.data.loading import Batch, Task, load_batches
 from fixefficientnet.errors import DataError, RecipeError
 from fixefficientnet.preprocessing import FineTuningTransform, Preprocess, TrainingTransform
 from fixefficientnet.reproduce.checkpoints import Checkpoints, Position
-from fixefficientnet.reproduce.network import Network, optimizer_of
+from fixefficientnet.reproduce.network import Network, TrainingState, optimizer_of
 from fixefficientnet.reproduce.recipe import Recipe
-from fixefficientnet.reproduce.session import Interrupted, Session
+from fixefficientnet.reproduce.session import Session
+from fixefficientnet.reproduce.training import Schedule, StepResult, train
 
 
 def transform_of(recipe: Recipe) -> FineTuningTransform | TrainingTransform:
@@ -33,12 +34,12 @@ def transform_of(recipe: Recipe) -> FineTuningTransform | TrainingTransform:
 
 
 def order(recipe: Recipe, epoch: int, length: int) -> list[int]:
-    """In which order an epoch takes the images."""
+    """The order in which an epoch takes the images: their indices."""
     return cast("list[int]", np.random.default_rng([recipe.seed, epoch]).permutation(length).tolist())
 
 
 def steps_of_epoch(recipe: Recipe, length: int, world: int = 1) -> tuple[int, int]:
-    """Steps per epoch and images per step; a last, partial batch is left out unless it is the only one.
+    """Steps per epoch and images per step; a partial last batch is left out unless it is the only one.
 
     Raises:
         RecipeError: The batch cannot be shared out evenly.
@@ -58,74 +59,45 @@ def tasks_from(position: Position, recipe: Recipe, length: int, rank: int = 0, w
             yield [(epoch, index) for index in sequence[step * size + rank : (step + 1) * size : world]]
 
 
-def tune(
-    session: Session, network: Network, dataset: ImageDataset, recipe: Recipe, checkpoints: Checkpoints
-) -> dict[str, int]:
-    """Trains from where the checkpoint is to the end; the network is left in eval mode.
+def tune(session: Session, network: Network, dataset: ImageDataset, recipe: Recipe, checkpoints: Checkpoints) -> int:
+    """Trains from the checkpoint to the end; the network is left in eval mode.
 
     Returns:
-        How many images went forward through the backbone.
+        Number of images that went forward through the backbone.
 
     Raises:
         RunError: The loss is NaN or infinite.
         Interrupted: A signal asked to stop; the state is saved.
     """
-    accelerator = session.accelerator
     optimizer = optimizer_of(network, recipe) if network.trained else None
-    position = checkpoints.restore(network.moving, optimizer, accelerator.scaler)
-    session.count_unreadable(dataset.what, checkpoints.unreadable, len(dataset))
+    state = TrainingState(network, optimizer, session.accelerator.scaler)
+    position = checkpoints.restore(state)
+    session.count_unreadable(dataset.name, checkpoints.unreadable, len(dataset))
     if position.steps:
-        session.log.say(f"Going on after step {position.steps} (epoch {position.epoch}).")
+        session.log.say(f"Continuing after step {position.steps} (epoch {position.epoch}).")
     session.log.resume(position.steps)
     model, stepper = _distributed(session, network, recipe, optimizer)
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
-    statistics = [network.model.get_buffer(name) for name in network.statistics]
-
-    def save() -> None:
-        checkpoints.unreadable = sorted(session.unreadable.get(dataset.what, ()))
-        scaler = accelerator.scaler and accelerator.scaler.state_dict()
-        with session.alike():
-            checkpoints.save(position, network.moving, optimizer, scaler)
-
-    steps, size = steps_of_epoch(recipe, len(dataset), session.world)
+    schedule = Schedule(*steps_of_epoch(recipe, len(dataset), session.world))
     network.train(recipe)
     with session.stoppable():
         batches = _batches(session, dataset, recipe, replace(position))
-        while position.epoch < recipe.epochs:
-            epoch = position.epoch
-            with session.log.bar(f"Epoch {epoch + 1}/{recipe.epochs}", steps * size) as bar:
-                bar.skip(position.step * size)
-                seen = correct = loss_sum = 0.0
-                while position.epoch == epoch:
-                    batch = next(batches)
-                    rate = recipe.learning_rate(epoch + position.step / steps)
-                    for group in optimizer.param_groups if optimizer else ():
-                        group["lr"] = rate
-                    loss, top1, count, stop = _step(session, model, criterion, stepper, batch, position, checkpoints)
-                    _average(session, statistics, recipe)
-                    position.step += 1
-                    position.steps += 1
-                    seen, correct, loss_sum = seen + count, correct + top1, loss_sum + loss * count
-                    if position.step == steps:
-                        position.epoch, position.step = epoch + 1, 0
-                    said = f"loss {loss_sum / seen:.3f}, top-1 {100 * correct / seen:.1f}"
-                    bar.advance(int(count), said)
-                    session.log.write(position.steps, epoch=epoch, loss=loss, top1=100 * top1 / count, lr=rate)
-                    if position.epoch > epoch:
-                        session.share_unreadable(dataset.what, len(dataset))
-                    if stop or checkpoints.due(position) or position.epoch == recipe.epochs:
-                        save()
-                    if stop:
-                        session.stopped_by = stop
-                        with session.alike():
-                            raise Interrupted(stop)
-    checkpoints.confirm()
+
+        def step(position: Position) -> StepResult:
+            result = _step(session, model, criterion, stepper, next(batches), position, checkpoints)
+            _average(session, network, recipe)
+            if position.step + 1 == schedule.steps:
+                session.share_unreadable(dataset.name, len(dataset))
+            checkpoints.unreadable = sorted(session.unreadable.get(dataset.name, ()))
+            return result
+
+        train(session, state, recipe, schedule, checkpoints, position, step)
     network.model.eval()
-    return {"forwards": recipe.epochs * steps * size}
+    return recipe.epochs * schedule.steps * schedule.batch_size
 
 
 def _distributed(session: Session, network: Network, recipe: Recipe, optimizer: Any) -> tuple[nn.Module, Any]:
-    """The model and optimizer as Accelerate wraps them; nothing to wrap where no gradient flows."""
+    """The model and optimizer as Accelerate wraps them; unchanged where no gradient flows."""
     if recipe.sync_bn and session.accelerator.device.type != "cuda":
         raise RecipeError("sync_bn works on CUDA devices only.")
     if recipe.sync_bn and session.world > 1:
@@ -160,9 +132,9 @@ def _batches(session: Session, dataset: ImageDataset, recipe: Recipe, position: 
     pin = session.accelerator.device.type == "cuda"
     transform = transform_of(recipe)
     for batch in load_batches(dataset, transform, tasks, workers=session.workers, substitute=True, pin_memory=pin):
-        session.count_unreadable(dataset.what, [reason for _, reason in batch.unreadable], len(dataset))
+        session.count_unreadable(dataset.name, [reason for _, reason in batch.unreadable], len(dataset))
         if not len(batch.targets):
-            raise DataError(f"Ten images of {dataset.what} in a row cannot be read: {batch.unreadable[-1][1]}")
+            raise DataError(f"Ten images of {dataset.name} in a row cannot be read: {batch.unreadable[-1][1]}")
         yield batch
 
 
@@ -174,8 +146,8 @@ def _step(
     batch: Batch,
     position: Position,
     checkpoints: Checkpoints,
-) -> tuple[float, float, float, int]:
-    """One step; mean loss, correct predictions, images, and signal to stop (0: none), of all processes."""
+) -> StepResult:
+    """One step of all processes."""
     accelerator = session.accelerator
     device = accelerator.device
     inputs = batch.inputs.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
@@ -187,23 +159,24 @@ def _step(
     count = len(targets)
     stops = [float(session.stopped_by == number) for number in (signal.SIGTERM, signal.SIGINT)]
     totals = torch.cat([torch.stack([loss.detach() * count, correct]), torch.tensor([count, *stops], device=device)])
-    loss_sum, correct, seen, terminate, interrupt = cast(Tensor, accelerator.reduce(totals, "sum")).tolist()
+    loss_sum, hits, images, terminate, interrupt = cast(Tensor, accelerator.reduce(totals, "sum")).tolist()
     if not math.isfinite(loss_sum):
         with session.alike():
-            raise checkpoints.give_up(loss_sum / seen, position)
+            raise checkpoints.give_up(loss_sum / images, position)
     checkpoints.confirm()
     if stepper is not None:
         accelerator.backward(loss)
         stepper.step()
         stepper.zero_grad()
     stop = signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0
-    return loss_sum / seen, correct, seen, int(stop)
+    return StepResult(loss_sum / images, hits, images, int(stop))
 
 
-def _average(session: Session, statistics: list[Tensor], recipe: Recipe) -> None:
+def _average(session: Session, network: Network, recipe: Recipe) -> None:
     """Gives all processes the mean of their running statistics, so that each holds the same state."""
-    if session.world == 1 or not statistics or recipe.sync_bn:
+    if session.world == 1 or not network.statistics or recipe.sync_bn:
         return
+    statistics = [network.model.get_buffer(name) for name in network.statistics]
     flat = cast(Tensor, session.accelerator.reduce(torch.cat([tensor.view(-1) for tensor in statistics]), "mean"))
     for tensor, part in zip(statistics, torch.split(flat, [tensor.numel() for tensor in statistics]), strict=True):
         tensor.copy_(part.view_as(tensor))

@@ -10,8 +10,10 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fixefficientnet._internal import compat, meta_device
+from fixefficientnet.data.dataset import open_dataset
 from fixefficientnet.evaluation.cost import gmacs_of
 from fixefficientnet.reproduce import cached, network, online
+from fixefficientnet.reproduce.options import Data
 from fixefficientnet.reproduce.recipe import Recipe
 
 IMAGENET = (1_281_167, 50_000)
@@ -20,23 +22,26 @@ IMAGENET = (1_281_167, 50_000)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A recipe's cost.
+    """The cost of a recipe.
 
     Attributes:
-        recipe: What would be run.
-        moving: Values per tensor that changes, by state-dict name; running statistics too.
-        gradients: How many of them are trained by gradients.
-        parameters: Of the whole network.
+        recipe: The recipe.
+        images: Number of images to train on, and to measure on.
+        moving: Number of values of each tensor that changes, by state-dict name; running statistics too.
+        gradients: Number of values that gradients train.
+        parameters: Number of parameters of the whole network.
         gmacs: Billions of multiply-adds of one image's forward pass, at the size that the stage works at.
-        forwards: Images that go through the backbone to tune it.
-        evaluations: Images that go through it to be measured.
-        total_gmacs: Of the whole run: forward passes, backward passes of the base stage, evaluations.
-        memory: Most bytes of tensors that live at once on a device, in float32; the allocator and the
+        forwards: Number of images that go through the backbone to tune it.
+        evaluations: Number of images that go through it to be measured.
+        total_gmacs: Billions of multiply-adds of the whole run: forward passes, backward passes of the base stage,
+            evaluations.
+        memory: Most bytes of tensors that live on a device at a time, in float32; the allocator and the
             convolutions' workspaces come on top.
-        feature_bytes: Of the feature file (cached).
+        feature_bytes: Size of the feature file (cached), in bytes.
     """
 
     recipe: Recipe
+    images: tuple[int, int]
     moving: dict[str, int]
     gradients: int
     parameters: int
@@ -52,14 +57,35 @@ class Plan:
         return self.total_gmacs / gmacs_per_second / 3600
 
 
+def plan_runs(recipes: Sequence[Recipe], data: Data | None, devices: int = 1) -> list[Plan]:
+    """Plans of several runs on the same images.
+
+    Args:
+        recipes: The recipes.
+        data: The images; None: ImageNet's numbers.
+        devices: Number of devices that share each batch.
+
+    Raises:
+        DataError: The images cannot be used.
+    """
+    images, num_classes = IMAGENET, 1000
+    if data is not None:
+        train, validation = (
+            open_dataset(data.data, split, root=data.data_root) for split in (data.train_split, data.val_split)
+        )
+        images = len(train), len(validation)
+        num_classes = 1000 if train.imagenet else len(train.classes) or 1000
+    return [plan(recipe, images=images, num_classes=num_classes, devices=devices) for recipe in recipes]
+
+
 def plan(recipe: Recipe, *, images: tuple[int, int] = IMAGENET, num_classes: int = 1000, devices: int = 1) -> Plan:
     """Counts what a recipe takes.
 
     Args:
         recipe: What would be run.
-        images: To train on, and to measure on.
-        num_classes: Of the classifier.
-        devices: That share each batch.
+        images: Number of images to train on, and to measure on.
+        num_classes: Number of classes.
+        devices: Number of devices that share each batch.
 
     Raises:
         UnsupportedModelError: The network has no classifier, or no batch norm before its pooling.
@@ -86,6 +112,7 @@ def plan(recipe: Recipe, *, images: tuple[int, int] = IMAGENET, num_classes: int
     stores = recipe.method == "cached" and recipe.trains_classifier
     return Plan(
         recipe=recipe,
+        images=images,
         moving={name: tensor.numel() for name, tensor in net.moving.items()},
         gradients=sum(parameter.numel() for parameter in net.trained.values()),
         parameters=sum(parameter.numel() for parameter in net.model.parameters()),

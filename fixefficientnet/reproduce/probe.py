@@ -55,8 +55,8 @@ def take(model: nn.Module, dataset: "ImageDataset", evaluation: "Evaluation", te
     Args:
         model: In eval mode, float32.
         dataset: What it was measured on.
-        evaluation: How.
-        test: With which preprocessing.
+        evaluation: The evaluation on it.
+        test: The test-time preprocessing.
     """
     evaluated = [index for index, prediction in enumerate(evaluation.predictions) if prediction is not None]
     chosen = [
@@ -106,7 +106,7 @@ def difference(probe: Probe, found: Tensor) -> float:
     That is: one of them is no number or infinite, or all of the probe's are 0.
 
     Args:
-        probe: Whose.
+        probe: The probe.
         found: float32 [N, classes].
     """
     if found.shape != probe.logits.shape:

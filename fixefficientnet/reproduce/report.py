@@ -1,126 +1,248 @@
-"""What a run leaves to read: report.json, report.md and curve.png."""
+"""The report of a finished run: report.json, which nothing else parses; report.md and curve.png for people."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fixefficientnet._internal import records
 from fixefficientnet._internal.files import write_atomically
+from fixefficientnet._internal.records import Count, Percent, Positive
+from fixefficientnet.errors import MissingFileError, RunError
 from fixefficientnet.evaluation import figures
-from fixefficientnet.evaluation.outcome import Evaluation
-from fixefficientnet.evaluation.paper import IMAGENET, NOISE, within_noise
+from fixefficientnet.evaluation.outcome import Evaluation, Summary
+from fixefficientnet.evaluation.paper import IMAGENET, NOISE, Result, within_noise
 from fixefficientnet.evaluation.statistics import compare
-from fixefficientnet.manifest import Variant
+from fixefficientnet.manifest import Accuracy, Variant
 from fixefficientnet.reproduce.recipe import Recipe
 
-PAIRED = "fixres_against_base_at_test_size"
-"""Where in a report the paired test is."""
+FILENAME = "report.json"
 TITLES = {
     "base": "base, at its train size",
     "base_at_test": "base, at the test size",
     "tuned": "FixRes, at the test size",
     "trained": "base stage, at the train size",
 }
+"""The evaluations of a run, in order, and what they are called."""
 
 
-def build(
-    recipe: Recipe,
-    variant: Variant | None,
-    evaluations: Mapping[str, Evaluation],
-    *,
-    num_classes: int,
-    more: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The report as JSON values: figures, intervals, the paired test, and the paper's figures beside."""
-    report: dict[str, Any] = {"variant": recipe.variant, "backbone": recipe.backbone, **more}
-    report["measured"] = {name: evaluation.summary() for name, evaluation in evaluations.items()}
-    if pair := paired(evaluations):
-        report[PAIRED] = pair
-    if variant and variant.paper and recipe.stage == "fixres":
+@dataclass(frozen=True, slots=True)
+class PairedTest:
+    """The tuned network against the untuned one at the same size, on the same images.
+
+    Attributes:
+        only_base_correct: Number of images that the untuned network alone classifies correctly.
+        only_fixres_correct: Number of images that the tuned network alone classifies correctly.
+        difference: Top-1 of the tuned network less that of the untuned one, in points.
+        difference_low: Lower end of the 95% interval of the difference.
+        difference_high: Upper end of the 95% interval of the difference.
+        p: p-value of McNemar's exact test.
+    """
+
+    only_base_correct: Count
+    only_fixres_correct: Count
+    difference: float
+    difference_low: float
+    difference_high: float
+    p: float
+
+    @classmethod
+    def of(cls, evaluations: Mapping[str, Evaluation]) -> "PairedTest | None":
+        """The test on the evaluations of a run; None for a base stage."""
+        if "tuned" not in evaluations or "base_at_test" not in evaluations:
+            return None
+        pair = compare(evaluations["base_at_test"].correct, evaluations["tuned"].correct)
+        return cls(pair.only_first, pair.only_second, pair.difference, *pair.interval, pair.p)
+
+
+@dataclass(frozen=True, slots=True)
+class PaperFigures:
+    """What the paper reports for the variant, beside the run.
+
+    Attributes:
+        table: Table of the paper, 1 or 2.
+        base_top1: Top-1 of the untuned network in the paper, in per cent.
+        fix_top1: Top-1 after FixRes in the paper, in per cent.
+        fix_top5: Top-5 after FixRes in the paper, in per cent.
+        comparable: Whether the run was measured on what the paper's figures are of.
+        difference: Measured top-1 less the paper's, in points; None where they cannot be compared.
+        within_noise: Whether the difference is within the paper's noise and rounding.
+    """
+
+    table: Positive
+    base_top1: Percent
+    fix_top1: Percent
+    fix_top5: Percent
+    comparable: bool
+    difference: float | None = None
+    within_noise: bool | None = None
+
+    @classmethod
+    def beside(
+        cls, variant: Variant | None, recipe: Recipe, measured: Mapping[str, Summary], num_classes: int
+    ) -> "PaperFigures | None":
+        """The paper's figures beside a run's; None for a base stage, or a network that is not in the paper."""
+        if variant is None or variant.paper is None or recipe.stage != "fixres":
+            return None
         paper = variant.paper
-        found = next(iter(evaluations.values()))
-        comparable = (found.images, num_classes) == IMAGENET
-        report["paper"] = {
-            "table": paper.table,
-            "base_top1": paper.base.top1,
-            "fix_top1": paper.fix.top1,
-            "fix_top5": paper.fix.top5,
-            "comparable": comparable,
-        }
-        if comparable and "tuned" in evaluations and recipe.test_size == paper.fix.test_size:
-            difference = evaluations["tuned"].top1 - paper.fix.top1
-            report["paper"] |= {"difference": difference, "within_noise": within_noise(difference)}
-    return report
+        comparable = (next(iter(measured.values())).images, num_classes) == IMAGENET
+        difference = None
+        if comparable and "tuned" in measured and recipe.test_size == paper.fix.test_size:
+            difference = measured["tuned"].top1 - paper.fix.top1
+        within = None if difference is None else within_noise(difference)
+        top1, top5 = paper.fix.top1, paper.fix.top5
+        return cls(paper.table, paper.base.top1, top1, top5, comparable, difference, within)
 
 
-def paired(evaluations: Mapping[str, Evaluation]) -> dict[str, Any] | None:
-    """The tuned network against the untuned one at the same size, as JSON values; None for a base stage."""
-    if "tuned" not in evaluations or "base_at_test" not in evaluations:
-        return None
-    pair = compare(evaluations["base_at_test"].correct, evaluations["tuned"].correct)
-    low, high = pair.interval
-    return {
-        "only_base_correct": pair.only_first,
-        "only_fixres_correct": pair.only_second,
-        "difference": pair.difference,
-        "difference_low": low,
-        "difference_high": high,
-        "p": pair.p,
-    }
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a finished run tells of itself.
+
+    Attributes:
+        variant: Key in the manifest, or timm's name of another network.
+        backbone: timm's name of the network.
+        recipe: The recipe, resolved.
+        train_data: Name of the split that the run trained on.
+        validation_data: Name of the split that the run was measured on.
+        train_images: Number of images in the training split.
+        classes: Names of the classes, by index; empty where the dataset names none.
+        processes: Number of processes.
+        forwards: Number of images that went forward through the backbone to tune it.
+        unreadable: The images that could not be read, each with the reason.
+        measured: Figures of each evaluation, by a name in `TITLES`.
+        paired: The tuned network against the untuned one; None for a base stage.
+        paper: The paper's figures; None where it has none.
+        delta_sha256: sha256 of delta.safetensors; None for a base stage.
+    """
+
+    variant: str
+    backbone: str
+    recipe: Recipe
+    train_data: str
+    validation_data: str
+    train_images: Positive
+    classes: tuple[str, ...]
+    processes: Positive
+    forwards: Count
+    unreadable: tuple[str, ...]
+    measured: Mapping[str, Summary]
+    paired: PairedTest | None
+    paper: PaperFigures | None
+    delta_sha256: str | None = None
+
+    @classmethod
+    def load(cls, path: Path) -> "Report":
+        """Reads the report of a run.
+
+        Args:
+            path: A run's folder, or its report.json.
+
+        Raises:
+            MissingFileError: There is no report: the run is not finished.
+            RunError: The file is no report; names the field at fault.
+        """
+        file = path / FILENAME if path.is_dir() else path
+        try:
+            document = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise MissingFileError(
+                f"{path} has no {FILENAME}: it is no finished run. The command that began it continues it."
+            ) from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise RunError(f"{file} cannot be read as the report of a run: {error}.") from error
+        return records.read(cls, document, str(file), RunError)
+
+    def dump(self, folder: Path) -> None:
+        """Writes report.md, then report.json, whose presence says that the run is complete."""
+        write_atomically(folder / "report.md", as_markdown(self).encode())
+        write_atomically(folder / FILENAME, (json.dumps(records.to_json(self), indent=2) + "\n").encode())
+
+    def result(self, source: str) -> Result | None:
+        """What stands beside the paper's tables; None for a base stage."""
+        if "tuned" not in self.measured:
+            return None
+        rows = {name: Accuracy(row.size, row.top1, row.top5) for name, row in self.measured.items()}
+        comparable = bool(self.paper and self.paper.comparable)
+        return Result(self.variant, source, self.measured["tuned"].images, comparable, rows.get("base"), rows["tuned"])
 
 
-def as_markdown(report: Mapping[str, Any], recipe: Recipe) -> str:
+def results(paths: Iterable[Path]) -> list[Result]:
+    """The FixRes runs among reports, run folders, and folders of run folders, for the paper's tables.
+
+    Raises:
+        MissingFileError: There is no report.
+        RunError: A report cannot be read.
+    """
+    found = []
+    for path in paths:
+        reports = [path] if path.is_file() else sorted({*path.glob(FILENAME), *path.glob(f"*/{FILENAME}")})
+        if not reports:
+            raise MissingFileError(f"{path} holds no {FILENAME}: give finished runs of reproduce, or their folder.")
+        found += [Report.load(file).result(str(file.parent)) for file in reports]
+    return [result for result in found if result is not None]
+
+
+def as_markdown(report: Report) -> str:
     """The report as a page."""
+    recipe = report.recipe
     title = "FixRes fine-tuning" if recipe.stage == "fixres" else "base stage"
-    lines = [f"# {report['variant']}: {title}", ""]
+    lines = [f"# {report.variant}: {title}", ""]
     lines += ["| | size | top-1 | 95% interval | top-5 | loss | images |", "|---|---|---|---|---|---|---|"]
-    for name, row in report["measured"].items():
+    for name, row in report.measured.items():
         lines.append(
-            f"| {TITLES[name]} | {row['size']} | {row['top1']:.2f} | {row['top1_low']:.2f} to {row['top1_high']:.2f} "
-            f"| {row['top5']:.2f} | {row['loss']:.4f} | {row['images']:,} |"
+            f"| {TITLES[name]} | {row.size} | {row.top1:.2f} | {row.top1_low:.2f} to {row.top1_high:.2f} "
+            f"| {row.top5:.2f} | {row.loss:.4f} | {row.images:,} |"
         )
-    if test := report.get(PAIRED):
+    if test := report.paired:
         lines += [
             "",
-            f"Of the same images at the test size, {test['only_fixres_correct']} are correct after FixRes only and "
-            f"{test['only_base_correct']} before it only: {test['difference']:+.2f} points (95%: "
-            f"{test['difference_low']:+.2f} to {test['difference_high']:+.2f}; McNemar's exact test: p = "
-            f"{test['p']:.2g}).",
+            f"Of the same images at the test size, {test.only_fixres_correct} are correct after FixRes only and "
+            f"{test.only_base_correct} before it only: {test.difference:+.2f} points (95%: "
+            f"{test.difference_low:+.2f} to {test.difference_high:+.2f}; McNemar's exact test: p = {test.p:.2g}).",
         ]
-    if paper := report.get("paper"):
-        lines += [
-            "",
-            f"The paper (ImageNet-2012 validation, Table {paper['table']}): base {paper['base_top1']}, FixRes "
-            f"{paper['fix_top1']} top-1, {paper['fix_top5']} top-5.",
-        ]
-        if "difference" in paper:
-            within = "within" if paper["within_noise"] else "outside"
-            lines[-1] += f" Difference: {paper['difference']:+.2f}, {within} the paper's noise of {NOISE} and rounding."
-        else:
-            lines[-1] += " Not comparable: these figures are of other images, or of another test size."
+    if report.paper:
+        lines += ["", _beside_paper(report.paper)]
     elif recipe.stage == "fixres":
         lines += ["", "The paper has no figures for this network."]
-    if report["unreadable"]:
-        lines += ["", f"Unreadable images: {len(report['unreadable'])}, left out:"]
-        lines += [f"- {reason}" for reason in report["unreadable"][:20]]
+    if report.unreadable:
+        lines += ["", f"Unreadable images: {len(report.unreadable)}, left out:"]
+        lines += [f"- {reason}" for reason in report.unreadable[:20]]
     lines += [
         "",
-        f"Forward passes of an image through the backbone that this method takes: {report['forwards']:,} "
-        f"({report['forwards'] / max(1, report['train_images']):g} per training image).",
+        f"Forward passes through the backbone: {report.forwards:,} images "
+        f"({report.forwards / report.train_images:g} per training image).",
         "",
         "## Recipe",
         "",
         "```json",
-        recipe.dumps(),
+        json.dumps(records.to_json(recipe), indent=2),
         "```",
     ]
     return "\n".join(lines) + "\n"
 
 
+def _beside_paper(paper: PaperFigures) -> str:
+    said = (
+        f"The paper (ImageNet-2012 validation, Table {paper.table}): base {paper.base_top1}, FixRes {paper.fix_top1} "
+        f"top-1, {paper.fix_top5} top-5."
+    )
+    if paper.difference is None:
+        return f"{said} Not comparable: these figures are of other images, or of another test size."
+    within = "within" if paper.within_noise else "outside"
+    return f"{said} Difference: {paper.difference:+.2f}, {within} the paper's noise of {NOISE} and rounding."
+
+
 def curve(lines: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draws loss and accuracy on the training images against steps, as logged."""
+    """Draws loss and accuracy on the training images against steps, as logged.
+
+    Args:
+        lines: The lines of log.jsonl.
+        path: The figure to write.
+        title: Title of the figure.
+    """
     points = [line for line in lines if "loss" in line]
-    if not points:  # statistics alone are no curve
+    if not points:  # nothing was trained by gradients
         return
     figure, axes = figures.panels(2, width=7, height=3.2)
     epochs: dict[Any, list[Mapping[str, Any]]] = {}
@@ -136,9 +258,3 @@ def curve(lines: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
         axis.set_ylabel(f"{label} (training images)")
     figure.suptitle(f"{title} (light: each step, dark: mean of each epoch)", fontsize=10)
     figures.save(figure, path, points)
-
-
-def write(folder: Path, report: Mapping[str, Any], recipe: Recipe) -> None:
-    """Writes report.md, then report.json, whose presence says that the run is complete."""
-    write_atomically(folder / "report.md", as_markdown(report, recipe).encode())
-    write_atomically(folder / "report.json", (json.dumps(report, indent=2) + "\n").encode())

@@ -9,38 +9,32 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from huggingface_hub.utils import WeakFileLock
 
-from fixefficientnet._internal.files import remove_partial
-from fixefficientnet.errors import DataError, FixEfficientNetError, RunError
+from fixefficientnet._internal.files import remove_partial, write_atomically
+from fixefficientnet.errors import DataError, FixEfficientNetError, Interrupted, RunError
 from fixefficientnet.reproduce.log import Log
 
 T = TypeVar("T")
-
-
-class Interrupted(Exception):  # noqa: N818
-    """The run was asked to stop, and has saved what it had: no error, the same call goes on."""
-
-    def __init__(self, number: int):
-        super().__init__(f"Stopped by {signal.Signals(number).name}.")
-        self.number = number
+_LOCK_SECONDS = 2
 
 
 @dataclass
 class Session:
-    """One run's surroundings.
+    """What all parts of a run share.
 
     Attributes:
         accelerator: Processes, devices, precision.
-        folder: The run's.
-        log: Where it tells what it does.
+        folder: Folder of the run.
+        log: Prints and logs what the run does.
         workers: Loading processes per process.
         max_unreadable: Largest share of a dataset's images that may be unreadable.
-        unreadable: Which images could not be read, and why, by dataset.
-        stopped_by: The signal that asked to stop; 0: none did.
+        unreadable: The images that could not be read, each with the reason, by dataset.
+        stopped_by: Number of the signal that asked to stop; 0: none did.
     """
 
     accelerator: Accelerator
@@ -160,7 +154,7 @@ class Session:
                 os.kill(os.getpid(), number)
             self.stopped_by = number
             if self.main:
-                os.write(2, b"\nStopping after this step, once all is saved. Again: at once.\n")
+                os.write(2, b"\nStopping after this step, once all is saved. A second signal ends it immediately.\n")
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -179,46 +173,31 @@ class Session:
         Raises:
             RunError: Another process has it, or not all processes of this run see the same folder.
         """
-        path = folder / ".lock"
-        file: IO[str] | None = None
+        owner = folder / ".owner"
+        token = f"{os.getpid()} {secrets.token_hex(8)}"
 
-        def take() -> str:
-            nonlocal file
-            try:
-                import fcntl
-            except ImportError:
-                raise RunError(
-                    "Fine-tuning locks its folder as Unix does, which this system cannot: on Windows, run it in WSL."
-                ) from None
+        def take(stack: contextlib.ExitStack) -> str:
             folder.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+")
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would pass on to loading processes
-            except (BlockingIOError, PermissionError):
-                file.seek(0)
+                # loading processes share the lock, and end a moment after a parent that was killed
+                stack.enter_context(WeakFileLock(folder / ".lock", timeout=_LOCK_SECONDS))
+            except TimeoutError:
+                pid = owner.read_text().partition(" ")[0] if owner.exists() else "unknown"
                 raise RunError(
-                    f"{folder} is in use by the process {file.read().partition(' ')[0] or 'unknown'}. "
-                    "Wait for it, or choose another folder."
+                    f"{folder} is in use by the process {pid}. Wait for it, or choose another folder."
                 ) from None
-            mark = f"{os.getpid()} {secrets.token_hex(8)}"
-            file.truncate(0)
-            file.write(mark)
-            file.flush()
-            os.fsync(file.fileno())
             remove_partial(folder)
-            return mark
+            write_atomically(owner, token.encode())
+            return token
 
-        def see(mark: str) -> None:
+        def see(token: str) -> None:
             for _ in range(50):  # a network file system may take its time
-                if path.exists() and path.read_text() == mark:
+                if owner.exists() and owner.read_text() == token:
                     return
                 time.sleep(0.1)
             raise RunError(f"{folder} is not the same folder in all processes: give one that all nodes share.")
 
-        try:
-            mark = self.on_main(take)
-            self.together(lambda: None if self.main else see(mark))
+        with contextlib.ExitStack() as stack:
+            shared = self.on_main(lambda: take(stack))
+            self.together(lambda: None if self.main else see(shared))
             yield
-        finally:
-            if file:
-                file.close()

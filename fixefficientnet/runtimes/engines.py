@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,27 +17,33 @@ from huggingface_hub import cached_assets_path, constants
 from huggingface_hub.utils import WeakFileLock
 from torch import Tensor
 
-from fixefficientnet._internal import compat, requirements
+from fixefficientnet._internal import compat, processes, requirements
 from fixefficientnet._internal.files import remove_partial
 from fixefficientnet.errors import ExportError
 from fixefficientnet.manifest import TestTime
+from fixefficientnet.options import ENGINES, EXPORTED
 from fixefficientnet.runtimes import formats
+from fixefficientnet.runtimes.formats import Forward
 
 if TYPE_CHECKING:
     from fixefficientnet.models import LoadedModel
 
-EXPORTED = ("onnx", "openvino")
-"""Engines that run an exported file."""
+OnMessage = Callable[[str], None]
 EXPORTER = 1
-"""Raised when what `export` writes changes: files that are kept from before are not used then."""
-ENGINES = ("eager", "compile", *EXPORTED)
+"""Version of what `export` writes; a new one makes files that were kept before unused."""
 
 
 def check(engine: str, device: torch.device | str, precision: str = "no") -> None:
-    """Refuses an engine that does not run there.
+    """Refuses an engine that cannot compute on a device or in a precision.
+
+    Args:
+        engine: One of `ENGINES`.
+        device: The device to compute on.
+        precision: "no", "bf16" or "fp16".
 
     Raises:
-        ExportError: There is none of this name, or it does not run there, or not in this precision.
+        ExportError: There is no such engine, or it does not run there, or not in this precision.
+        ModuleNotFoundError: OpenVINO, asked for a precision, is not installed.
     """
     if engine not in ENGINES:
         raise ExportError(f"--engine {engine}: there are {', '.join(ENGINES)}.")
@@ -50,17 +57,35 @@ def check(engine: str, device: torch.device | str, precision: str = "no") -> Non
             raise ExportError(f"--engine openvino: this processor cannot compute in {precision}.")
 
 
-def exported(loaded: "LoadedModel", test: TestTime, engine: str, say: Callable[[str], None] | None = None) -> Path:
+def device_for(engine: str, device: torch.device | str | None, precision: str = "no") -> torch.device:
+    """The device to compute on, after all checks that engine, device and precision go together here.
+
+    Args:
+        engine: One of `ENGINES`.
+        device: The device asked for; None: the CPU for an engine that runs an exported file, else cuda if there is one.
+        precision: "no", "bf16" or "fp16".
+
+    Raises:
+        FixEfficientNetError: The device cannot be used here, or lacks the precision.
+        ExportError: As `check` raises.
+    """
+    found = processes.usable_device("cpu" if device is None and engine in EXPORTED else device)
+    processes.check_precision(precision, cpu=found.type == "cpu")
+    check(engine, found, precision)
+    return found
+
+
+def exported(loaded: "LoadedModel", test: TestTime, engine: str, on_message: OnMessage | None = None) -> Path:
     """The exported file of a model at one size; made and checked where it is not kept yet.
 
     Args:
         loaded: The model, on the CPU.
-        test: Its test-time preprocessing.
+        test: The test-time preprocessing, whose size the file takes.
         engine: "onnx" or "openvino".
-        say: Told what takes its time.
+        on_message: Called with one line before an export, which takes its time.
 
     Raises:
-        ExportError: It cannot be exported, or the runtime disagrees with PyTorch.
+        ExportError: The model cannot be exported, or the runtime disagrees with PyTorch.
         ModuleNotFoundError: The runtime is not installed.
     """
     requirements.need(*formats.PACKAGES[engine])
@@ -78,40 +103,66 @@ def exported(loaded: "LoadedModel", test: TestTime, engine: str, say: Callable[[
         with WeakFileLock(folder / ".lock"):  # other processes of the same evaluation want it too
             remove_partial(folder)
             if not path.is_file():
-                if say:
-                    say(f"{loaded.name}: exporting for {engine} at {test.size} pixels; kept for the next time")
-                exporting.export(loaded, path, test=test)
+                if on_message:
+                    on_message(f"{loaded.name}: exporting for {engine} at {test.size} pixels; kept for the next time")
+                exporting.export(replace(loaded, test=test), path)
     return path
+
+
+def forward_of(
+    loaded: "LoadedModel",
+    test: TestTime,
+    engine: str,
+    *,
+    threads: int = 1,
+    precision: str = "no",
+    on_message: OnMessage | None = None,
+) -> Forward:
+    """A model's forward pass by an engine.
+
+    Args:
+        loaded: The model; its weights, mode and attributes stay as they are.
+        test: The test-time preprocessing, whose size an exported file takes.
+        engine: One of `ENGINES`.
+        threads: Number of threads that call it concurrently; they share the cores. "compile" takes one.
+        precision: "no" or "bf16", which OpenVINO alone computes in; PyTorch's engines follow autocast.
+        on_message: As in `exported`.
+
+    Returns:
+        float32 [N, 3, S, S] → float32 [N, classes].
+
+    Raises:
+        ExportError: As `exported` raises; or the model is not in float32, as exported files are.
+    """
+    model = loaded.network
+    if engine == "eager":
+        return model
+    if engine == "compile":
+        return _compiled(model.forward)
+    if (dtype := next(model.parameters()).dtype) != torch.float32:
+        raise ExportError(f"The engine {engine} computes in float32, and the model is in {dtype}.")
+    options = formats.RuntimeOptions(torch.get_num_threads(), threads, precision)
+    path = exported(loaded, test, engine, on_message)
+    try:
+        return formats.load(path, options)
+    except (ModuleNotFoundError, MemoryError):
+        raise
+    except Exception:  # the kept file is damaged, and each runtime has its own words for that
+        path.unlink(missing_ok=True)
+        return formats.load(exported(loaded, test, engine, on_message), options)
 
 
 @contextlib.contextmanager
 def running(
     loaded: "LoadedModel", test: TestTime, engine: str, *, threads: int = 1, precision: str = "no"
 ) -> Iterator[None]:
-    """Within, the model's forward pass is the engine's: float32 [N, 3, S, S] → float32 [N, classes].
-
-    Args:
-        loaded: The model; its weights, mode and attributes stay as they are.
-        test: The size that it is shown images at.
-        engine: One of `ENGINES`.
-        threads: How many threads call it concurrently; they share the cores. "compile" takes one.
-        precision: "no" or "bf16": what OpenVINO computes in.
-
-    Raises:
-        ExportError: As `exported`; or the model is not float32, which exported files are.
-    """
+    """Within, the model's own forward pass is the engine's; arguments and errors as in `forward_of`."""
     if engine == "eager":
         yield
         return
     model: Any = loaded.network
-    if engine in EXPORTED and (dtype := next(model.parameters()).dtype) != torch.float32:
-        raise ExportError(f"The engine {engine} computes in float32, and the model is in {dtype}.")
     own = vars(model).get("forward")
-    if engine == "compile":
-        forward = _compiled(model.forward)
-    else:
-        forward = _loaded(loaded, test, engine, formats.RuntimeOptions(torch.get_num_threads(), threads, precision))
-    model.forward = forward
+    model.forward = forward_of(loaded, test, engine, threads=threads, precision=precision)
     try:
         yield
     finally:
@@ -120,21 +171,8 @@ def running(
             model.forward = own
 
 
-def _loaded(
-    loaded: "LoadedModel", test: TestTime, engine: str, how: formats.RuntimeOptions
-) -> Callable[[Tensor], Tensor]:
-    path = exported(loaded, test, engine)
-    try:
-        return formats.load(path, how)
-    except (ModuleNotFoundError, MemoryError):
-        raise
-    except Exception:  # the kept file is damaged, and each runtime has its own words for that
-        path.unlink(missing_ok=True)
-        return formats.load(exported(loaded, test, engine), how)
-
-
-def _compiled(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Compiles once: smaller batches than the largest so far (a dataset's last) are filled up.
+def _compiled(forward: Forward) -> Forward:
+    """Compiles a forward pass once: batches smaller than the largest so far (a dataset's last) are filled up.
 
     Weights are frozen into the code, so what was compiled for another model before must be forgotten.
     """

@@ -14,43 +14,47 @@ from torch import Tensor
 
 from fixefficientnet.errors import ExportError
 
+Forward = Callable[[Tensor], Tensor]
+"""A forward pass: float32 [N, 3, S, S] → float32 [N, classes]."""
 INPUT, OUTPUT = "pixel_values", "logits"
 METADATA = "fixefficientnet"
 """Key of the preprocessing, as JSON, in a file's metadata."""
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2", "torchscript": ".pt"}
-"""Endings of the exported files, by format."""
+"""File name endings by format."""
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
-"""What a format needs besides torch."""
+"""Packages that a format needs besides torch."""
 
 
-def format_of(path: Path, kind: str | None = None) -> str:
+def format_of(path: Path, format: str | None = None) -> str:
     """The format of an exported file.
 
     Args:
-        path: Of the file.
-        kind: The format's name, if it was given; else the ending tells.
+        path: Path of the file, whose ending tells the format.
+        format: Name of the format that the ending must be of, if there is to be a check.
 
     Raises:
         ExportError: There is no such format, or it has another ending.
     """
     by_suffix = {suffix: name for name, suffix in SUFFIXES.items()}
-    endings = ", ".join(f"{suffix} ({name})" for name, suffix in SUFFIXES.items())
-    if kind is not None and kind not in SUFFIXES:
-        raise ExportError(f"There is no format {kind!r}; there are {', '.join(SUFFIXES)}.")
-    if by_suffix.get(path.suffix) is None or by_suffix[path.suffix] != (kind or by_suffix[path.suffix]):
-        of = f" of the format {kind}" if kind else ""
-        raise ExportError(f"{path}: the ending of a file{of} is {SUFFIXES[kind] if kind else f'one of {endings}'}.")
-    return by_suffix[path.suffix]
+    if format is not None and format not in SUFFIXES:
+        raise ExportError(f"There is no format {format!r}; there are {', '.join(SUFFIXES)}.")
+    found = by_suffix.get(path.suffix)
+    if format is not None and found != format:
+        raise ExportError(f"{path}: the ending of a file of the format {format} is {SUFFIXES[format]}.")
+    if found is None:
+        endings = ", ".join(f"{suffix} ({name})" for name, suffix in SUFFIXES.items())
+        raise ExportError(f"{path}: the ending of a file is one of {endings}.")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
 class RuntimeOptions:
-    """How ONNX Runtime and OpenVINO compute; PyTorch's formats go by its own settings.
+    """Options of ONNX Runtime and OpenVINO; PyTorch's formats go by its own settings.
 
     Attributes:
-        cores: For all threads together; None: as the runtime chooses.
-        threads: How many threads call the model concurrently; they share the cores.
-        precision: "no" is float32; "bf16": OpenVINO alone.
+        cores: Number of cores for all threads together; None: as the runtime chooses.
+        threads: Number of threads that call the model concurrently; they share the cores.
+        precision: Precision of the forward pass: "no" is float32; OpenVINO alone has "bf16".
     """
 
     cores: int | None = None
@@ -59,11 +63,11 @@ class RuntimeOptions:
 
 
 _WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI")
-"""What oneDNN may be limited to; OpenVINO looks at the processor alone, and then cannot run what it made."""
+"""Values of ONEDNN_MAX_CPU_ISA that exclude bfloat16; OpenVINO looks at the processor alone, and then fails."""
 
 
 def openvino_has(precision: str) -> bool:
-    """Whether OpenVINO can compute in it on this processor."""
+    """Whether OpenVINO can compute in a precision ("bf16", "fp16") on this processor."""
     import openvino
 
     if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _WITHOUT_BF16 and precision == "bf16":
@@ -72,41 +76,41 @@ def openvino_has(precision: str) -> bool:
     return precision.upper() in capabilities
 
 
-def load(path: Path, how: RuntimeOptions | None = None) -> Callable[[Tensor], Tensor]:
+def load(path: Path, options: RuntimeOptions | None = None) -> Forward:
     """Opens an exported file.
 
     Args:
-        path: Its ending tells the format.
-        how: It computes; None: in float32, called by one thread, with the runtime's own number of cores.
+        path: Path of the file, whose ending tells the format.
+        options: The runtime's options; None: float32, one calling thread, the runtime's own number of cores.
 
     Returns:
-        float32 [N, 3, S, S] → float32 [N, classes], on the CPU.
+        The file's forward pass, on the CPU.
 
     Raises:
         ModuleNotFoundError: The format's runtime is not installed.
     """
-    return _LOADERS[format_of(path)](path, how or RuntimeOptions())
+    return _LOADERS[format_of(path)](path, options or RuntimeOptions())
 
 
-def _onnx(path: Path, how: RuntimeOptions) -> Callable[[Tensor], Tensor]:
+def _onnx(path: Path, options: RuntimeOptions) -> Forward:
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
+    settings = onnxruntime.SessionOptions()
     # each caller computes, and has the help of further threads that all share
-    options.intra_op_num_threads = max(1, how.cores - how.threads + 1) if how.cores else 0
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    settings.intra_op_num_threads = max(1, options.cores - options.threads + 1) if options.cores else 0
+    session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
 
 
-def _openvino(path: Path, how: RuntimeOptions) -> Callable[[Tensor], Tensor]:
+def _openvino(path: Path, options: RuntimeOptions) -> Forward:
     import openvino
 
     # else it computes in bfloat16 where the processor can
-    hint = "f32" if how.precision == "no" else how.precision
-    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "NUM_STREAMS": how.threads}
-    if how.cores:
-        options["INFERENCE_NUM_THREADS"] = how.cores
-    compiled = openvino.Core().compile_model(path, "CPU", options)
+    hint = "f32" if options.precision == "no" else options.precision
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "NUM_STREAMS": options.threads}
+    if options.cores:
+        settings["INFERENCE_NUM_THREADS"] = options.cores
+    compiled = openvino.Core().compile_model(path, "CPU", settings)
     mine = threading.local()
 
     def run(images: Tensor) -> Tensor:
@@ -117,17 +121,17 @@ def _openvino(path: Path, how: RuntimeOptions) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _torch_export(path: Path, how: RuntimeOptions) -> Callable[[Tensor], Tensor]:
-    module: Callable[[Tensor], Tensor] = torch.export.load(path).module()
+def _torch_export(path: Path, options: RuntimeOptions) -> Forward:
+    module: Forward = torch.export.load(path).module()
     return module
 
 
-def _torchscript(path: Path, how: RuntimeOptions) -> Callable[[Tensor], Tensor]:
+def _torchscript(path: Path, options: RuntimeOptions) -> Forward:
     module: Any = torch.jit.load(str(path), "cpu")  # type: ignore[no-untyped-call]
     return module  # type: ignore[no-any-return]
 
 
-_LOADERS: dict[str, Callable[[Path, RuntimeOptions], Callable[[Tensor], Tensor]]] = {
+_LOADERS: dict[str, Callable[[Path, RuntimeOptions], Forward]] = {
     "onnx": _onnx,
     "openvino": _openvino,
     "torch-export": _torch_export,
@@ -136,10 +140,10 @@ _LOADERS: dict[str, Callable[[Path, RuntimeOptions], Callable[[Tensor], Tensor]]
 
 
 def main() -> None:
-    """Runs a file over the batches of another: FILE GIVEN.safetensors FOUND.safetensors, as `export` asks."""
-    file, given, found = map(Path, sys.argv[1:])
-    run = load(file)
+    """Runs an exported file on batches of images, for `export`'s check: MODEL IMAGES.safetensors LOGITS.safetensors."""
+    path, images, logits = map(Path, sys.argv[1:])
+    forward = load(path)
     with torch.inference_mode():
-        batches = safetensors.torch.load_file(given)
-        logits = {name: run(batch).float().contiguous() for name, batch in batches.items()}
-    safetensors.torch.save_file(logits, found)
+        batches = safetensors.torch.load_file(images)
+        found = {name: forward(batch).float().contiguous() for name, batch in batches.items()}
+    safetensors.torch.save_file(found, logits)

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,32 +16,31 @@ from torch import Tensor
 from fixefficientnet.data.dataset import ImageDataset
 from fixefficientnet.data.loading import InEveryEpoch, load_batches
 from fixefficientnet.errors import DataError
+from fixefficientnet.preprocessing import TestTransform
 from fixefficientnet.runtimes import formats
-
-if TYPE_CHECKING:
-    from fixefficientnet.evaluation.loop import TestTransform
+from fixefficientnet.runtimes.formats import Forward
 
 PACKAGES = {"onnx": ("sympy",), "openvino": ("nncf",)}
-"""What quantizing a format needs besides its own packages."""
+"""Packages that quantizing a format needs besides its own."""
 _BATCH = 8
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Labelled images, evenly spread over a dataset: ranges of activations are taken from them, and accuracy.
+    """Labelled images, evenly spread over a dataset, that give ranges of activations, and accuracy.
 
     Attributes:
-        dataset: The dataset, in the model's numbering.
-        transform: The test-time preprocessing.
-        count: How many of them.
+        dataset: The dataset, in the model's class order.
+        transform: The test-time transform.
+        count: Number of the images, at most.
     """
 
     dataset: ImageDataset
-    transform: "TestTransform"
+    transform: TestTransform
     count: int
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """float32 [n, 3, S, S] and int64 [n]; images that cannot be read are left out."""
+        """Inputs, float32 [n, 3, S, S], and classes, int64 [n]; images that cannot be read are left out."""
         count = min(self.count, len(self.dataset))
         indices = np.linspace(0, len(self.dataset) - 1, count).astype(int).tolist()
         tasks = [[(0, index) for index in indices[at : at + _BATCH]] for at in range(0, count, _BATCH)]
@@ -50,35 +49,35 @@ class Calibration:
                 yield batch.inputs, batch.targets
 
     @torch.inference_mode()
-    def correct(self, run: Callable[[Tensor], Tensor]) -> tuple[int, int]:
-        """How many images are correct, and of how many.
+    def correct(self, forward: Forward) -> tuple[int, int]:
+        """Counts the correct images, and all.
 
         Args:
-            run: float32 [N, 3, S, S] → float32 [N, classes].
+            forward: The forward pass to measure.
 
         Raises:
             DataError: None of the images can be read.
         """
         correct = total = 0
         for inputs, targets in self.batches():
-            correct += int((run(inputs).argmax(1) == targets).sum())
+            correct += int((forward(inputs).argmax(1) == targets).sum())
             total += len(targets)
         if not total:
-            raise DataError(f"None of the images of {self.dataset.what} could be read.")
+            raise DataError(f"None of the images of {self.dataset.name} could be read.")
         return correct, total
 
 
-def quantise(kind: str, path: Path, calibration: Calibration, metadata: str) -> None:
+def quantise(format: str, path: Path, calibration: Calibration, metadata: str) -> None:
     """Replaces an exported file of one size by its 8-bit form.
 
     Args:
-        kind: "onnx" or "openvino".
+        format: "onnx" or "openvino".
         path: The file, in float32.
-        calibration: Where ranges of activations are taken from.
-        metadata: What the file is to have under `formats.METADATA`.
+        calibration: Images that ranges of activations are taken from.
+        metadata: The file's value under `formats.METADATA`, as JSON text.
     """
-    with contextlib.redirect_stdout(sys.stderr):  # both tell of their progress
-        _QUANTIZERS[kind](path, calibration, metadata)
+    with contextlib.redirect_stdout(sys.stderr):  # both print their progress
+        _QUANTIZERS[format](path, calibration, metadata)
 
 
 def _onnx(path: Path, calibration: Calibration, metadata: str) -> None:

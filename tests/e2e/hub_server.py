@@ -22,7 +22,7 @@ def commit(folder: Path) -> str:
     return git("rev-parse", "HEAD", cwd=folder)
 
 
-def start_olah(folder: Path, port: int) -> subprocess.Popen:
+def start_olah(folder: Path, port: int) -> subprocess.Popen[bytes]:
     config = folder / "olah.toml"
     config.write_text(
         f"""
@@ -54,7 +54,7 @@ offline = true
     raise RuntimeError((folder / "olah.log").read_text())
 
 
-def stop(process: subprocess.Popen) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
         process.wait(10)
@@ -69,7 +69,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def python(code: str, env: dict[str, str], check: bool = True) -> subprocess.CompletedProcess:
+def python(code: str, env: dict[str, str], check: bool = True) -> subprocess.CompletedProcess[str]:
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, cwd=ROOT)
     assert not check or done.returncode == 0, done.stderr
     return done

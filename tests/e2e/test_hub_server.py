@@ -1,7 +1,7 @@
-"""The whole way, against a real Hub server on loopback: git repositories in, logits out.
+"""Loading from a real Hub server on loopback: git repositories in, logits out.
 
 Two backbones (randomly initialised) and their deltas stand in git repositories, as on the Hub; an overlay
-manifest pins them by true revisions and hashes; fresh processes load them through each door.
+manifest pins them by true revisions and hashes; fresh processes load them through each entry point.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -38,7 +39,7 @@ class Server:
 
     root: Path
     port: int
-    overlay: dict
+    overlay: dict[str, Any]
 
     @property
     def endpoint(self) -> str:
@@ -108,7 +109,7 @@ def by_hand(server: Server, key: str) -> torch.Tensor:
     return model(torch.rand(2, 3, 96, 96)).detach()
 
 
-DOORS = {
+ENTRY_POINTS = {
     "python": "fixefficientnet.create({key!r}, pretrained=True)",
     "torch.hub": "torch.hub.load({root!r}, 'fixefficientnet_{key}', source='local')",
     "timm": "timm.create_model({timm_name!r}, pretrained=True)",
@@ -124,9 +125,9 @@ def home(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("key", KEYS)
-@pytest.mark.parametrize("door", DOORS)
-def test_each_door_gives_the_logits_of_timm_alone(server: Server, tmp_path: Path, door: str, key: str):
-    build = DOORS[door].format(key=key, root=str(ROOT), timm_name=fixefficientnet.info(key).timm_name)
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_each_entry_point_gives_the_logits_of_timm_alone(server: Server, tmp_path: Path, entry_point: str, key: str):
+    build = ENTRY_POINTS[entry_point].format(key=key, root=str(ROOT), timm_name=fixefficientnet.info(key).timm_name)
     python(logits_code(build, tmp_path / "logits.pt"), environment(server, tmp_path / "home"))
     found = torch.load(tmp_path / "logits.pt", weights_only=True)
     torch.testing.assert_close(found, by_hand(server, key), rtol=1e-4, atol=1e-5)
@@ -206,7 +207,7 @@ def test_what_the_offline_error_says_to_do_works(server: Server, home: Path, tmp
 
 
 @pytest.mark.parametrize("which", ["delta", "backbone"])
-def test_damaged_cache_is_mended(server: Server, home: Path, tmp_path: Path, which: str):
+def test_damaged_cache_is_repaired(server: Server, home: Path, tmp_path: Path, which: str):
     hub = tmp_path / "hub"
     shutil.copytree(home / "hub", hub, symlinks=True)
     pattern = "models--org--fixeffnet/snapshots/*/b0*" if which == "delta" else "models--timm*b0*/snapshots/*/model*"
@@ -302,7 +303,7 @@ def test_damaged_note_of_a_hash_is_not_believed(server: Server, home: Path, tmp_
 
 
 @pytest.mark.parametrize("cache", ["empty", "damaged"])
-def test_eight_processes_at_once(server: Server, home: Path, tmp_path: Path, cache: str):
+def test_eight_concurrent_processes(server: Server, home: Path, tmp_path: Path, cache: str):
     if cache == "damaged":
         shutil.copytree(home / "hub", tmp_path / "hub", symlinks=True)
         for file in (tmp_path / "hub").glob("models--*/snapshots/*/*.safetensors"):

@@ -1,10 +1,9 @@
-"""The whole circle: runs, published as a git repository, served by a real Hub server, loaded by fresh processes."""
+"""From runs to logits: published to a folder, committed with git, served by a real Hub server, loaded elsewhere."""
 
 import json
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,19 +26,26 @@ REPOSITORY = "org/name"
 
 @dataclass(frozen=True)
 class Served:
-    """A Hub server with what was published: b0, then another run of it in its place; and the rows of each time."""
+    """A Hub server with what was published: b0, then another run of it in its place.
+
+    Attributes:
+        endpoint: Address of the server.
+        repository: The published folder, a git repository.
+        commits: Commit of each publication, by the run's name.
+        files: Name of the delta's file, by the run's name.
+    """
 
     endpoint: str
     repository: Path
-    rows: dict[str, Path]
+    commits: dict[str, str]
+    files: dict[str, str]
 
-    def environment(self, home: Path, run: str) -> dict[str, str]:
-        return os.environ | {
-            "HF_ENDPOINT": self.endpoint,
-            "HF_HOME": str(home),
-            "FIXEFFICIENTNET_MANIFEST": str(self.rows[run]),
-            "OMP_NUM_THREADS": "1",  # other tests run beside
-        }
+    def environment(self, home: Path) -> dict[str, str]:
+        # one thread: other tests run beside
+        return os.environ | {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
+
+    def uri(self, run: str, revision: str | None = None) -> str:
+        return f"hf://{REPOSITORY}/{self.files[run]}@{revision or self.commits[run]}"
 
 
 @pytest.fixture(scope="module")
@@ -53,28 +59,31 @@ def served(finished_runs: Path, hub_cache: Path, tmp_path_factory: pytest.TempPa
     shutil.copy(file, original)
     commit(original)
     repository = folder / "hub" / "models" / REPOSITORY
-    rows = {}
-    for run, more in (("b0", []), ("other", ["--replace"])):
-        rows[run] = folder / f"{run}.json"
-        arguments = [str(finished_runs / run), "--repo", REPOSITORY, "--to", str(repository), *more]
-        arguments = ["publish", *arguments, "--manifest", str(rows[run])]
+    repository.mkdir(parents=True)
+    git("init", "-q", cwd=repository)
+    commits, files = {}, {}
+    for run, version in (("b0", "v1.0"), ("other", "v2.0")):
+        arguments = ["publish", str(finished_runs / run), "--repo", REPOSITORY, "--to", str(repository), "--replace"]
         tiny.run(arguments, folder / "said.txt", command=tiny.FIXEFFICIENTNET, HF_HUB_CACHE=str(hub_cache))
+        commits[run] = commit(repository)
+        git("tag", version, cwd=repository)
+        files[run] = json.loads((repository / "models.json").read_text())["models"]["b0"]["file"]
     port = free_port()
     process = start_olah(folder, port)
-    yield Served(f"http://127.0.0.1:{port}", repository, rows)
+    yield Served(f"http://127.0.0.1:{port}", repository, commits, files)
     stop(process)
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A run's own images, shown as it says, and what it made of them."""
+    """A run's probe: images, preprocessed as its recipe says, and its logits."""
 
     inputs: torch.Tensor
     logits: torch.Tensor
 
 
 def expected(run: Path, hub_cache: Path) -> Expected:
-    """By timm, torchvision and safetensors alone; and the same as the run itself left."""
+    """The probe of a run; its logits are checked with timm, torchvision and safetensors alone."""
     probe, recipe = load_file(run / "probe.safetensors"), json.loads((run / "recipe.json").read_text())["recipe"]
     inputs = normalize(probe["images"].permute(0, 3, 1, 2).float() / 255, recipe["mean"], recipe["std"])
     model = timm.create_model("tf_efficientnet_b0").eval()
@@ -99,42 +108,35 @@ with torch.inference_mode():
 
 
 def test_fresh_process_gets_the_runs_own_logits(served: Served, finished_runs: Path, hub_cache: Path, tmp_path: Path):
-    """Also of weights that were replaced since: the row names the commit."""
-    run = expected(finished_runs / "b0", hub_cache)
+    """By commit, by tag and by the card's own line; also of weights that were replaced since."""
+    runs = {name: expected(finished_runs / name, hub_cache) for name in ("b0", "other")}
+    assert not torch.allclose(runs["b0"].logits, runs["other"].logits, rtol=1e-2)
+    torch.save(runs["b0"].inputs, tmp_path / "inputs.pt")  # both runs were of the same images
+    (uri,) = set(re.findall(r'weights = "(hf://\S+)"', (served.repository / "README.md").read_text()))
+    assert uri == served.uri("other", "v2.0")
+    uris = {"commit": served.uri("other"), "card": uri}
+    uris |= {"replaced": served.uri("b0"), "v1.0": served.uri("b0", "v1.0")}
+    builds = {name: f"fixefficientnet.create('b0', pretrained={uri!r})" for name, uri in uris.items()}
+    python(asking(builds, tmp_path / "inputs.pt", tmp_path / "out.pt"), served.environment(tmp_path / "home"))
+    for name, (logits, size) in torch.load(tmp_path / "out.pt", weights_only=True).items():
+        run = runs["other" if name in ("commit", "card") else "b0"]
+        torch.testing.assert_close(logits, run.logits, rtol=1e-4, atol=1e-5)
+        assert size == 48
+
+
+def test_folders_manifest_loads_without_a_server(served: Served, finished_runs: Path, hub_cache: Path, tmp_path: Path):
+    run = expected(finished_runs / "other", hub_cache)
     torch.save(run.inputs, tmp_path / "inputs.pt")
-    builds = {"python": "fixefficientnet.create('b0', pretrained=True)"}
-    python(asking(builds, tmp_path / "inputs.pt", tmp_path / "out.pt"), served.environment(tmp_path / "home", run="b0"))
-    logits, size = torch.load(tmp_path / "out.pt", weights_only=True)["python"]
+    code = asking({"row": "fixefficientnet.create('b0', pretrained=True)"}, tmp_path / "inputs.pt", tmp_path / "out.pt")
+    manifest = str(served.repository / "weights_manifest.json")
+    offline = {"HF_HUB_CACHE": str(hub_cache), "HF_HUB_OFFLINE": "1", "FIXEFFICIENTNET_MANIFEST": manifest}
+    python(code, os.environ | offline | {"OMP_NUM_THREADS": "1"})
+    logits, size = torch.load(tmp_path / "out.pt", weights_only=True)["row"]
     torch.testing.assert_close(logits, run.logits, rtol=1e-4, atol=1e-5)
     assert size == 48
 
 
-def test_later_rows_tags_and_the_cards_own_line_load_what_they_say(
-    served: Served, finished_runs: Path, hub_cache: Path, tmp_path: Path
-):
-    runs = {name: expected(finished_runs / name, hub_cache) for name in ("b0", "other")}
-    assert not torch.allclose(runs["b0"].logits, runs["other"].logits, rtol=1e-2)
-    torch.save(runs["b0"].inputs, tmp_path / "inputs.pt")
-    card = (served.repository / "README.md").read_text()
-    (uri,) = set(re.findall(r'weights = "(hf://\S+)"', card))
-    builds = {
-        "row": "fixefficientnet.create('b0', pretrained=True)",
-        "card": f"fixefficientnet.create('b0', pretrained={uri!r})",
-        "v1.0": f"fixefficientnet.create('b0', pretrained='hf://{REPOSITORY}/b0.safetensors@v1.0')",
-    }
-    code = asking(builds, tmp_path / "inputs.pt", tmp_path / "out.pt")
-    python(code, served.environment(tmp_path / "home", run="other"))
-    found = {name: logits for name, (logits, _) in torch.load(tmp_path / "out.pt", weights_only=True).items()}
-    # both runs were of the same images
-    torch.testing.assert_close(found["v1.0"], runs["b0"].logits, rtol=1e-4, atol=1e-5)
-    assert uri == f"hf://{REPOSITORY}/b0.safetensors@v2.0"
-    for name in ("row", "card"):
-        torch.testing.assert_close(found[name], runs["other"].logits, rtol=1e-4, atol=1e-5)
-
-
-def test_published_repository_is_a_git_repository_that_clones(served: Served, tmp_path: Path):
-    done = subprocess.run(["git", "clone", "-q", "-b", "v1.0", served.repository, "copy"], cwd=tmp_path, check=False)
-    assert done.returncode == 0
-    assert {path.name for path in (tmp_path / "copy").iterdir()} == {".git", "README.md", "models.json"} | {
-        "b0.safetensors"
-    }
+def test_committed_folder_clones(served: Served, tmp_path: Path):
+    git("clone", "-q", "-b", "v1.0", str(served.repository), "copy", cwd=tmp_path)
+    names = {path.name for path in (tmp_path / "copy").iterdir()}
+    assert names == {".git", "README.md", "models.json", "weights_manifest.json", served.files["b0"]}

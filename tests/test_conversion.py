@@ -1,4 +1,4 @@
-"""A whole checkpoint to a delta and back, by the command line; plain timm, in a process of its own, is the evaluate."""
+"""A whole checkpoint to a delta and back, by the command line; plain timm, in a process of its own, loads it."""
 
 import os
 import pickle
@@ -146,7 +146,8 @@ def test_the_preprocessing_goes_along(tuned, tmp_path: Path):
     plain = timm.create_model("hf-hub:me/merged", pretrained=True, cache_dir=tmp_path / "hub")
     config = timm.data.resolve_model_data_config(plain)
     assert (tuple(config["input_size"]), config["crop_pct"]) == ((3, 256, 256), 0.9)
-    assert "No image" in convert(tmp_path / "a.pth", "-o", tmp_path / "e.safetensors", "--crop-pct", 2, status=2)[1]
+    _, err = convert(tmp_path / "a.pth", "-o", tmp_path / "e.safetensors", "--crop-pct", 2, status=1)
+    assert "crop_pct: must be a number in (0, 1], is 2.0" in err
 
 
 def test_a_full_disk_is_one_error_and_leaves_nothing(tuned, tmp_path: Path, b0_delta: Path):

@@ -1,0 +1,75 @@
+"""Options that Python callers and the command line share: one declaration each, whose lines are the flags' help.
+
+Imports no torch, so that `--help` needs none.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
+
+from fixefficientnet._internal import records
+from fixefficientnet._internal.records import Positive, Rule
+from fixefficientnet.errors import OptionError
+
+Engine = Literal["eager", "compile", "onnx", "openvino"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
+EXPORTED: tuple[Engine, ...] = ("onnx", "openvino")
+"""Engines that run an exported file, on the CPU."""
+MixedPrecision = Literal["no", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionOptions:
+    """Options of a prediction.
+
+    Attributes:
+        topk: Labels per image, the most probable first.
+        batch_size: Images per forward pass. Default: 16, on a CPU 2.
+        threads: CPU threads that compute a batch each. Default: one per core, at most 8.
+        device: Device to compute on: cpu, cuda, mps. Default: cuda if there is one.
+        engine: What computes: PyTorch (eager, compile), or onnx and openvino on the CPU.
+        mixed_precision: Precision of the forward pass; "no" is the model's own.
+        fast_preprocessing: From JPEG to tensor in half the time, with slightly other pixels.
+    """
+
+    topk: Positive = 5
+    batch_size: Positive | None = None
+    threads: Positive | None = None
+    device: str | None = None
+    engine: Engine = "eager"
+    mixed_precision: MixedPrecision = "no"
+    fast_preprocessing: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks every field.
+
+        Raises:
+            OptionError: A field has a value that it cannot have.
+        """
+        records.check(self, OptionError)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """Options of an export.
+
+    Attributes:
+        size: Test size in pixels. Default: the model's.
+        dynamic_size: Leave height and width free.
+        half: Weights in float16; inputs and outputs stay float32.
+        images: Number of calibration images for 8-bit integers, evenly spread.
+        max_drop: Points of top-1 that 8-bit integers may lose; else nothing is written.
+    """
+
+    size: Positive | None = None
+    dynamic_size: bool = False
+    half: bool = False
+    images: Positive = 300
+    max_drop: Annotated[float, Rule("a number of points")] = 2.0
+
+    def __post_init__(self) -> None:
+        """Checks every field.
+
+        Raises:
+            OptionError: A field has a value that it cannot have.
+        """
+        records.check(self, OptionError)

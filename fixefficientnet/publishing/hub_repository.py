@@ -1,0 +1,179 @@
+"""A model repository on the Hub: what it has, one commit, its tag."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from fixefficientnet import hub
+from fixefficientnet._internal import compat
+from fixefficientnet._version import __version__
+from fixefficientnet.errors import FixEfficientNetError, PublishError
+from fixefficientnet.hub import HubFile
+from fixefficientnet.publishing import index
+
+_FIRST_FILE = ".gitattributes"
+"""The file that the Hub puts into a new repository."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a repository has.
+
+    Attributes:
+        head: Its last commit, 40 hex digits; None where there is no repository.
+        names: Names of its files.
+        index: Content of its models.json; None where there is no such file.
+        tags: Commit of each tag, by name.
+    """
+
+    head: str | None = None
+    names: frozenset[str] = frozenset()
+    index: bytes | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HubRepository:
+    """A model repository on the Hub, written with the token of huggingface_hub (`hf auth login`, HF_TOKEN).
+
+    Attributes:
+        name: ORGANISATION/NAME.
+        private: Whether a new repository is private; False: as the organisation has it by default.
+    """
+
+    name: str
+    private: bool = False
+
+    def contents(self) -> Contents:
+        """Asks the Hub what the repository has.
+
+        Raises:
+            PublishError: The Hub does not answer, or refuses.
+        """
+        api = self._api()
+        with self._explained("Nothing was published"):
+            try:
+                info = api.model_info(self.name)
+                tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(self.name).tags}
+            except RepositoryNotFoundError:
+                return Contents()
+        names = frozenset(sibling.rfilename for sibling in info.siblings or ())
+        models = None
+        if index.FILENAME in names and info.sha:
+            models = hub.read(HubFile(self.name, index.FILENAME, info.sha))
+        return Contents(info.sha, names, models, tags)
+
+    def commit(self, files: Mapping[str, bytes], message: str, parent: str | None) -> str:
+        """Adds or replaces files in one commit; makes the repository if need be.
+
+        Args:
+            files: Content of each file, by name.
+            message: Message of the commit.
+            parent: The last commit as `contents` saw it; None where there was no repository.
+
+        Returns:
+            The commit, 40 hex digits.
+
+        Raises:
+            PublishError: The Hub refuses, or breaks off; says whether anything was published.
+        """
+        api = self._api()
+        operations = [CommitOperationAdd(name, data) for name, data in files.items()]
+        with self._explained("Nothing was published"):
+            if parent is None:
+                api.create_repo(self.name, private=self.private or None, exist_ok=True)
+                info = api.model_info(self.name)
+                if {sibling.rfilename for sibling in info.siblings or ()} - {_FIRST_FILE}:
+                    raise PublishError(
+                        f"Nothing was published: somebody else made {self.name} meanwhile. Give the same command again."
+                    )
+                parent = info.sha  # the Hub's own first commit
+            api.preupload_lfs_files(self.name, operations, free_memory=False)
+        with self._explained("Nothing was published", "Whether the commit is published is not known, its tag is not"):
+            made = api.create_commit(self.name, operations, commit_message=message, parent_commit=parent)
+        return str(made.oid)
+
+    def tag(self, name: str, revision: str) -> None:
+        """Tags a commit.
+
+        Args:
+            name: The tag.
+            revision: The commit, 40 hex digits.
+
+        Raises:
+            PublishError: The Hub refuses, or breaks off; the commit stays.
+        """
+        done = f"The commit {revision} is published"
+        with self._explained(f"{done}, its tag {name} is not", f"{done}, whether its tag {name} is, is not known"):
+            self._api().create_tag(self.name, tag=name, revision=revision)
+
+    def _api(self) -> HfApi:
+        return HfApi(library_name="fixefficientnet", library_version=__version__)
+
+    @contextlib.contextmanager
+    def _explained(self, state: str, unknown: str | None = None) -> Iterator[None]:
+        """Turns huggingface_hub's errors into one message, which says what is published and what is not.
+
+        Args:
+            state: What is published and what is not, where the Hub refuses.
+            unknown: The same where the Hub breaks off and may have done what it was asked for; None: `state`.
+        """
+        try:
+            yield
+        except HfHubHTTPError as error:
+            status = error.response.status_code if error.response is not None else None
+            what = f"{constants.ENDPOINT} answered with the status {status}"
+            if status in (401, 403, 404):
+                organisation = self.name.partition("/")[0]
+                advice = (
+                    f"Your token may not write to {self.name}: log in with one that may (`hf auth login`, or "
+                    f"HF_TOKEN), as a member of {organisation}."
+                )
+            elif status in (409, 412):
+                advice = "Somebody else wrote there meanwhile: give the same command again."
+            else:
+                advice = "Give the same command again."
+                state = unknown or state
+            raise PublishError(f"{state}: {what} ({_reason(error)}). {advice}") from error
+        except (compat.network_error(), OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, FixEfficientNetError):
+                raise
+            if isinstance(error, compat.network_error()):
+                state = unknown or state
+            raise PublishError(
+                f"{state}: {constants.ENDPOINT} was not reached to the end ({_reason(error)}). The same command, given "
+                "again, completes it."
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The server's own words, or the first line of the error."""
+    said = getattr(error, "server_message", None) or next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return str(said).strip().rstrip(".")
+
+
+def check_name(repository: str) -> None:
+    """Refuses what cannot name a repository on the Hub.
+
+    Args:
+        repository: The name to check.
+
+    Raises:
+        PublishError: It is not ORGANISATION/NAME.
+    """
+    try:
+        if not repository.isascii() or not repository.isprintable():  # which huggingface_hub overlooked before 1.0
+            raise HFValidationError(f"Letters are A to Z and a to z: {repository!r}.")
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise PublishError(f"--repo: {error}") from None
+    if "/" not in repository:
+        raise PublishError(f"--repo {repository!r} is not of the form ORGANISATION/NAME.")

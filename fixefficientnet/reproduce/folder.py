@@ -1,0 +1,71 @@
+"""The files of a run's folder, and what tells a run from every other one."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from fixefficientnet._internal import records
+from fixefficientnet._internal.files import write_atomically
+from fixefficientnet.errors import CheckpointError, MissingFileError
+from fixefficientnet.reproduce import probe, report
+from fixefficientnet.reproduce.recipe import Recipe, differences
+
+DELTA, MODEL, RECIPE = "delta.safetensors", "model.safetensors", "recipe.json"
+CHECKPOINT = Path("checkpoint", "state.safetensors")
+EVALUATIONS = "evaluations"
+PROGRESS = ("checkpoint", EVALUATIONS, "features", "log.jsonl", report.FILENAME)
+"""What a run leaves once it has done something."""
+OURS = (*PROGRESS, "curve.png", DELTA, MODEL, probe.FILENAME, RECIPE, "report.md", "tensorboard")
+"""All that a run writes into its folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What tells a run from every other one; `recipe.json` in its folder.
+
+    Attributes:
+        recipe: The recipe.
+        train_images: Fingerprint of the training split.
+        validation_images: Fingerprint of the validation split.
+        network: Fingerprint of the weights that the run starts from.
+    """
+
+    recipe: Recipe
+    train_images: str
+    validation_images: str
+    network: str
+
+    @classmethod
+    def load(cls, file: Path) -> "Identity":
+        """Reads a run's recipe.json.
+
+        Raises:
+            MissingFileError: There is no such file.
+            CheckpointError: The file is damaged, or of another release.
+        """
+        try:
+            document = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise MissingFileError(f"{file}: there is no such file.") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{file} is damaged ({error}). Delete it, or start anew with --overwrite.") from error
+        return cls.of(document, file)
+
+    @classmethod
+    def of(cls, document: object, file: Path) -> "Identity":
+        """Makes an identity of decoded JSON; see `load`."""
+        try:
+            return records.read(cls, document, str(file), CheckpointError)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}. Delete the file, or start anew with --overwrite.") from None
+
+    def dump(self, file: Path) -> None:
+        """Writes recipe.json."""
+        write_atomically(file, (json.dumps(records.to_json(self), indent=2) + "\n").encode())
+
+    def differences(self, other: "Identity") -> list[str]:
+        """Where two runs differ, for people."""
+        found = differences(self.recipe, other.recipe)
+        for field_, text in (("train_images", "training images"), ("validation_images", "validation images")):
+            found += [f"other {text}"] * (getattr(self, field_) != getattr(other, field_))
+        return found + ["another network"] * (self.network != other.network)

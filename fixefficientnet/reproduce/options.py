@@ -1,0 +1,56 @@
+"""What a run takes besides its recipe: each field is a flag of the command line. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fixefficientnet._internal import records
+from fixefficientnet._internal.records import Count, Positive, Rule
+from fixefficientnet.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images of a run.
+
+    Attributes:
+        data: A folder with train/ and val/, one folder per class in each; or hfds/NAME, torch/NAME, wds/NAME.
+        data_root: Folder that a named dataset lies or is cached in, such as wds/ shards.
+        train_split: Split to train on.
+        val_split: Split to measure on.
+    """
+
+    data: str
+    data_root: str | None = None
+    train_split: str = "train"
+    val_split: str = "validation"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What does not decide the result of a run.
+
+    Attributes:
+        workers: Loading processes per device.
+        compile: Compile the frozen part with torch.compile.
+        auto_batch: Halve the batch when memory runs out.
+        overwrite: Delete what an earlier run left in the folder.
+        max_unreadable: Tolerated share of images that cannot be read.
+        checkpoint_steps: Steps between two checkpoints.
+        checkpoint_minutes: Longest time between two checkpoints, in minutes.
+    """
+
+    workers: Count = 4
+    compile: bool = False
+    auto_batch: bool = False
+    overwrite: bool = False
+    max_unreadable: Annotated[float, Rule("a number from 0 to 1", least=0, most=1)] = 0.01
+    checkpoint_steps: Positive = 1000
+    checkpoint_minutes: Annotated[float, Rule("a number of at least 0", least=0)] = 10.0
+
+    def __post_init__(self) -> None:
+        """Checks every field.
+
+        Raises:
+            OptionError: A field has a value that it cannot have.
+        """
+        records.check(self, OptionError)

@@ -1,0 +1,152 @@
+"""One pass over a dataset in shards: fixed runs of images, computed by any number of processes, each saved when done.
+
+A killed run continues with the next shard. How many processes share the shards out changes no bit of the result.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fixefficientnet._internal.files import write_atomically
+from fixefficientnet.data.loading import Batch, Transform, load_batches, shard_tasks
+from fixefficientnet.errors import Interrupted, RunError
+from fixefficientnet.reproduce.recipe import Recipe
+from fixefficientnet.reproduce.session import Session
+
+Shard = dict[str, Tensor]
+_EMPTY = "none"
+"""Name of the only tensor of a shard without a readable image: a safetensors file must hold something."""
+
+
+@dataclass(frozen=True)
+class ShardPass:
+    """A pass over a dataset, and what it computes.
+
+    Attributes:
+        session: Processes, log, signals.
+        title: Title of the progress bar.
+        dataset: The dataset: has a length, gives images with labels by index, and has a name.
+        transform: Turns an image into the network's input.
+        recipe: Sizes of shards and batches.
+        folder: Folder of the finished shards.
+        forward: Computes the tensors of one batch.
+        add: Joins the tensors of a batch to those of the shard's earlier batches.
+        rows: The bytes that a shard has written elsewhere; they are part of its checksum.
+        flush: Brings these bytes to disk.
+    """
+
+    session: Session
+    title: str
+    dataset: Any
+    transform: Transform
+    recipe: Recipe
+    folder: Path
+    forward: Callable[[Batch], Shard]
+    add: Callable[[Shard, Shard], Shard]
+    rows: Callable[[int], Any] = lambda number: b""
+    flush: Callable[[], None] = lambda: None
+
+    def run(self) -> list[Shard]:
+        """Computes the shards that are not done yet, each process its share.
+
+        Returns:
+            All shards, in order; empty ones for those without a readable image.
+
+        Raises:
+            RunError: A shard is not on disk after it was written.
+            Interrupted: A signal asked to stop; finished shards are saved.
+        """
+        session = self.session
+        paths = [self.folder / f"{number:06d}.safetensors" for number in range(math.ceil(self._total / self._size))]
+        mine = range(session.rank, len(paths), session.world)
+        left = [number for number in mine if self._read(paths[number], number) is None]
+        tasks = shard_tasks(self._total, self._size, self.recipe.forward_batch, left)
+        pin = session.accelerator.device.type == "cuda"
+        workers = min(session.workers, len(tasks))
+        with session.log.bar(self.title, sum(map(self._length, mine))) as bar:
+            bar.skip(sum(self._length(number) for number in set(mine) - set(left)))
+            batches = load_batches(self.dataset, self.transform, tasks, workers=workers, pin_memory=pin)
+            for number in left:
+                self._compute(number, paths[number], batches, bar.advance)
+                if session.stopped_by:
+                    raise Interrupted(session.stopped_by)
+        session.accelerator.wait_for_everyone()
+        session.on_main(lambda: self._check(paths))
+        return [self._load(path) for path in paths]
+
+    @property
+    def _total(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def _size(self) -> int:
+        return self.recipe.shard
+
+    def _length(self, number: int) -> int:
+        return min(self._size, self._total - number * self._size)
+
+    def _compute(self, number: int, path: Path, batches: Iterator[Batch], advance: Callable[[int], None]) -> None:
+        shard: Shard | None = None
+        unreadable: list[str] = []
+        for batch in islice(batches, math.ceil(self._length(number) / self.recipe.forward_batch)):
+            unreadable += [reason for _, reason in batch.unreadable]
+            self.session.count_unreadable(self.dataset.name, unreadable, self._total)
+            if len(batch.targets):
+                part = self.forward(batch)
+                shard = part if shard is None else self.add(shard, part)
+            advance(len(batch.targets) + len(batch.unreadable))
+        self.flush()
+        shard = shard or {_EMPTY: torch.zeros(0)}
+        metadata = {"digest": _digest(shard, self.rows(number)), "unreadable": json.dumps(unreadable)}
+        write_atomically(path, safetensors.torch.save(shard, metadata))
+
+    def _check(self, paths: list[Path]) -> None:
+        for number, path in enumerate(paths):
+            if self._read(path, number) is None:
+                raise RunError(f"{path} lacks what was just written. Do all processes see the same folder?")
+
+    def _read(self, path: Path, number: int) -> Shard | None:
+        """The tensors of a shard; None if it is not there, not whole, or not what was saved."""
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                shard = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return shard if (file.metadata() or {}).get("digest") == _digest(shard, self.rows(number)) else None
+        except (safetensors.SafetensorError, OSError):
+            return None
+
+    def _load(self, path: Path) -> Shard:
+        with safetensors.safe_open(path, "pt") as file:
+            reasons = json.loads((file.metadata() or {})["unreadable"])
+            shard = {name: file.get_tensor(name) for name in file.keys() if name != _EMPTY}  # noqa: SIM118
+        with self.session.alike():
+            self.session.count_unreadable(self.dataset.name, reasons, self._total)
+        return shard
+
+
+def _digest(shard: Shard, rows: Any) -> str:
+    """sha256 of the tensors of a shard and of its rows in the feature file."""
+    digest = hashlib.sha256(safetensors.torch.save(shard))
+    digest.update(rows)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Computes on one thread: the bits of a sum or matrix product on a CPU depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

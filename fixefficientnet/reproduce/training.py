@@ -1,0 +1,91 @@
+"""The training loop: learning rate, steps, progress, checkpoints, and how to stop; what a step does is given."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fixefficientnet.errors import Interrupted
+from fixefficientnet.reproduce.checkpoints import Checkpoints, Position
+from fixefficientnet.reproduce.network import TrainingState
+from fixefficientnet.reproduce.recipe import Recipe
+from fixefficientnet.reproduce.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step gave, over all processes.
+
+    Attributes:
+        loss: Mean loss of the step's images.
+        correct: Number of images whose top-1 prediction is the label.
+        images: Number of images.
+        stop: Number of the signal that asked to stop; 0: none did.
+    """
+
+    loss: float
+    correct: float
+    images: float
+    stop: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many steps an epoch has.
+
+    Attributes:
+        steps: Steps per epoch.
+        batch_size: Images per step, all processes together.
+    """
+
+    steps: int
+    batch_size: int
+
+
+def train(
+    session: Session,
+    state: TrainingState,
+    recipe: Recipe,
+    schedule: Schedule,
+    checkpoints: Checkpoints,
+    position: Position,
+    step: Callable[[Position], StepResult],
+) -> None:
+    """Trains from a position to the end of the recipe's epochs.
+
+    Args:
+        session: Processes, log, signals.
+        state: The network and its optimizer, which gets the learning rate before each step.
+        recipe: Epochs and learning rates.
+        schedule: Steps per epoch.
+        checkpoints: Where the state is saved.
+        position: Where training stands; counted on as steps are done.
+        step: Does one step at a position.
+
+    Raises:
+        RunError: The loss is NaN or infinite.
+        Interrupted: A signal asked to stop; the state is saved.
+    """
+    size = schedule.batch_size
+    while position.epoch < recipe.epochs:
+        epoch = position.epoch
+        with session.log.bar(f"Epoch {epoch + 1}/{recipe.epochs}", schedule.steps * size) as bar:
+            bar.skip(position.step * size)
+            images = correct = loss_sum = 0.0
+            while position.epoch == epoch:
+                rate = recipe.learning_rate(epoch + position.step / schedule.steps)
+                for group in state.optimizer.param_groups if state.optimizer else ():
+                    group["lr"] = rate
+                done = step(position)
+                position.advance(schedule.steps)
+                images, correct = images + done.images, correct + done.correct
+                loss_sum += done.loss * done.images
+                bar.advance(int(done.images), f"loss {loss_sum / images:.3f}, top-1 {100 * correct / images:.1f}")
+                top1 = 100 * done.correct / done.images
+                session.log.write(position.steps, epoch=epoch, loss=done.loss, top1=top1, lr=rate)
+                if done.stop or checkpoints.due(position) or position.epoch == recipe.epochs:
+                    with session.alike():
+                        checkpoints.save(position, state)
+                if done.stop:
+                    session.stopped_by = done.stop
+                    with session.alike():
+                        raise Interrupted(done.stop)
+    checkpoints.confirm()
