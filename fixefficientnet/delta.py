@@ -282,9 +282,8 @@ def loads(data: bytes, *, source: str) -> Delta:
     """Reads and checks the bytes of a delta file; see `load`."""
     try:
         tensors = safetensors.torch.load(data)
-        header = json.loads(
-            data[8 : 8 + int.from_bytes(data[:8], "little")]
-        )  # of bytes, safetensors gives tensors only
+        # of bytes, safetensors gives tensors only
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = header.get("__metadata__") or {}
     except (safetensors.SafetensorError, *_DAMAGED) as error:
         raise DeltaFormatError(f"{source} is no sound safetensors file (truncated or damaged): {error}") from error

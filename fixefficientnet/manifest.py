@@ -51,6 +51,7 @@ Sha256 = Annotated[str, Rule("64 lower-case hex digits", pattern="[0-9a-f]{64}")
 Commit = Annotated[str, Rule("40 lower-case hex digits", pattern="[0-9a-f]{40}")]
 Pixels = Annotated[int, Rule("a whole number of pixels from 1 to 65535", least=1, most=65535)]
 Mean = Annotated[float, Rule("a number in [0, 1]", least=0, most=1)]
+Interpolation = Annotated[str, Rule("bilinear or bicubic", pattern="|".join(INTERPOLATIONS))]
 Triple = tuple[float, float, float]
 
 
@@ -116,7 +117,7 @@ class TestTime:
 
     size: Pixels
     crop_pct: Share
-    interpolation: Annotated[str, Rule("bilinear or bicubic", pattern="|".join(INTERPOLATIONS))]
+    interpolation: Interpolation
     mean: tuple[Mean, Mean, Mean]
     std: tuple[Share, Share, Share]
 

@@ -34,12 +34,14 @@ from fixefficientnet.errors import (
     UnknownVariantError,
     WeightsNotPublishedError,
 )
-from fixefficientnet.manifest import INTERPOLATIONS, TestTime, Triple, Variant
+from fixefficientnet.manifest import INTERPOLATIONS, Interpolation, TestTime, Triple, Variant
 from fixefficientnet.preprocessing import FastPreprocess, Preprocess, TestTransform
 
 TIMM = "timm/"
 DESCRIPTION = "fixefficientnet"
 """Key of a run's `Description` in the metadata of its model.safetensors."""
+DELTA, MODEL = "delta.safetensors", "model.safetensors"
+"""The files of a run's folder that hold what it tuned: the delta, or the whole network."""
 WEIGHTS_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin", ".tar"}
 
 Size = Annotated[int, Rule("a size in pixels", least=1, most=2**16 - 1)]
@@ -66,7 +68,7 @@ class Description:
     train_size: Size
     test_size: Size
     crop_pct: Share
-    interpolation: Annotated[str, Rule(" or ".join(INTERPOLATIONS), pattern="|".join(INTERPOLATIONS))]
+    interpolation: Interpolation
     mean: Triple
     std: tuple[AboveZero, AboveZero, AboveZero]
     classes: tuple[str, ...]
@@ -259,7 +261,7 @@ def _of_variant(name: str, variant: Variant, weights: bool | str) -> LoadedModel
 
 
 def _of_run(name: str, folder: Path) -> LoadedModel:
-    for file in ("model.safetensors", "delta.safetensors"):
+    for file in (MODEL, DELTA):
         if (folder / file).is_file():
             return replace(_of_file(name, folder / file), name=name)
     raise MissingFileError(f"{folder} has no model.safetensors and no delta.safetensors: it is no finished run.")

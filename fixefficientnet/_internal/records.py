@@ -9,6 +9,7 @@ int, float, str, Path or Any, a Literal, a tuple, a Mapping from str, another re
 import dataclasses
 import functools
 import inspect
+import json
 import math
 import re
 import sys
@@ -69,6 +70,8 @@ Count = Annotated[int, Rule("a whole number of at least 0", least=0)]
 Percent = Annotated[float, Rule("a number from 0 to 100", least=0, most=100)]
 Share = Annotated[float, Rule("a number in (0, 1]", above=0, most=1)]
 AboveZero = Annotated[float, Rule("a number above 0", above=0)]
+NotNegative = Annotated[float, Rule("a number of at least 0", least=0)]
+Fraction = Annotated[float, Rule("a number from 0 to 1", least=0, most=1)]
 
 
 def read(cls: type[T], value: object, where: str, error: Error) -> T:
@@ -112,6 +115,11 @@ def to_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [to_json(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def dumps(record: Any) -> bytes:
+    """A record as the content of a JSON file."""
+    return (json.dumps(to_json(record), indent=2) + "\n").encode()
 
 
 def values(record: Any) -> dict[str, Any]:

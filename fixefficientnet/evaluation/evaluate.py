@@ -136,14 +136,14 @@ def evaluate_model(
             dataset,
             test,
             transform,
-            batching.size,
-            batching.size,
-            batching.workers,
-            batching.threads,
-            subset,
-            journal,
-            accelerator,
-            progress,
+            batch_size=batching.size,
+            shard=batching.size,
+            workers=batching.workers,
+            threads=batching.threads,
+            subset=subset,
+            journal=journal,
+            accelerator=accelerator,
+            progress=progress,
         ).run()
     if observer:
         activations = observer.summary(accelerator)
@@ -152,8 +152,17 @@ def evaluate_model(
     if labels is not None:
         found = found.relabelled(labels)
     preprocessing = "fast" if settings.fast_preprocessing else "exact"
-    measured = replace(loaded, test=test), dataset, subset, settings.real_labels, found
-    return Measured(*measured, settings.engine, precision, preprocessing, activations)
+    return Measured(
+        loaded=replace(loaded, test=test),
+        dataset=dataset,
+        subset=subset,
+        real_labels=settings.real_labels,
+        evaluation=found,
+        engine=settings.engine,
+        precision=precision,
+        preprocessing=preprocessing,
+        activations=activations,
+    )
 
 
 def _real_labels(dataset: ImageDataset, loaded: LoadedModel) -> list[list[int]]:

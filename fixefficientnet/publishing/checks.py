@@ -13,10 +13,11 @@ from fixefficientnet.evaluation import journal
 from fixefficientnet.evaluation.outcome import Evaluation, Summary
 from fixefficientnet.evaluation.paper import IMAGENET_NAME
 from fixefficientnet.manifest import TestTime, Variant
+from fixefficientnet.models import DELTA
 from fixefficientnet.publishing import index
 from fixefficientnet.publishing.index import PublishedModel
 from fixefficientnet.reproduce import probe, report
-from fixefficientnet.reproduce.folder import DELTA, EVALUATIONS, RECIPE, Identity
+from fixefficientnet.reproduce.folder import EVALUATIONS, RECIPE, Identity
 from fixefficientnet.reproduce.report import PairedTest, Report
 
 _DAMAGED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)

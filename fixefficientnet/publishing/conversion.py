@@ -21,6 +21,7 @@ from fixefficientnet.delta import Delta
 from fixefficientnet.errors import CheckpointError, FixEfficientNetError
 from fixefficientnet.hub import sha256_of
 from fixefficientnet.manifest import TestTime, Variant
+from fixefficientnet.models import DELTA
 
 TOLERANCE = 1e-6
 """Largest difference of any value outside the head at which a tensor still counts as the backbone's."""
@@ -189,7 +190,7 @@ def merge(variant: str, output: Path, *, delta: str | None = None, overwrite: bo
     check_output([output], overwrite, folder=folder)
     weights = row.usual_weights if delta is None else delta
     if delta and Path(delta).is_dir():
-        weights = str(Path(delta) / "delta.safetensors")
+        weights = str(Path(delta) / DELTA)
     model = zoo.create(row.key, weights)
     save_merged(model, output)
     return MergeResult(row, weights, output, folder, model.preprocess)

@@ -13,7 +13,7 @@ from fixefficientnet._internal import records
 from fixefficientnet._internal.records import Positive, Rule
 from fixefficientnet.errors import PublishError
 from fixefficientnet.evaluation.outcome import Summary
-from fixefficientnet.manifest import PaperRow, TestTime
+from fixefficientnet.manifest import PaperRow, Sha256, TestTime
 from fixefficientnet.reproduce.recipe import Recipe
 from fixefficientnet.reproduce.report import PairedTest
 
@@ -48,7 +48,7 @@ class PublishedModel:
     """
 
     file: Annotated[str, Rule("the name of a .safetensors file", pattern=r"[\w-]+\.safetensors")]
-    sha256: Annotated[str, Rule("64 lower-case hex digits", pattern="[0-9a-f]{64}")]
+    sha256: Sha256
     bytes: Positive
     license: str
     backbone: str
@@ -111,7 +111,7 @@ class Index:
 
     def dump(self) -> bytes:
         """The content of models.json."""
-        return (json.dumps(records.to_json(self), indent=2) + "\n").encode()
+        return records.dumps(self)
 
     @classmethod
     def following(cls, index: "Index | None", models: Mapping[str, PublishedModel], *, replaced: bool) -> "Index":

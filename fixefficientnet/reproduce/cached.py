@@ -196,8 +196,9 @@ def _compute_features(
     transform = Views(recipe.views, cast(Any, transform_of(recipe)))
     hook = network.classifier.register_forward_pre_hook(take)
     try:
-        work = (session, "Features", dataset, transform, recipe, place, forward, _join, rows, features.flush)
-        shards = ShardPass(*work).run()
+        shards = ShardPass(
+            session, "Features", dataset, transform, recipe, place, forward, _join, rows=rows, flush=features.flush
+        ).run()
     finally:
         hook.remove()
     targets = np.full(len(dataset), -1, dtype=np.int64)

@@ -7,10 +7,11 @@ from pathlib import Path
 from fixefficientnet._internal import records
 from fixefficientnet._internal.files import write_atomically
 from fixefficientnet.errors import CheckpointError, MissingFileError
+from fixefficientnet.models import DELTA, MODEL
 from fixefficientnet.reproduce import probe, report
 from fixefficientnet.reproduce.recipe import Recipe, differences
 
-DELTA, MODEL, RECIPE = "delta.safetensors", "model.safetensors", "recipe.json"
+RECIPE = "recipe.json"
 CHECKPOINT = Path("checkpoint", "state.safetensors")
 EVALUATIONS = "evaluations"
 PROGRESS = ("checkpoint", EVALUATIONS, "features", "log.jsonl", report.FILENAME)
@@ -61,7 +62,7 @@ class Identity:
 
     def dump(self, file: Path) -> None:
         """Writes recipe.json."""
-        write_atomically(file, (json.dumps(records.to_json(self), indent=2) + "\n").encode())
+        write_atomically(file, records.dumps(self))
 
     def differences(self, other: "Identity") -> list[str]:
         """Where two runs differ, for people."""

@@ -1,10 +1,9 @@
 """What a run takes besides its recipe: each field is a flag of the command line. Imports no torch."""
 
 from dataclasses import dataclass
-from typing import Annotated
 
 from fixefficientnet._internal import records
-from fixefficientnet._internal.records import Count, Positive, Rule
+from fixefficientnet._internal.records import Count, Fraction, NotNegative, Positive
 from fixefficientnet.errors import OptionError
 
 
@@ -43,9 +42,9 @@ class Options:
     compile: bool = False
     auto_batch: bool = False
     overwrite: bool = False
-    max_unreadable: Annotated[float, Rule("a number from 0 to 1", least=0, most=1)] = 0.01
+    max_unreadable: Fraction = 0.01
     checkpoint_steps: Positive = 1000
-    checkpoint_minutes: Annotated[float, Rule("a number of at least 0", least=0)] = 10.0
+    checkpoint_minutes: NotNegative = 10.0
 
     def __post_init__(self) -> None:
         """Checks every field.

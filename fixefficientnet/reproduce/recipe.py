@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from fixefficientnet import manifest
 from fixefficientnet._internal import records
-from fixefficientnet._internal.records import Count, Positive, Rule, Share
+from fixefficientnet._internal.records import Count, Fraction, NotNegative, Positive, Rule, Share
 from fixefficientnet.errors import RecipeError, UnknownVariantError
 from fixefficientnet.manifest import INTERPOLATIONS, TestTime, Triple, Variant
 
@@ -19,8 +19,6 @@ Tune = Literal["all", "classifier", "bn", "bn-stats"]
 Schedule = Literal["step", "cosine"]
 Precision = Literal["no", "bf16", "fp16"]
 Size = Annotated[int, Rule("a whole number of at least 32", least=32)]
-Factor = Annotated[float, Rule("a number of at least 0", least=0)]
-Fraction = Annotated[float, Rule("a number from 0 to 1", least=0, most=1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +47,7 @@ class Recipe:
         batch_size: Images per step, all devices together.
         base_lr: Base of the learning rate, which is 8 * base_lr * batch_size / 512.
         schedule: "step": times lr_decay every lr_decay_epochs; "cosine": to 0 along half a cosine.
-        lr_decay: Factor of the step schedule.
+        lr_decay: NotNegative of the step schedule.
         lr_decay_epochs: Period of the step schedule, in epochs.
         momentum: Momentum of SGD.
         weight_decay: Weight decay of SGD.
@@ -81,12 +79,12 @@ class Recipe:
     base_crop_pct: Share
     epochs: Positive
     batch_size: Positive
-    base_lr: Factor
+    base_lr: NotNegative
     schedule: Schedule
-    lr_decay: Factor = 0.1
+    lr_decay: NotNegative = 0.1
     lr_decay_epochs: Positive = 30
-    momentum: Factor = 0.9
-    weight_decay: Factor = 1e-4
+    momentum: NotNegative = 0.9
+    weight_decay: NotNegative = 1e-4
     label_smoothing: Annotated[float, Rule("a number of at least 0 and below 1", least=0, below=1)] = 0.1
     hflip: Fraction = 0.5
     color_jitter: Fraction = 0.05

@@ -156,7 +156,7 @@ class Report:
     def dump(self, folder: Path) -> None:
         """Writes report.md, then report.json, whose presence says that the run is complete."""
         write_atomically(folder / "report.md", as_markdown(self).encode())
-        write_atomically(folder / FILENAME, (json.dumps(records.to_json(self), indent=2) + "\n").encode())
+        write_atomically(folder / FILENAME, records.dumps(self))
 
     def result(self, source: str) -> Result | None:
         """What stands beside the paper's tables; None for a base stage."""

@@ -22,10 +22,10 @@ from fixefficientnet.evaluation.loop import EvaluationLoop
 from fixefficientnet.evaluation.outcome import Evaluation
 from fixefficientnet.hub import sha256_of
 from fixefficientnet.manifest import TestTime
-from fixefficientnet.models import DESCRIPTION, Description
+from fixefficientnet.models import DELTA, DESCRIPTION, MODEL, Description
 from fixefficientnet.reproduce import cached, network, online, probe, report
 from fixefficientnet.reproduce.checkpoints import Checkpoints
-from fixefficientnet.reproduce.folder import CHECKPOINT, DELTA, EVALUATIONS, MODEL, OURS, PROGRESS, RECIPE, Identity
+from fixefficientnet.reproduce.folder import CHECKPOINT, EVALUATIONS, OURS, PROGRESS, RECIPE, Identity
 from fixefficientnet.reproduce.log import Log
 from fixefficientnet.reproduce.network import Network
 from fixefficientnet.reproduce.options import Data, Options
