@@ -256,12 +256,15 @@ def test_what_an_engine_cannot_is_one_error(
     run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: Path
 ):
     arguments = ["evaluate", run, "--data", data, "-o", tmp_path / "out"]
-    assert '"eager", "compile", "onnx"' in cli(*arguments, "--engine", "tensorrt", status=2)[1]
+    refused = cli(*arguments, "--engine", "tensorrt", status=2)[1]
+    assert all(name in refused for name in ("tensorrt", "eager", "compile", "onnx", "openvino"))
     assert "in float32" in cli(*arguments, "--engine", "onnx", "--mixed-precision", "bf16", status=1)[1]
-    assert '"eager", "compile", "onnx"' in cli("predict", ROOT / "examples", "--engine", "tpu", status=2)[1]
+    refused = cli("predict", ROOT / "examples", "--engine", "tpu", status=2)[1]
+    assert all(name in refused for name in ("tpu", "eager", "compile", "onnx", "openvino"))
     said = cli("predict", ROOT / "examples", "--engine", "onnx", "--mixed-precision", "bf16", status=1)[1]
     assert "in float32" in said
-    assert '"no", "bf16", "fp16"' in cli("predict", ROOT / "examples", "--mixed-precision", "fp8", status=2)[1]
+    refused = cli("predict", ROOT / "examples", "--mixed-precision", "fp8", status=2)[1]
+    assert all(name in refused for name in ("fp8", "no", "bf16", "fp16"))
     assert (
         "on a CPU, there is bf16"
         in cli("predict", ROOT / "examples", "--mixed-precision", "fp16", "--device", "cpu", status=1)[1]
