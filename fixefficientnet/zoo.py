@@ -1,6 +1,5 @@
 """create(): backbone, delta and preprocessing put together."""
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -60,7 +59,7 @@ def create(
             "just test larger" baseline. A path, or "hf://org/repo/file.safetensors@revision": the
             backbone with that delta, and the preprocessing that it was tuned for.
         num_classes: The number of classes, as in timm: 0 removes the classifier, another number than
-            1000 resets it; the tuned norm stays.
+            1000 resets it to zero, from where training begins with equal probabilities; the tuned norm stays.
         in_chans: The number of input channels, as in timm: the stem of pretrained weights is adapted.
         features_only: Whether to build a feature extractor, as in timm (without the head that FixRes tunes).
         device: The model's device; torch's default device if not given.
@@ -231,9 +230,8 @@ def _assign(variant: Variant, tensors: Mapping[str, Tensor], model: nn.Module, *
     if reset:
         built = cast(Any, model)
         built.reset_classifier(model.num_classes)
-        bound = 1 / math.sqrt(built.num_classes)  # timm's own start for an EfficientNet
-        nn.init.uniform_(built.classifier.weight, -bound, bound)
-        nn.init.zeros_(built.classifier.bias)
+        for parameter in built.classifier.parameters():  # timm's own start is too far off for few classes
+            nn.init.zeros_(parameter)
 
 
 def _contiguous(tensor: Tensor) -> Tensor:

@@ -158,6 +158,7 @@ def test_other_classes_have_no_names(lite0: "ZooModel"):
     labels = fixefficientnet.predict(EXAMPLES / "cat.jpg", model)[0].labels
     assert len(labels) == 3
     assert all(label.synset is None and label.name == str(label.index) for label in labels)
+    assert [label.probability for label in labels] == pytest.approx([1 / 3] * 3)  # from where training begins
 
 
 def test_bad_image_raises_or_is_reported(lite0: "ZooModel", tmp_path: Path):

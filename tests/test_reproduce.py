@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -249,6 +250,24 @@ def test_base_stage_moves_everything_and_classifier_alone_if_asked(ground: Groun
     before, after = load_file(ground.checkpoint), load_file(tmp_path / "run" / "model.safetensors")
     assert differing(before, after) == {"classifier.weight", "classifier.bias"}
     assert report(ground.checkpoint.parent)["measured"]["trained"]["top1"] > 60
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        ["lite0"],
+        ["--backbone", "test_efficientnet.r160_in1k", "--no-pretrained"],
+        ["--backbone", "test_resnet", "--no-pretrained", "--tune", "classifier"],
+        ["--backbone", "test_byobnet", "--no-pretrained"],
+    ],
+    ids=lambda network: network[-1],
+)
+def test_training_of_new_classes_begins_with_equal_probabilities(ground: Ground, tmp_path: Path, network: list[str]):
+    place = ["--data", str(ground.images), "--output", str(tmp_path), "--experiment", "base", "--stage", "base"]
+    tiny.run([*network, *place, *SIZES, *SMALL, "--epochs", "1"], tmp_path / "said.txt")
+    first, *others = map(json.loads, (tmp_path / "base" / "log.jsonl").read_text().splitlines())
+    assert first["loss"] == pytest.approx(math.log(3), rel=1e-6)
+    assert others[-1]["loss"] != first["loss"]
 
 
 def test_a_variant_of_the_zoo_loads_its_delta(hub_cache: Path, tmp_path: Path):

@@ -71,8 +71,8 @@ def load(subject: Subject, weights: str | Path, *, num_classes: int, seed: int) 
     Args:
         subject: The network to build.
         weights: "pretrained", "random", or a checkpoint file (safetensors, or a `.pth` of tensors alone).
-        num_classes: Number of classes; a classifier of another size than the weights' starts at random. A checkpoint
-            file decides the number itself.
+        num_classes: Number of classes; a classifier that comes with no weights for them starts at zero, so that
+            training begins with equal probabilities. A checkpoint file decides the number itself.
         seed: Seed of what starts at random.
 
     Raises:
@@ -84,11 +84,12 @@ def load(subject: Subject, weights: str | Path, *, num_classes: int, seed: int) 
     if isinstance(weights, Path):
         return models.from_checkpoint(_architecture(subject), weights)
     if weights == "random":
-        return timm.create_model(_architecture(subject), pretrained=False, num_classes=num_classes)
+        return _from_zero(timm.create_model(_architecture(subject), pretrained=False, num_classes=num_classes))
     if subject.variant:
         return zoo.create(subject.variant.key, "backbone", num_classes=num_classes)
     try:
-        return timm.create_model(subject.backbone, pretrained=True, num_classes=num_classes)
+        model = timm.create_model(subject.backbone, pretrained=True, num_classes=num_classes)
+        return model if model.pretrained_cfg["num_classes"] == num_classes else _from_zero(model)
     except Exception as error:  # timm and huggingface_hub raise a dozen kinds
         raise RunError(
             f"The weights of {subject.backbone} could not be had: {error}\n"
@@ -151,6 +152,12 @@ def compile_frozen(network: Network) -> None:
             module.compile()
 
     go(network.model)
+
+
+def _from_zero(model: nn.Module) -> nn.Module:
+    for parameter in model.get_submodule(delta.find_classifier(model)).parameters():
+        nn.init.zeros_(parameter)
+    return model
 
 
 def _architecture(subject: Subject) -> str:
