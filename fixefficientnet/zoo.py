@@ -139,6 +139,13 @@ def attach(model: nn.Module, variant: Variant) -> nn.Module:
     return model
 
 
+def zero_classifier(model: nn.Module) -> nn.Module:
+    """Sets a new classifier to zero: training then begins with equal probabilities, whatever the scale of features."""
+    for parameter in model.get_submodule(delta.find_classifier(model)).parameters():
+        nn.init.zeros_(parameter)
+    return model
+
+
 def backbone_tensors(
     variant: Variant, cache_dir: str | os.PathLike[str] | None = None, built: nn.Module | None = None
 ) -> dict[str, Tensor]:
@@ -228,10 +235,8 @@ def _assign(variant: Variant, tensors: Mapping[str, Tensor], model: nn.Module, *
             raise CheckpointError(f"{weights} have {listed(sorted(extra))} too many.")
     model.load_state_dict(chosen, strict=False, assign=True)
     if reset:
-        built = cast(Any, model)
-        built.reset_classifier(model.num_classes)
-        for parameter in built.classifier.parameters():  # timm's own start is too far off for few classes
-            nn.init.zeros_(parameter)
+        cast(Any, model).reset_classifier(model.num_classes)
+        zero_classifier(model)
 
 
 def _contiguous(tensor: Tensor) -> Tensor:

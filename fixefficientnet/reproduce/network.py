@@ -84,12 +84,13 @@ def load(subject: Subject, weights: str | Path, *, num_classes: int, seed: int) 
     if isinstance(weights, Path):
         return models.from_checkpoint(_architecture(subject), weights)
     if weights == "random":
-        return _from_zero(timm.create_model(_architecture(subject), pretrained=False, num_classes=num_classes))
+        return zoo.zero_classifier(timm.create_model(_architecture(subject), pretrained=False, num_classes=num_classes))
     if subject.variant:
         return zoo.create(subject.variant.key, "backbone", num_classes=num_classes)
     try:
         model = timm.create_model(subject.backbone, pretrained=True, num_classes=num_classes)
-        return model if model.pretrained_cfg["num_classes"] == num_classes else _from_zero(model)
+        kept = cast("dict[str, Any]", model.pretrained_cfg)["num_classes"] == num_classes
+        return model if kept else zoo.zero_classifier(model)
     except Exception as error:  # timm and huggingface_hub raise a dozen kinds
         raise RunError(
             f"The weights of {subject.backbone} could not be had: {error}\n"
@@ -152,12 +153,6 @@ def compile_frozen(network: Network) -> None:
             module.compile()
 
     go(network.model)
-
-
-def _from_zero(model: nn.Module) -> nn.Module:
-    for parameter in model.get_submodule(delta.find_classifier(model)).parameters():
-        nn.init.zeros_(parameter)
-    return model
 
 
 def _architecture(subject: Subject) -> str:
