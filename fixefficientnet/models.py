@@ -61,6 +61,7 @@ class Description:
         mean: Mean per channel (RGB), on the [0, 1] scale.
         std: Standard deviation per channel (RGB), on the [0, 1] scale.
         classes: Names of the classes, by the network's index; empty if the dataset names none.
+        upright: Whether training and evaluation turned images as their EXIF orientation says.
     """
 
     backbone: str
@@ -72,6 +73,7 @@ class Description:
     mean: Triple
     std: tuple[AboveZero, AboveZero, AboveZero]
     classes: tuple[str, ...]
+    upright: bool = False
 
     @classmethod
     def load(cls, path: Path) -> "Description | None":
@@ -122,6 +124,7 @@ class LoadedModel:
         classes: Names of the classes by index; empty if the weights do not tell them.
         variant: The manifest's row; None for a model outside the zoo.
         own_weights: Whether the weights are others than those that `timm_name` stands for.
+        upright: Whether images are turned as their EXIF orientation says; None if the weights do not tell.
     """
 
     name: str
@@ -135,6 +138,7 @@ class LoadedModel:
     classes: tuple[str, ...] = ()
     variant: Variant | None = None
     own_weights: bool = False
+    upright: bool | None = None
 
     @property
     def num_classes(self) -> int:
@@ -284,13 +288,14 @@ def _of_file(name: str, path: Path) -> LoadedModel:
         tuned=described.stage == "fixres",
         classes=described.classes,
         own_weights=True,
+        upright=described.upright,
     )
 
 
 def _of_delta(name: str, path: Path, tuned: Delta) -> LoadedModel:
     if tuned.variant in manifest.load():
         loaded = _of_variant(name, manifest.find(tuned.variant), str(path))
-        return replace(loaded, train_size=_train_size(path, tuned, loaded))
+        return replace(loaded, train_size=_train_size(path, tuned, loaded), upright=_upright(tuned))
     loaded = _of_timm(f"{TIMM}{tuned.backbone}")
     delta.apply(loaded.network, tuned)
     return replace(
@@ -301,7 +306,13 @@ def _of_delta(name: str, path: Path, tuned: Delta) -> LoadedModel:
         tuned=True,
         untuned=f"{TIMM}{tuned.backbone}",
         own_weights=True,
+        upright=_upright(tuned),
     )
+
+
+def _upright(tuned: Delta) -> bool | None:
+    found = tuned.recipe.get("upright")
+    return found if isinstance(found, bool) else None
 
 
 def _train_size(path: Path, tuned: Delta, loaded: LoadedModel) -> int | None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
@@ -261,6 +261,15 @@ def open_image(image: ImageSource, *, upright: bool = False) -> Image.Image:
         raise ImageError(f"{_name(image)} cannot be read: {reason}") from error
 
 
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an opened image, 1 to 8; 1 (upright) where it has none, or damaged EXIF data."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow raises a dozen kinds on damaged EXIF data, which is no reason to refuse sound pixels
+        return 1
+    return found if found in range(1, 9) else 1
+
+
 def _open(image: str | os.PathLike[str] | bytes) -> Image.Image:
     if not isinstance(image, str | bytes | os.PathLike):
         raise TypeError(f"An image is a PIL image, a path or an encoded file's bytes, not {type(image).__name__}.")
@@ -271,10 +280,9 @@ def _open(image: str | os.PathLike[str] | bytes) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     image.load()  # what is wrong with the pixels shows here, what follows is about the EXIF data alone
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF data is no reason to refuse sound pixels
-        return image
+    with contextlib.suppress(Exception):  # Pillow writes the other EXIF data anew, which may be damaged
+        return image if orientation(image) == 1 else ImageOps.exif_transpose(image)
+    return image
 
 
 def _rgb(image: Image.Image, kind: str | None) -> Image.Image:

@@ -26,10 +26,10 @@ IMAGES = 30
 BATCH = 4
 
 ONE = Finished(
-    {3: ImagePrediction((1,), (1, 0, 2), 0.1 + 0.2, 1 / 3), 0: ImagePrediction((0, 7), (2,), 1.0, 1e-30)}, {}, 0.5
+    {3: ImagePrediction((1,), (1, 0, 2), 0.1 + 0.2, 1 / 3), 0: ImagePrediction((0, 7), (2,), 1.0, 1e-30)}, {}, {3}, 0.5
 )
-TWO = Finished({}, {1: 'no "image"\n'}, 0.25)
-THREE = Finished({2: ImagePrediction((2,), (2, 1), 0.9, 2.0)}, {4: "damaged"}, 2.0)
+TWO = Finished({}, {1: 'no "image"\n'}, set(), 0.25)
+THREE = Finished({2: ImagePrediction((2,), (2, 1), 0.9, 2.0)}, {4: "damaged"}, {2}, 2.0)
 
 
 # --- files ------------------------------------------------------------------------------------------------------
@@ -44,6 +44,7 @@ def test_what_was_written_is_read_again_also_of_several_processes(tmp_path: Path
     found = Journal(path, 1).read()
     assert found.predictions == ONE.predictions | THREE.predictions
     assert found.unreadable == TWO.unreadable | THREE.unreadable
+    assert found.unturned == {2, 3}
     assert found.seconds == 2.0  # that of the process which took longest
     assert sorted([*found.predictions, *found.unreadable]) == [0, 1, 2, 3, 4]
     with pytest.raises(EvaluationError, match="unfinished"):
@@ -54,7 +55,7 @@ def test_what_was_written_is_read_again_also_of_several_processes(tmp_path: Path
     assert Journal(path).read() == found
     whole = load(path)
     predictions = (ONE.predictions[0], None, THREE.predictions[2], ONE.predictions[3], None)
-    assert whole == Evaluation(48, 0.5, predictions, {1: 'no "image"\n', 4: "damaged"})
+    assert whole == Evaluation(48, 0.5, predictions, {1: 'no "image"\n', 4: "damaged"}, (2, 3))
     assert (whole.correct, whole.seconds) == ("0-11-", 2.0)
 
 

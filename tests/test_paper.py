@@ -56,7 +56,7 @@ def report(key: str, tuned: Figures, base: Figures | None = None, *, images: int
     def summary(figures: Figures) -> dict[str, Any]:
         size, top1, top5 = figures
         ends = {"top1_low": top1, "top1_high": top1, "top5_low": top5, "top5_high": top5}
-        counts = {"size": size, "crop_pct": 1.0, "images": images, "unreadable": 0}
+        counts = {"size": size, "crop_pct": 1.0, "images": images, "unreadable": 0, "unturned": 0}
         return counts | {"top1": top1, "top5": top5, "loss": 1.0} | ends
 
     variant = fixefficientnet.info(key)
@@ -65,7 +65,8 @@ def report(key: str, tuned: Figures, base: Figures | None = None, *, images: int
     paper = {"table": 1, "base_top1": 80, "fix_top1": 81, "fix_top5": 95, "comparable": images == 50_000}
     found = {"variant": key, "backbone": variant.backbone.name, "recipe": recipe, "train_data": "train"}
     found |= {"validation_data": "val", "train_images": 100, "classes": [], "processes": 1, "forwards": 100}
-    return found | {"unreadable": [], "measured": measured, "paired": None, "paper": paper if variant.paper else None}
+    found |= {"unreadable": [], "unturned": [], "measured": measured, "paired": None}
+    return found | {"paper": paper if variant.paper else None}
 
 
 def evaluated(size: int, top1: float, top5: float, images: int = 50_000) -> Evaluation:
@@ -170,7 +171,7 @@ def test_a_report_as_a_run_builds_it(tmp_path: Path):
         measured = {name: evaluation.summary() for name, evaluation in evaluations.items()}
         paper = PaperFigures.beside(variant, recipe, measured, 1000)
         paired, told = PairedTest.of(evaluations), (variant.key, variant.backbone.name, recipe, "train", "val")
-        return Report(*told, 100, (), 1, 100, (), measured, paired, paper)
+        return Report(*told, 100, (), 1, 100, (), (), measured, paired, paper)
 
     for number, (top1, within) in enumerate([(84.15, True), (84.2, False)]):
         found = {

@@ -189,10 +189,8 @@ def test_other_number_of_classes_keeps_the_norm_and_resets_the_classifier(
     assert ours(images).shape == (2, 10)
     assert ours.num_classes == 10
     torch.testing.assert_close(ours.forward_features(images), reference.forward_features(images))
-    torch.manual_seed(0)
-    timms: Network = timm.create_model("tf_efficientnet_b0", num_classes=10).classifier
-    assert ours.classifier.weight.std().item() == pytest.approx(timms.weight.std().item(), rel=0.1)
-    assert not ours.classifier.bias.any()
+    assert not ours(images).any()  # training begins with equal probabilities
+    assert all(parameter.requires_grad for parameter in ours.classifier.parameters())
 
 
 def test_without_classifier(hub_cache: Path, b0_delta: Path, images: torch.Tensor):

@@ -1,5 +1,6 @@
 """`evaluate`, `sweep`, `paper`, `figure`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -84,7 +85,8 @@ class Form:
         rows = [tables.row(one) for one in every]
         if self.as_json:
             unreadable = [{"model": one.loaded.name, "images": _unreadable(one)} for one in every if _unreadable(one)]
-            print_json({"results": rows, "comparison": pair, "unreadable": unreadable})
+            unturned = [{"model": one.loaded.name, "images": one.unturned} for one in every if one.unturned]
+            print_json({"results": rows, "comparison": pair, "unreadable": unreadable, "unturned": unturned})
         elif self.as_csv:
             print_text(tables.as_csv(rows), end="")
         else:
@@ -133,8 +135,7 @@ def evaluate(
     if not accelerator.is_main_process:
         return
     form.show(every, pair)
-    for one in every:
-        _name_unreadable(one)
+    _name_images(every)
 
 
 @app.command
@@ -191,7 +192,7 @@ def sweep(
         _show_sweep(rows)
         out.print(_conditions(every), soft_wrap=True)
         out.print(escape(f"{output}: {', '.join(written)}"), soft_wrap=True)
-    _name_unreadable(every[-1])
+    _name_images(every[-1:])
 
 
 @app.command
@@ -341,15 +342,21 @@ def _unreadable(one: "Measured") -> list[str]:
     return list(one.evaluation.unreadable.values())
 
 
-def _name_unreadable(one: "Measured") -> None:
-    """Names the images that do not count."""
-    reasons = _unreadable(one)
-    if reasons:
-        err.print(f"{len(reasons)} of {len(one.dataset)} images could not be read and do not count:", soft_wrap=True)
-        for reason in reasons[:20]:
-            err.print(f"  {escape(reason)}", soft_wrap=True)
-        if len(reasons) > 20:
-            err.print(f"  and {len(reasons) - 20} more")
+def _name_images(every: "list[Measured]") -> None:
+    """Names the images that do not count, and those whose EXIF orientation was left out of account."""
+    for one in every:
+        _list_some(f"of {len(one.dataset):,} images could not be read and do not count", _unreadable(one))
+    for names in {tuple(one.unturned) for one in every}:
+        _list_some("images have an EXIF orientation and were not turned (--upright turns them)", names)
+
+
+def _list_some(what: str, lines: Sequence[str]) -> None:
+    if lines:
+        err.print(f"{len(lines):,} {what}:", soft_wrap=True)
+        for line in lines[:20]:
+            err.print(f"  {escape(line)}", soft_wrap=True)
+        if len(lines) > 20:
+            err.print(f"  and {len(lines) - 20:,} more")
 
 
 def _accelerator(settings: Settings) -> "Accelerator":

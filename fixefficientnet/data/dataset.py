@@ -6,7 +6,7 @@ Images are addressed by their index, and an image that cannot be read is named, 
 import contextlib
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,14 @@ class ImageDataset:
         classes: Names of the classes, by the model's index; empty where the dataset names none.
         targets: Map from the dataset's class index to the model's; empty if they are the same.
         name: Name of the split in messages: its folder, or "hfds/name (validation)".
+        upright: Whether images are turned as their EXIF orientation says.
     """
 
     source: Any
     classes: tuple[str, ...]
     targets: dict[int, int]
     name: str
+    upright: bool = False
 
     def __len__(self) -> int:
         return len(self.source)
@@ -58,7 +60,7 @@ class ImageDataset:
             if hasattr(image, "read"):
                 with image:
                     image = image.read()
-            return open_image(image), self.targets.get(int(target), int(target))
+            return open_image(image, upright=self.upright), self.targets.get(int(target), int(target))
         except (ImageError, OSError) as error:
             raise ImageError(f"{self.image_name(index)}: {error}") from error
 
@@ -80,10 +82,17 @@ class ImageDataset:
 
     def image_name(self, index: int) -> str:
         """The name of an image in messages: its file, or its index."""
-        filename = None
+        return self._filename(index) or f"image {index} of {self.name}"
+
+    def image_path(self, index: int) -> str:
+        """Where an image is: its file with the split's folder, or its name where it has no file."""
+        filename = self._filename(index)
+        return str(Path(self.name, filename)) if filename else self.image_name(index)
+
+    def _filename(self, index: int) -> str:
         with contextlib.suppress(Exception):  # readers without file names raise what they like
-            filename = self.source.filename(index)
-        return str(filename or f"image {index} of {self.name}")
+            return str(self.source.filename(index) or "")
+        return ""
 
     def fingerprint(self) -> str:
         """sha256 over length, classes, labels and file names, as far as the source tells them; not over the pixels."""
@@ -158,7 +167,7 @@ def follow(dataset: ImageDataset, order: tuple[str, ...], owner: str) -> ImageDa
     if not dataset.classes or not order or dataset.classes == order:
         return dataset
     targets = classes.by_name(dataset.classes, order, dataset.name, owner)
-    return ImageDataset(dataset.source, order, targets, dataset.name)
+    return replace(dataset, classes=order, targets=targets)
 
 
 def _named(kind: str, name: str, split: str, root: str | None) -> Any:

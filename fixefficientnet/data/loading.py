@@ -8,7 +8,7 @@ import ctypes
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fixefficientnet.data.dataset import ImageDataset
 from fixefficientnet.errors import ImageError
+from fixefficientnet.preprocessing import orientation
 
 _PR_SET_PDEATHSIG = 1
 
@@ -51,16 +52,18 @@ class Batch:
         targets: Class indices of the model; int64 [n].
         indices: Indices of the images in the dataset; int64 [n].
         unreadable: Index and reason of each image that was asked for and could not be read.
+        unturned: Indices of the images that have an EXIF orientation and were not turned.
     """
 
     inputs: Tensor
     targets: Tensor
     indices: Tensor
     unreadable: list[tuple[int, str]]
+    unturned: list[int]
 
     def pin_memory(self) -> "Batch":
         """This batch in page-locked memory; DataLoader calls it."""
-        return Batch(self.inputs.pin_memory(), self.targets, self.indices, self.unreadable)
+        return replace(self, inputs=self.inputs.pin_memory())
 
 
 def load_batches(
@@ -128,28 +131,44 @@ def _leave_signals_to_the_parent(worker: int) -> None:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """A transformed image, or the reasons why there is none."""
+
+    tensor: Tensor | None
+    target: int
+    index: int
+    unreadable: list[tuple[int, str]]
+    unturned: bool
+
+
 class _Loading(Dataset[Any]):
     """The dataset of a worker: (epoch, index) → the transformed image, or the reason why there is none."""
 
     def __init__(self, dataset: ImageDataset, transform: Transform, substitute: bool):
         self.dataset, self.transform, self.substitute = dataset, transform, substitute
 
-    def __getitem__(self, task: Task) -> tuple[Tensor | None, int, int, list[tuple[int, str]]]:
+    def __getitem__(self, task: Task) -> _Item:
         epoch, index = task
         unreadable: list[tuple[int, str]] = []
         for _ in range(10 if self.substitute else 1):
             try:
                 image, target = self.dataset[index]
-                return self.transform(image, epoch, index), target, index, unreadable
+                unturned = orientation(image) != 1  # an image that was turned has none any more
+                return _Item(self.transform(image, epoch, index), target, index, unreadable, unturned)
             except ImageError as error:
                 unreadable.append((index, str(error)))
                 index = (index + 1) % len(self.dataset)
-        return None, -1, index, unreadable
+        return _Item(None, -1, index, unreadable, False)
 
 
-def _collate(items: list[tuple[Tensor | None, int, int, list[tuple[int, str]]]]) -> Batch:
-    good = [(tensor, target, index) for tensor, target, index, _ in items if tensor is not None]
-    inputs = torch.stack([tensor for tensor, _, _ in good]) if good else torch.empty(0)
-    targets = torch.tensor([target for _, target, _ in good], dtype=torch.int64)
-    indices = torch.tensor([index for _, _, index in good], dtype=torch.int64)
-    return Batch(inputs, targets, indices, [failure for *_, failures in items for failure in failures])
+def _collate(items: list[_Item]) -> Batch:
+    tensors = [item.tensor for item in items if item.tensor is not None]
+    good = [item for item in items if item.tensor is not None]
+    return Batch(
+        inputs=torch.stack(tensors) if tensors else torch.empty(0),
+        targets=torch.tensor([item.target for item in good], dtype=torch.int64),
+        indices=torch.tensor([item.index for item in good], dtype=torch.int64),
+        unreadable=[failure for item in items for failure in item.unreadable],
+        unturned=[item.index for item in good if item.unturned],
+    )

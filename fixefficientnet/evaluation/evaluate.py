@@ -61,6 +61,11 @@ class Measured:
     preprocessing: str = "exact"
     activations: dict[str, float] | None = None
 
+    @property
+    def unturned(self) -> list[str]:
+        """Paths of the images that have an EXIF orientation and were not turned."""
+        return [self.dataset.image_path(index) for index in self.evaluation.unturned]
+
 
 def evaluate(model: str | os.PathLike[str] | nn.Module, data: str | os.PathLike[str], **settings: Any) -> Evaluation:
     """Evaluates a model's accuracy on labelled images.
@@ -73,7 +78,7 @@ def evaluate(model: str | os.PathLike[str] | nn.Module, data: str | os.PathLike[
         data: A folder with val/ or of classes' folders, or "hfds/NAME" and the like, as timm opens it.
         **settings: Other fields of `fixefficientnet.evaluation.settings.Settings`: split, size, crop_pct, device,
             mixed_precision, batch_size, workers, threads, restrict_classes, real_labels, data_root, folder, resume,
-            engine, fast_preprocessing.
+            engine, upright, fast_preprocessing.
 
     Raises:
         UnknownVariantError: No variant has this name.
@@ -89,10 +94,14 @@ def evaluate(model: str | os.PathLike[str] | nn.Module, data: str | os.PathLike[
 
 
 def dataset_for(loaded: LoadedModel, settings: Settings) -> ImageDataset:
-    """The dataset, its classes numbered as the model's."""
+    """The dataset, its classes numbered as the model's, its images upright or not as for the model."""
     own = bool(loaded.classes) and loaded.classes != imagenet_order()
     number = None if own else loaded.num_classes
     dataset = open_dataset(settings.data, settings.split, root=settings.data_root, num_classes=number, numbered=True)
+    upright = loaded.upright if settings.upright is None else settings.upright
+    if upright is None:  # ImageNet's accuracies are of images as they are stored
+        upright = loaded.num_classes != IMAGENET
+    dataset = replace(dataset, upright=upright)
     return follow(dataset, loaded.classes, loaded.name) if own else dataset
 
 
@@ -208,6 +217,7 @@ def _journal(
         **loaded.identity,
         "place": str(place.resolve()) if place.exists() else dataset.name,  # fingerprints know names, not pixels
         "images": dataset.fingerprint(),
+        "upright": dataset.upright,
         "test": asdict(test),
         "crop_mode": loaded.crop_mode,
         "batch_size": batch_size,

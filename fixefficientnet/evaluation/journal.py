@@ -21,12 +21,14 @@ class Finished:
     Attributes:
         predictions: Predictions by image index.
         unreadable: Reasons by image index.
+        unturned: Indices of the images that have an EXIF orientation and were not turned.
         seconds: Time that the batches took; of several processes, that of the slowest.
         notes: Values that belong to the whole evaluation; of each key, the latest.
     """
 
     predictions: dict[int, ImagePrediction] = field(default_factory=dict)
     unreadable: dict[int, str] = field(default_factory=dict)
+    unturned: set[int] = field(default_factory=set)
     seconds: float = 0.0
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -34,13 +36,15 @@ class Finished:
         """Takes in what another process finished at the same time."""
         self.predictions |= other.predictions
         self.unreadable |= other.unreadable
+        self.unturned |= other.unturned
         self.seconds = max(self.seconds, other.seconds)
         self.notes |= other.notes
 
     def evaluation(self, size: int, crop_pct: float, images: int) -> Evaluation:
         """The whole; all images must be in."""
         predictions = tuple(self.predictions.get(index) for index in range(images))
-        return Evaluation(size, crop_pct, predictions, dict(sorted(self.unreadable.items())), self.seconds)
+        unreadable, unturned = dict(sorted(self.unreadable.items())), tuple(sorted(self.unturned))
+        return Evaluation(size, crop_pct, predictions, unreadable, unturned, self.seconds)
 
 
 class Journal:
@@ -74,6 +78,7 @@ class Journal:
                 if "indices" in line:
                     part.predictions |= zip(line["indices"], map(_prediction, line["predictions"]), strict=True)
                     part.unreadable |= {int(index): reason for index, reason in line["unreadable"].items()}
+                    part.unturned |= set(line.get("unturned", ()))
                     part.seconds += line["seconds"]
                 else:
                     part.notes |= line
@@ -86,7 +91,8 @@ class Journal:
         """Appends one finished batch."""
         rows = [[*prediction] for prediction in batch.predictions.values()]
         line = {"indices": [*batch.predictions], "predictions": rows}
-        self._append(line | {"unreadable": batch.unreadable, "seconds": batch.seconds})
+        line |= {"unreadable": batch.unreadable, "unturned": sorted(batch.unturned), "seconds": batch.seconds}
+        self._append(line)
 
     def note(self, values: Mapping[str, Any]) -> None:
         """Appends JSON values that belong to the whole; keys other than a batch's."""

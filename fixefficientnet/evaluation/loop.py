@@ -117,6 +117,7 @@ class EvaluationLoop:
                     self.journal.write(found)
                 now.predictions |= found.predictions
                 now.unreadable |= found.unreadable
+                now.unturned |= found.unturned
                 now.seconds += found.seconds
                 if self.progress:
                     self.progress.advance((len(found.predictions) + len(found.unreadable)) * self._rank_and_world[1])
@@ -132,7 +133,7 @@ class EvaluationLoop:
         yield from map(self._batch, load_batches(dataset, transform, tasks, workers=workers, pin_memory=pin))
 
     def _batch(self, batch: Batch) -> Finished:
-        found = Finished(unreadable=dict(batch.unreadable))
+        found = Finished(unreadable=dict(batch.unreadable), unturned=set(batch.unturned))
         if len(batch.targets):
             device = next(self.model.parameters()).device
             inputs = batch.inputs.to(device, non_blocking=True)

@@ -41,6 +41,7 @@ class Summary:
         crop_pct: Share of the resized shorter side that the crop keeps.
         images: Number of images evaluated.
         unreadable: Number of images that could not be read.
+        unturned: Number of images that have an EXIF orientation and were not turned.
         top1: Top-1 accuracy.
         top1_low: Lower end of its interval.
         top1_high: Upper end of its interval.
@@ -54,6 +55,7 @@ class Summary:
     crop_pct: Share
     images: Positive
     unreadable: Count
+    unturned: Count
     top1: Percent
     top1_low: Percent
     top1_high: Percent
@@ -72,6 +74,7 @@ class Evaluation:
         crop_pct: See `TestTime`.
         predictions: Per image, in the dataset's order; None where the image was not evaluated.
         unreadable: Why not, by image index; an image without a ReaL label is not evaluated either, but not in here.
+        unturned: Indices of the images that have an EXIF orientation and were not turned.
         seconds: What it took, loading included; no part of the result.
     """
 
@@ -79,6 +82,7 @@ class Evaluation:
     crop_pct: float
     predictions: tuple[ImagePrediction | None, ...] = field(repr=False)
     unreadable: Mapping[int, str] = field(default_factory=dict)
+    unturned: tuple[int, ...] = ()
     seconds: float = field(default=0.0, compare=False)
 
     @cached_property
@@ -152,6 +156,7 @@ class Evaluation:
             self.crop_pct,
             self.images,
             len(self.unreadable),
+            len(self.unturned),
             self.top1,
             *self.interval,
             self.top5,

@@ -28,6 +28,8 @@ class Settings:
         device: Device to compute on. Default: cuda if there is one.
         mixed_precision: Precision to compute in; "no" is float32.
         engine: Engine to compute with; onnx and openvino export the model first, and keep the file.
+        upright: Turn images as their EXIF orientation says. Default: as the model's fine-tuning run did; of other
+            models, for those with other classes than ImageNet's.
         fast_preprocessing: From JPEG to tensor in half the time, with slightly different pixels.
         size: Test size in pixels; None: the model's.
         folder: Folder where finished batches are kept; None: nowhere.
@@ -47,6 +49,7 @@ class Settings:
     device: Literal["cpu", "cuda"] | None = None
     mixed_precision: MixedPrecision = "no"
     engine: Engine = "eager"
+    upright: bool | None = None
     fast_preprocessing: bool = False
     size: Positive | None = None
     folder: Path | str | None = None

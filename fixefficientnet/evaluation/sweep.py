@@ -44,7 +44,7 @@ def with_untuned(names: Sequence[str]) -> list[LoadedModel]:
             base = open_model(one.untuned)
             # only then the difference is FixRes alone
             test = replace(base.test, crop_pct=one.test.crop_pct, interpolation=one.test.interpolation)
-            loaded[one.untuned] = replace(base, test=test)
+            loaded[one.untuned] = replace(base, test=test, upright=one.upright)
         loaded.setdefault(name, one)
     return list(loaded.values())
 

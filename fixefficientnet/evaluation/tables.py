@@ -31,6 +31,7 @@ def row(measured: Measured) -> dict[str, Any]:
         "engine": measured.engine,
         "precision": measured.precision,
         "preprocessing": measured.preprocessing,
+        "upright": measured.dataset.upright,
         "seconds": found.seconds,
         "images_per_second": found.rate,
     }

@@ -162,6 +162,9 @@ class _Subset:
     def __getitem__(self, index: int) -> Any:
         return self._images[self._chosen[index]]
 
+    def image_path(self, index: int) -> str:
+        return self._images.image_path(self._chosen[index])
+
 
 def _compute_features(
     session: Session, network: Network, dataset: ImageDataset, recipe: Recipe, place: Path
@@ -285,7 +288,8 @@ def _forward(session: Session, network: Network, inputs: Tensor) -> None:
 
 def _key(network: Network, dataset: ImageDataset, recipe: Recipe, kind: str, **more: Any) -> str:
     """A hash of all that decides these shards: the network as it is now, the images, the views."""
-    fields = ["test_size", "crop_pct", "interpolation", "mean", "std", "forward_batch", "shard", "mixed_precision"]
+    fields = ["test_size", "crop_pct", "interpolation", "mean", "std", "upright"]
+    fields += ["forward_batch", "shard", "mixed_precision"]
     if kind == "features":
         fields += ["views", "feature_dtype"]
         if recipe.views > 2:

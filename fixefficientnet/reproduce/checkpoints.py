@@ -57,6 +57,7 @@ class Checkpoints:
         every_seconds: Longest time between two saves.
         enabled: Whether this process writes; all hold the same state, and the first one writes it.
         unreadable: Images that could not be read so far; saved and restored with the state.
+        unturned: Images whose EXIF orientation was left out of account so far; saved and restored too.
     """
 
     path: Path
@@ -65,6 +66,7 @@ class Checkpoints:
     every_seconds: float
     enabled: bool = True
     unreadable: list[str] = field(default_factory=list)
+    unturned: list[str] = field(default_factory=list)
     _saved: float = field(default_factory=time.monotonic)
     _unconfirmed: bool = False
 
@@ -96,6 +98,7 @@ class Checkpoints:
             "position": json.dumps([position.epoch, position.step, position.steps]),
             "scaler": json.dumps(state.scaler.state_dict() if state.scaler else {}),
             "unreadable": json.dumps(self.unreadable),
+            "unturned": json.dumps(self.unturned),
         }
         if self.path.exists():
             write_atomically(self._previous, self.path.read_bytes())
@@ -145,7 +148,7 @@ class Checkpoints:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             position = Position(*json.loads(metadata["position"]))
             saved_scaler = json.loads(metadata["scaler"])
-            unreadable = json.loads(metadata["unreadable"])
+            unreadable, unturned = json.loads(metadata["unreadable"]), json.loads(metadata["unturned"])
         except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{self.path} is damaged ({error}). Delete it to start anew.") from error
         expected = {_MODEL + name: tensor.shape for name, tensor in moving.items()}
@@ -158,7 +161,7 @@ class Checkpoints:
                     state.optimizer.state[tensor]["momentum_buffer"] = tensors[_MOMENTUM + name].to(tensor.device)
         if state.scaler is not None and saved_scaler:
             state.scaler.load_state_dict(saved_scaler)
-        self.unreadable = unreadable
+        self.unreadable, self.unturned = unreadable, unturned
         self._unconfirmed = self.enabled and self._previous.exists()
         return position
 

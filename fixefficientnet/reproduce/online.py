@@ -73,6 +73,7 @@ def tune(session: Session, network: Network, dataset: ImageDataset, recipe: Reci
     state = TrainingState(network, optimizer, session.accelerator.scaler)
     position = checkpoints.restore(state)
     session.count_unreadable(dataset.name, checkpoints.unreadable, len(dataset))
+    session.count_unturned(dataset.name, checkpoints.unturned)
     if position.steps:
         session.log.say(f"Continuing after step {position.steps} (epoch {position.epoch}).")
     session.log.resume(position.steps)
@@ -87,8 +88,9 @@ def tune(session: Session, network: Network, dataset: ImageDataset, recipe: Reci
             result = _step(session, model, criterion, stepper, next(batches), position, checkpoints)
             _average(session, network, recipe)
             if position.step + 1 == schedule.steps:
-                session.share_unreadable(dataset.name, len(dataset))
+                session.share_counted(dataset.name, len(dataset))
             checkpoints.unreadable = sorted(session.unreadable.get(dataset.name, ()))
+            checkpoints.unturned = sorted(session.unturned.get(dataset.name, ()))
             return result
 
         train(session, state, recipe, schedule, checkpoints, position, step)
@@ -133,6 +135,7 @@ def _batches(session: Session, dataset: ImageDataset, recipe: Recipe, position: 
     transform = transform_of(recipe)
     for batch in load_batches(dataset, transform, tasks, workers=session.workers, substitute=True, pin_memory=pin):
         session.count_unreadable(dataset.name, [reason for _, reason in batch.unreadable], len(dataset))
+        session.count_unturned(dataset.name, map(dataset.image_path, batch.unturned))
         if not len(batch.targets):
             raise DataError(f"Ten images of {dataset.name} in a row cannot be read: {batch.unreadable[-1][1]}")
         yield batch

@@ -42,6 +42,8 @@ class Recipe:
         interpolation: Interpolation of resizing at test time.
         mean: Mean per channel (RGB), on the [0, 1] scale.
         std: Standard deviation per channel (RGB), on the [0, 1] scale.
+        upright: Whether images are turned as their EXIF orientation says. Default: for all classes but ImageNet's,
+            whose accuracies, as the paper's, are of images as they are stored.
         base_crop_pct: Like crop_pct, where the untuned network is measured at its train size.
         epochs: Passes over the training images (cached: over their features).
         batch_size: Images per step, all devices together.
@@ -95,6 +97,7 @@ class Recipe:
     feature_dtype: Literal["float16", "float32"] = "float16"
     sync_bn: bool = False
     mixed_precision: Precision = "no"
+    upright: bool | None = None
     seed: Annotated[int, Rule("a whole number from 0 to 2^63 - 1", least=0, below=2**63)] = 0
 
     @property

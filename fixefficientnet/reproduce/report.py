@@ -110,6 +110,7 @@ class Report:
         processes: Number of processes.
         forwards: Number of images that went forward through the backbone to tune it.
         unreadable: The images that could not be read, each with the reason.
+        unturned: Paths of the images that have an EXIF orientation and were not turned.
         measured: Figures of each evaluation, by a name in `TITLES`.
         paired: The tuned network against the untuned one; None for a base stage.
         paper: The paper's figures; None where it has none.
@@ -126,6 +127,7 @@ class Report:
     processes: Positive
     forwards: Count
     unreadable: tuple[str, ...]
+    unturned: tuple[str, ...]
     measured: Mapping[str, Summary]
     paired: PairedTest | None
     paper: PaperFigures | None
@@ -208,6 +210,9 @@ def as_markdown(report: Report) -> str:
     if report.unreadable:
         lines += ["", f"Unreadable images: {len(report.unreadable)}, left out:"]
         lines += [f"- {reason}" for reason in report.unreadable[:20]]
+    if report.unturned:
+        lines += ["", f"Images with an EXIF orientation: {len(report.unturned)}, not turned (`--upright` turns them):"]
+        lines += [f"- {name}" for name in report.unturned[:20]]
     lines += [
         "",
         f"Forward passes through the backbone: {report.forwards:,} images "

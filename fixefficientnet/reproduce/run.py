@@ -62,16 +62,18 @@ class Job:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What a job opens: both splits, numbered as the network's classes, and the network."""
+    """What a job opens: both splits, numbered as the network's classes, the network, and the recipe on these."""
 
     train: ImageDataset
     validation: ImageDataset
     model: nn.Module
+    recipe: Recipe
 
-    def identity(self, recipe: Recipe) -> Identity:
+    @property
+    def identity(self) -> Identity:
         """The identity of a run on these."""
         network = delta.fingerprint(self.model.state_dict())
-        return Identity(recipe, self.train.fingerprint(), self.validation.fingerprint(), network)
+        return Identity(self.recipe, self.train.fingerprint(), self.validation.fingerprint(), network)
 
 
 def run(job: Job, accelerator: Accelerator) -> Report:
@@ -134,7 +136,7 @@ def _halved_before(recipe: Recipe, folder: Path) -> Recipe:
         saved = Identity.load(folder / RECIPE).recipe
     except MissingFileError:
         return recipe
-    smaller: Recipe | None = recipe
+    smaller: Recipe | None = recipe if recipe.upright is not None else replace(recipe, upright=saved.upright)
     while smaller is not None:
         if saved == smaller:
             return smaller
@@ -154,7 +156,8 @@ def _run(job: Job, accelerator: Accelerator) -> Report:
     with session.locked(job.folder):
         try:
             inputs = session.together(lambda: _open(job))
-            identity = inputs.identity(job.recipe)
+            job = replace(job, recipe=inputs.recipe)
+            identity = inputs.identity
             finished = session.on_main(lambda: _claim(session, job, identity))
             if finished is not None:
                 log.say(f"{job.folder} is finished already; --overwrite does it again.")
@@ -184,7 +187,9 @@ def _open(job: Job) -> _Inputs:
     found = int(getattr(model, "num_classes", num_classes))
     if found != num_classes:
         raise DataError(f"{train.name} has {num_classes} classes, the network of {weights} {found}.")
-    return _Inputs(train, validation, model)
+    upright = expected is None if recipe.upright is None else recipe.upright
+    train, validation = replace(train, upright=upright), replace(validation, upright=upright)
+    return _Inputs(train, validation, model, replace(recipe, upright=upright))
 
 
 def _claim(session: Session, job: Job, identity: Identity) -> Report | None:
@@ -249,6 +254,11 @@ def _tune(session: Session, job: Job, inputs: _Inputs, identity: Identity) -> Re
     if count := len(finished.unreadable):
         images = "image" if count == 1 else "images"
         session.log.say(f"{count} {images} could not be read, and left out: report.md names them.")
+    if count := len(finished.unturned):
+        session.log.say(
+            f"{count} of the images have an EXIF orientation and were not turned (--upright turns them): report.md "
+            "names them."
+        )
     return finished
 
 
@@ -276,6 +286,7 @@ def _finish(
         processes=session.world,
         forwards=forwards,
         unreadable=tuple(sorted(set().union(*session.unreadable.values()))),
+        unturned=tuple(sorted(set().union(*session.unturned.values()))),
         measured=measured,
         paired=PairedTest.of(measurements.found),
         paper=PaperFigures.beside(variant, recipe, measured, classes),
@@ -336,6 +347,7 @@ def _save_network(folder: Path, model: nn.Module, finished: Report) -> None:
         recipe.mean,
         recipe.std,
         finished.classes,
+        bool(recipe.upright),
     )
     metadata = {DESCRIPTION: described.dumps()}
     write_atomically(folder / MODEL, safetensors.torch.save(tensors, metadata))
@@ -388,6 +400,7 @@ class Measurements:
         low, high = found.interval
         with session.alike():
             session.count_unreadable(self._dataset.name, list(found.unreadable.values()), len(self._dataset))
+        session.count_unturned(self._dataset.name, map(self._dataset.image_path, found.unturned))
         session.log.say(
             f"  {report.TITLES[name]} ({found.size}): top-1 {found.top1:.2f} (95%: {low:.2f} to {high:.2f}), "
             f"top-5 {found.top5:.2f}, of {found.images:,} images"

@@ -5,7 +5,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -34,6 +34,7 @@ class Session:
         workers: Loading processes per process.
         max_unreadable: Largest share of a dataset's images that may be unreadable.
         unreadable: The images that could not be read, each with the reason, by dataset.
+        unturned: Paths of the images that have an EXIF orientation and were not turned, by dataset.
         stopped_by: Number of the signal that asked to stop; 0: none did.
     """
 
@@ -43,6 +44,7 @@ class Session:
     workers: int = 0
     max_unreadable: float = 0.01
     unreadable: dict[str, set[str]] = field(default_factory=dict)
+    unturned: dict[str, set[str]] = field(default_factory=dict)
     stopped_by: int = 0
 
     @property
@@ -79,16 +81,22 @@ class Session:
                 f"{self.max_unreadable:.1%} (--max-unreadable):\n  " + "\n  ".join(sorted(found)[:5])
             )
 
-    def share_unreadable(self, what: str, total: int) -> None:
-        """Gives all processes what any of them could not read.
+    def count_unturned(self, what: str, names: Iterable[str]) -> None:
+        """Remembers images of a split whose EXIF orientation was left out of account."""
+        self.unturned.setdefault(what, set()).update(names)
+
+    def share_counted(self, what: str, total: int) -> None:
+        """Gives all processes the images of a split that any of them could not read, or did not turn.
 
         Raises:
-            DataError: Together, they are more than tolerated.
+            DataError: Together, the unreadable ones are more than tolerated.
         """
         if self.world > 1:
-            parts: list[set[str]] = gather_object([self.unreadable.get(what, set())])
+            mine = self.unreadable.get(what, set()), self.unturned.get(what, set())
+            unreadable, unturned = zip(*gather_object([mine]), strict=True)
+            self.count_unturned(what, set().union(*unturned))
             with self.alike():
-                self.count_unreadable(what, sorted(set().union(*parts)), total)
+                self.count_unreadable(what, sorted(set().union(*unreadable)), total)
 
     @contextlib.contextmanager
     def alike(self) -> Iterator[None]:

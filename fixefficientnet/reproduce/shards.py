@@ -99,16 +99,19 @@ class ShardPass:
     def _compute(self, number: int, path: Path, batches: Iterator[Batch], advance: Callable[[int], None]) -> None:
         shard: Shard | None = None
         unreadable: list[str] = []
+        unturned: list[str] = []
         for batch in islice(batches, math.ceil(self._length(number) / self.recipe.forward_batch)):
             unreadable += [reason for _, reason in batch.unreadable]
             self.session.count_unreadable(self.dataset.name, unreadable, self._total)
+            unturned += map(self.dataset.image_path, batch.unturned)
             if len(batch.targets):
                 part = self.forward(batch)
                 shard = part if shard is None else self.add(shard, part)
             advance(len(batch.targets) + len(batch.unreadable))
         self.flush()
         shard = shard or {_EMPTY: torch.zeros(0)}
-        metadata = {"digest": _digest(shard, self.rows(number)), "unreadable": json.dumps(unreadable)}
+        metadata = {"digest": _digest(shard, self.rows(number))}
+        metadata |= {"unreadable": json.dumps(unreadable), "unturned": json.dumps(unturned)}
         write_atomically(path, safetensors.torch.save(shard, metadata))
 
     def _check(self, paths: list[Path]) -> None:
@@ -127,7 +130,9 @@ class ShardPass:
 
     def _load(self, path: Path) -> Shard:
         with safetensors.safe_open(path, "pt") as file:
-            reasons = json.loads((file.metadata() or {})["unreadable"])
+            metadata = file.metadata() or {}
+            reasons = json.loads(metadata["unreadable"])
+            self.session.count_unturned(self.dataset.name, json.loads(metadata["unturned"]))
             shard = {name: file.get_tensor(name) for name in file.keys() if name != _EMPTY}  # noqa: SIM118
         with self.session.alike():
             self.session.count_unreadable(self.dataset.name, reasons, self._total)
