@@ -65,7 +65,7 @@ def report(key: str, tuned: Figures, base: Figures | None = None, *, images: int
     paper = {"table": 1, "base_top1": 80, "fix_top1": 81, "fix_top5": 95, "comparable": images == 50_000}
     found = {"variant": key, "backbone": variant.backbone.name, "recipe": recipe, "train_data": "train"}
     found |= {"validation_data": "val", "train_images": 100, "classes": [], "processes": 1, "forwards": 100}
-    found |= {"unreadable": [], "unturned": [], "measured": measured, "paired": None}
+    found |= {"unreadable": [], "unturned": [], "measured": measured, "paired": {}}
     return found | {"paper": paper if variant.paper else None}
 
 
@@ -170,7 +170,7 @@ def test_a_report_as_a_run_builds_it(tmp_path: Path):
     def built(evaluations: dict[str, Evaluation]) -> Report:
         measured = {name: evaluation.summary() for name, evaluation in evaluations.items()}
         paper = PaperFigures.beside(variant, recipe, measured, 1000)
-        paired, told = PairedTest.of(evaluations), (variant.key, variant.backbone.name, recipe, "train", "val")
+        paired, told = PairedTest.all_of(evaluations), (variant.key, variant.backbone.name, recipe, "train", "val")
         return Report(*told, 100, (), 1, 100, (), (), measured, paired, paper)
 
     for number, (top1, within) in enumerate([(84.15, True), (84.2, False)]):

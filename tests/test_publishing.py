@@ -22,6 +22,7 @@ from huggingface_hub import ModelCard, ModelCardData, constants
 import fixefficientnet
 from fixefficientnet import delta, manifest
 from fixefficientnet.publishing.index import Index
+from fixefficientnet.reproduce.report import Report
 
 MANIFEST = "weights_manifest.json"
 MADE = {"README.md", "models.json", MANIFEST}
@@ -155,6 +156,14 @@ def test_card_has_the_metadata_that_the_hub_reads(desk: Desk):
             # images that are made here are nobody's ImageNet
             assert (result.dataset_type, result.dataset_name) == ("other", "data/val")
     assert card.datasets is None
+
+
+def test_publishing_warns_where_fixres_did_not_help(desk: Desk):
+    said = desk.publish("b0")
+    gain = Report.load(desk.runs / "b0").gain
+    assert gain is not None and gain.warning is not None  # random backbones, three images
+    assert f"Warning: {gain.warning}" in " ".join(said.split())
+    assert f"**{gain.warning}**" in desk.card()
 
 
 def test_card_has_measured_figures_beside_the_papers(desk: Desk):
@@ -377,7 +386,7 @@ def better_interval(run: Path) -> None:
 
 
 def better_test(run: Path) -> None:
-    rewrite(run / "report.json", lambda values: values["paired"].update(p=1e-9))
+    rewrite(run / "report.json", lambda values: values["paired"]["base"].update(p=1e-9))
 
 
 def worse_base(run: Path) -> None:
@@ -478,7 +487,7 @@ def torn_probe(run: Path) -> None:
         (better_journal, "the batches in evaluations/ give top1 100.0 for 'tuned'"),
         (better_report, "report.json says 99.9"),
         (better_interval, "report.json says 99.9"),
-        (better_test, "another paired test"),
+        (better_test, "other paired tests"),
         (worse_base, "measured.base.top5: must be a number from 0 to 100, is -1.0"),
         (report_without_rows, "report.json.measured: must be an object"),
         (report_of_numbers, "report.json.measured.tuned: must be an object"),

@@ -202,6 +202,8 @@ def publish(
             f"  complete; {run.probe.correct} of {run.probe.images} stored images correct, logits differ by "
             f"{run.probe.difference:.1g} of the largest"
         )
+        if (gain := run.report.gain) and gain.warning:
+            _say(f"  Warning: {gain.warning}")
     if done.unreachable:
         _say(f"{done.unreachable}\nShown as if {repo} had nothing yet.")
     _say(f"{done.where}, {done.message}")

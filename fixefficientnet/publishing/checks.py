@@ -203,8 +203,8 @@ def _check_evaluations(folder: Path, found: Report) -> None:
                     f"{folder}: the batches in {EVALUATIONS}/ give {field} {getattr(counted, field)} for {name!r}, "
                     f"{report.FILENAME} says {getattr(recorded, field)}."
                 )
-    if PairedTest.of(evaluations) != found.paired:
-        raise PublishError(f"{folder}: the batches in {EVALUATIONS}/ give another paired test than {report.FILENAME}.")
+    if PairedTest.all_of(evaluations) != found.paired:
+        raise PublishError(f"{folder}: the batches in {EVALUATIONS}/ give other paired tests than {report.FILENAME}.")
 
 
 def _evaluation(path: Path) -> tuple[Evaluation, Summary]:

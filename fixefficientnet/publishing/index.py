@@ -15,7 +15,7 @@ from fixefficientnet.errors import PublishError
 from fixefficientnet.evaluation.outcome import Summary
 from fixefficientnet.manifest import PaperRow, Sha256, TestTime
 from fixefficientnet.reproduce.recipe import Recipe
-from fixefficientnet.reproduce.report import PairedTest
+from fixefficientnet.reproduce.report import Gain, PairedTest
 
 FILENAME = "models.json"
 FIRST = "v1.0"
@@ -37,7 +37,7 @@ class PublishedModel:
         test: Test-time preprocessing that the model was tuned for.
         dataset: Name of the images that it was measured on.
         measured: Figures of each evaluation, by a name in `report.TITLES`.
-        paired: The tuned network against the untuned one, on the same images.
+        paired: The tuned network against the untuned one, by a name in `report.UNTUNED`.
         paper: The paper's figures; None where it has none.
         comparable: Whether the model was measured on what the paper's figures are of.
         train_images: Number of training images.
@@ -57,7 +57,7 @@ class PublishedModel:
     test: TestTime
     dataset: str
     measured: Mapping[str, Summary]
-    paired: PairedTest | None
+    paired: Mapping[str, PairedTest]
     paper: PaperRow | None
     comparable: bool
     train_images: Positive
@@ -70,6 +70,11 @@ class PublishedModel:
     def tuned(self) -> Summary:
         """Figures of the tuned network."""
         return self.measured["tuned"]
+
+    @property
+    def gain(self) -> Gain | None:
+        """What FixRes brought."""
+        return Gain.of(self.measured, self.paired)
 
     def same_as(self, other: "PublishedModel") -> bool:
         """Whether another record tells the same of a model, whatever version brought it."""

@@ -25,11 +25,15 @@ TITLES = {
     "trained": "base stage, at the train size",
 }
 """The evaluations of a run, in order, and what they are called."""
+UNTUNED = ("base", "base_at_test")
+"""The evaluations of a run before FixRes."""
+SIGNIFICANT = 0.05
+"""Above this p-value, a difference is called no gain."""
 
 
 @dataclass(frozen=True, slots=True)
 class PairedTest:
-    """The tuned network against the untuned one at the same size, on the same images.
+    """The tuned network against the untuned one at one size, on the same images.
 
     Attributes:
         only_base_correct: Number of images that the untuned network alone classifies correctly.
@@ -48,12 +52,58 @@ class PairedTest:
     p: float
 
     @classmethod
-    def of(cls, evaluations: Mapping[str, Evaluation]) -> "PairedTest | None":
-        """The test on the evaluations of a run; None for a base stage."""
-        if "tuned" not in evaluations or "base_at_test" not in evaluations:
+    def all_of(cls, evaluations: Mapping[str, Evaluation]) -> "dict[str, PairedTest]":
+        """The tests on the evaluations of a run, by a name in `UNTUNED`; none for a base stage."""
+        found = {}
+        for name in UNTUNED:
+            if name in evaluations and "tuned" in evaluations:
+                pair = compare(evaluations[name].correct, evaluations["tuned"].correct)
+                found[name] = cls(pair.only_first, pair.only_second, pair.difference, *pair.interval, pair.p)
+        return found
+
+    def __str__(self) -> str:
+        """The test in words."""
+        return (
+            f"{self.difference:+.2f} points (95%: {self.difference_low:+.2f} to {self.difference_high:+.2f}; "
+            f"{self.only_fixres_correct} images are correct after FixRes only, {self.only_base_correct} before it "
+            f"only; McNemar's exact test: p = {self.p:.2g})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """What FixRes brought: the tuned network against the best of the untuned evaluations.
+
+    Attributes:
+        untuned: The untuned evaluation of the highest top-1; of equals, the one at the train size.
+        tuned: The evaluation after FixRes.
+        test: The tuned network against that untuned one.
+    """
+
+    untuned: Summary
+    tuned: Summary
+    test: PairedTest
+
+    @classmethod
+    def of(cls, measured: Mapping[str, Summary], paired: Mapping[str, PairedTest]) -> "Gain | None":
+        """The gain of a run; None for a base stage."""
+        if not paired:
             return None
-        pair = compare(evaluations["base_at_test"].correct, evaluations["tuned"].correct)
-        return cls(pair.only_first, pair.only_second, pair.difference, *pair.interval, pair.p)
+        best = max(paired, key=lambda name: measured[name].top1)
+        return cls(measured[best], measured["tuned"], paired[best])
+
+    @property
+    def warning(self) -> str | None:
+        """Why FixRes was of no use here; None where its gain is shown."""
+        test, untuned = self.test, self.untuned
+        figures = f"top-1 {untuned.top1:.2f} untuned at {untuned.size} pixels, {self.tuned.top1:.2f} after FixRes"
+        if test.difference > 0 and test.p < SIGNIFICANT:
+            return None
+        if test.difference > 0:
+            return f"No gain is shown: {figures}; {untuned.images:,} images do not tell this from chance."
+        if test.p < SIGNIFICANT:
+            return f"FixRes made it worse: {figures}. Use the untuned network at {untuned.size} pixels."
+        return f"FixRes did not help: {figures}. The untuned network at {untuned.size} pixels does as well."
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +162,7 @@ class Report:
         unreadable: The images that could not be read, each with the reason.
         unturned: Paths of the images that have an EXIF orientation and were not turned.
         measured: Figures of each evaluation, by a name in `TITLES`.
-        paired: The tuned network against the untuned one; None for a base stage.
+        paired: The tuned network against the untuned one, by a name in `UNTUNED`; empty for a base stage.
         paper: The paper's figures; None where it has none.
         delta_sha256: sha256 of delta.safetensors; None for a base stage.
     """
@@ -129,7 +179,7 @@ class Report:
     unreadable: tuple[str, ...]
     unturned: tuple[str, ...]
     measured: Mapping[str, Summary]
-    paired: PairedTest | None
+    paired: Mapping[str, PairedTest]
     paper: PaperFigures | None
     delta_sha256: str | None = None
 
@@ -159,6 +209,11 @@ class Report:
         """Writes report.md, then report.json, whose presence says that the run is complete."""
         write_atomically(folder / "report.md", as_markdown(self).encode())
         write_atomically(folder / FILENAME, records.dumps(self))
+
+    @property
+    def gain(self) -> Gain | None:
+        """What FixRes brought; None for a base stage."""
+        return Gain.of(self.measured, self.paired)
 
     def result(self, source: str) -> Result | None:
         """What stands beside the paper's tables; None for a base stage."""
@@ -196,13 +251,12 @@ def as_markdown(report: Report) -> str:
             f"| {TITLES[name]} | {row.size} | {row.top1:.2f} | {row.top1_low:.2f} to {row.top1_high:.2f} "
             f"| {row.top5:.2f} | {row.loss:.4f} | {row.images:,} |"
         )
-    if test := report.paired:
-        lines += [
-            "",
-            f"Of the same images at the test size, {test.only_fixres_correct} are correct after FixRes only and "
-            f"{test.only_base_correct} before it only: {test.difference:+.2f} points (95%: "
-            f"{test.difference_low:+.2f} to {test.difference_high:+.2f}; McNemar's exact test: p = {test.p:.2g}).",
-        ]
+    if gain := report.gain:
+        lines += ["", f"**{gain.warning}**"] if gain.warning else []
+        lines += ["", "FixRes at the test size, on the same images:", ""]
+        best_first = sorted(report.paired, key=lambda name: -report.measured[name].top1)
+        for name, remark in zip(best_first, (", the best untuned", ""), strict=False):
+            lines.append(f"- against {TITLES[name]} ({report.measured[name].size}{remark}): {report.paired[name]}")
     if report.paper:
         lines += ["", _beside_paper(report.paper)]
     elif recipe.stage == "fixres":

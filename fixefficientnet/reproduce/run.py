@@ -251,6 +251,10 @@ def _tune(session: Session, job: Job, inputs: _Inputs, identity: Identity) -> Re
     else:
         measurements.take("trained", replace(recipe.base, crop_pct=recipe.crop_pct))
     finished = session.on_main(lambda: _finish(session, job, inputs, net, original, measurements, forwards))
+    if gain := finished.gain:
+        session.log.say(f"  against the best untuned ({gain.untuned.size}): {gain.test}")
+        if gain.warning:
+            session.log.say(f"Warning: {gain.warning}")
     if count := len(finished.unreadable):
         images = "image" if count == 1 else "images"
         session.log.say(f"{count} {images} could not be read, and left out: report.md names them.")
@@ -288,7 +292,7 @@ def _finish(
         unreadable=tuple(sorted(set().union(*session.unreadable.values()))),
         unturned=tuple(sorted(set().union(*session.unturned.values()))),
         measured=measured,
-        paired=PairedTest.of(measurements.found),
+        paired=PairedTest.all_of(measurements.found),
         paper=PaperFigures.beside(variant, recipe, measured, classes),
     )
     if recipe.stage == "fixres":
