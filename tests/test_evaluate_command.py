@@ -377,7 +377,7 @@ def test_data_that_are_not_there(ground: Ground, refused, tmp_path: Path):
 
 
 def test_no_data_and_no_model_are_usage_errors(ground: Ground, evaluate):
-    for arguments, said in (([ground.one], "requires an argument"), (["--data", ground.data], "Name a model")):
+    for arguments, said in (([ground.one], "--data is missing"), (["--data", ground.data], "Name a model")):
         out, err = evaluate(*arguments, status=2)
         assert out == ""
         assert said in err

@@ -19,6 +19,7 @@ from cyclopts import CycloptsError
 from rich.markup import escape
 
 from fixefficientnet.cli.app import UsageError, app, err, show_what_can_be_shown
+from fixefficientnet.cli.suggestions import explain
 from fixefficientnet.errors import FixEfficientNetError, Interrupted, OptionError, RecipeError, UnknownVariantError
 
 # the modules add their commands, which stand in this order in --help
@@ -66,7 +67,9 @@ _ALIKE = (CycloptsError, UsageError, OptionError, RecipeError, UnknownVariantErr
 def _outcome(error: BaseException) -> tuple[int, str]:
     """The status that an error ends the process with, and what is said; raises what is no error of a user's."""
     match error:
-        case CycloptsError() | UsageError() | OptionError() | RecipeError():
+        case CycloptsError():
+            return 2, f"{explain(error)}\nTry --help."
+        case UsageError() | OptionError() | RecipeError():
             return 2, f"{error}\nTry --help."
         case FixEfficientNetError():
             return 1, str(error)
