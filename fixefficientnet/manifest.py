@@ -324,7 +324,7 @@ class Variant(Row):
             license=weights.license if weights else self.backbone.license,
             paper_ids="arXiv:2003.08237",
             paper_name="Fixing the train-test resolution discrepancy: FixEfficientNet",
-            origin_url="https://github.com/facebookresearch/FixRes",
+            origin_url=f"https://huggingface.co/{(on_hub or self.backbone).repository}",
             **self.test.timm_fields(),
         )
 

@@ -1,5 +1,6 @@
 """A whole checkpoint to a delta and back, by the command line; plain timm, in a process of its own, loads it."""
 
+import json
 import os
 import pickle
 import signal
@@ -252,6 +253,9 @@ def test_plain_timm_loads_what_was_merged(tmp_path: Path, b0_delta: Path, images
         else:
             pytest.skip("timm knows no local-dir: yet")
         assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["config.json", "model.safetensors"]
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        # the tuned weights are one's own, and of the repository of the original FixRes they have nothing
+        assert config["pretrained_cfg"]["origin_url"] == "https://huggingface.co/timm/tf_efficientnet_b0.ap_in1k"
     command = [sys.executable, "-c", PLAIN, model, file, str(tmp_path / "images"), str(tmp_path / "logits")]
     offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     subprocess.run(command, check=True, cwd=tmp_path, env=os.environ | offline)

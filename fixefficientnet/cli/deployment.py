@@ -196,6 +196,8 @@ def publish(
     from fixefficientnet.publishing.publish import publish as publish_runs
 
     done = publish_runs(runs, repo, to=to, manifest=manifest, replace=replace, private=private, dry_run=dry_run)
+    if not done.written:
+        _say("Dry run: nothing is published, nothing is written.")
     for run in done.runs:
         _say(
             f"{run.folder}: {run.variant.key}, {len(run.data) / 1e6:.1f} MB, sha256 {run.sha256}\n"
@@ -226,4 +228,3 @@ def _show_dry_run(done: "PublishResult") -> None:
         print_text(card.decode())
     _say(f"{done.manifest_file}, but for the commit:")
     print_text(done.manifest, end="")
-    _say("Nothing was written (--dry-run).")

@@ -326,6 +326,8 @@ def save_merged(model: "zoo.ZooModel", path: Path) -> None:
         # all of it: some releases of timm complete what they are given, others take it as it is
         described = filter_pretrained_cfg(model.pretrained_cfg, remove_source=True, remove_null=True)  # type: ignore[no-untyped-call]
         described |= {"architecture": backbone.architecture, "tag": backbone.tag}
+        # all there is of a delta of one's own
+        described["origin_url"] = f"https://huggingface.co/{backbone.repository}"
         config = {"architecture": backbone.architecture, "pretrained_cfg": described}
         try:
             compat.save_for_hf(model, str(temporary), model_config=config, safe_serialization=True)
