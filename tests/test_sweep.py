@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import statistics
 import xml.etree.ElementTree as ET
 from dataclasses import asdict
@@ -16,6 +17,7 @@ import safetensors.torch
 import timm
 import tiny
 import torch
+from accelerate import Accelerator
 from conftest import Network, lively, put_in_cache
 from PIL import Image
 from tiny import cli
@@ -26,8 +28,11 @@ import fixefficientnet
 from fixefficientnet import delta
 from fixefficientnet.errors import EvaluationError
 from fixefficientnet.evaluation import activations
+from fixefficientnet.evaluation.evaluate import evaluate_model
+from fixefficientnet.evaluation.settings import Settings
 from fixefficientnet.evaluation.sweep import best_size, sizes_of
 from fixefficientnet.evaluation.tables import as_csv, from_csv
+from fixefficientnet.models import from_module
 
 NETWORK = "test_efficientnet.r160_in1k"
 CROP_PCT, MEAN, STD = 0.95, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of this network, in timm
@@ -418,3 +423,23 @@ def test_where_nothing_can_be_written_is_one_error(ground: Ground, tmp_path: Pat
     assert out == ""
     assert "file" in err
     assert "Traceback" not in err
+
+
+def test_each_size_is_warmed_up_before_its_time_counts(ground: Ground, tmp_path: Path):
+    """As many forward passes as batches and one: an evaluation alone has no such pass."""
+    passes: list[tuple[int, ...]] = []
+    stem: Any = ground.model.conv_stem
+    with stem.register_forward_pre_hook(lambda _, given: passes.append(tuple(given[0].shape))):
+        found = [
+            evaluate_model(
+                from_module(ground.model),
+                Settings(str(ground.data), size=32, batch_size=BATCH, workers=0, warm_up=warm_up, activations=True),
+                Accelerator(cpu=True),
+            )
+            for warm_up in (False, True)
+        ]
+    batches = math.ceil(len(ground.images) / BATCH)
+    assert len(passes) == 2 * batches + 1
+    assert passes[batches] == (BATCH, 3, 32, 32)
+    assert found[0].evaluation == found[1].evaluation
+    assert found[0].activations == found[1].activations

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from fixefficientnet._internal.processes import default_workers
 from fixefficientnet._internal.threads import default_threads, map_in_threads
 
 
@@ -154,3 +155,12 @@ def test_a_cpu_has_one_per_core_and_what_is_watched_one():
         assert default_threads(model) == 8
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(1, 1, 1), (2, 1, 2), (3, 2, 1), (16, 1, 4), (16, 8, 2)])
+def test_loading_processes_are_no_more_than_the_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, workers: int
+):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert default_workers() == workers

@@ -100,6 +100,12 @@ def accelerating(device: str | None, mixed_precision: str) -> Iterator["Accelera
             compat.forget_accelerate()
 
 
+def default_workers() -> int:
+    """Number of loading processes of this process: 4, or its share of the cores it may use where that is less."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
 def rank() -> int:
     """This process's rank, as its launcher says; known before any accelerator is."""
     return int(os.environ.get("RANK", "0"))

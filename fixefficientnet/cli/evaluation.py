@@ -41,7 +41,7 @@ else:
     SettingFlags = flags(
         Settings,
         short={"batch_size": "-b", "workers": "-j"},
-        leave_out=("size", "folder", "resume", "activations"),
+        leave_out=("size", "folder", "resume", "activations", "warm_up"),
     )
 
 AsCsv = Annotated[bool, Parameter(name="--csv")]
@@ -171,7 +171,7 @@ def sweep(
 
     pixels = sweeping.sizes_of(sizes)
     finished = output / "finished"
-    chosen = made(Settings, settings, folder=finished, resume=not overwrite, activations=statistics)
+    chosen = made(Settings, settings, folder=finished, resume=not overwrite, activations=statistics, warm_up=True)
     accelerator = _accelerator(chosen)
     every: list[Measured] = []
 

@@ -132,28 +132,31 @@ def evaluate_model(
     batching = _batching(network, dataset, settings, accelerator)
     journal, activations = _journal(loaded, dataset, settings, accelerator, test, batching.size, subset)
     precision, resumable = accelerator.mixed_precision, bool(settings.folder)
+    loop = EvaluationLoop(
+        network,
+        dataset,
+        test,
+        transform,
+        batch_size=batching.size,
+        shard=batching.size,
+        workers=batching.workers,
+        threads=batching.threads,
+        subset=subset,
+        journal=journal,
+        accelerator=accelerator,
+        progress=progress,
+    )
     with contextlib.ExitStack() as stack:
-        observer = None
-        if settings.activations and activations is None:
-            observer = stack.enter_context(PooledActivations(network))
         stack.enter_context(_explaining_lack_of_memory(batching, resumable=resumable))
         stack.enter_context(
             engines.running(loaded, test, settings.engine, threads=batching.threads, precision=precision)
         )
-        found = EvaluationLoop(
-            network,
-            dataset,
-            test,
-            transform,
-            batch_size=batching.size,
-            shard=batching.size,
-            workers=batching.workers,
-            threads=batching.threads,
-            subset=subset,
-            journal=journal,
-            accelerator=accelerator,
-            progress=progress,
-        ).run()
+        if settings.warm_up:
+            loop.warm_up()
+        observer = None
+        if settings.activations and activations is None:
+            observer = stack.enter_context(PooledActivations(network))
+        found = loop.run()
     if observer:
         activations = observer.summary(accelerator)
         if journal and accelerator.is_main_process:
@@ -196,7 +199,7 @@ def _batching(network: nn.Module, dataset: ImageDataset, settings: Settings, acc
     threads = (settings.threads or default_threads(network)) if several else 1
     # whatever the number of cores: what is kept of an evaluation is of its batches
     size = settings.batch_size or (BATCH_SIZE if several else 32)
-    workers = (0 if several else 4) if settings.workers is None else settings.workers
+    workers = (0 if several else processes.default_workers()) if settings.workers is None else settings.workers
     return _Batching(size, workers, max(1, min(threads, math.ceil(len(dataset) / size / accelerator.num_processes))))
 
 

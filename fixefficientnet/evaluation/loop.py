@@ -95,6 +95,13 @@ class EvaluationLoop:
             self.journal.note(whole)
         return now.evaluation(self.test.size, self.test.crop_pct, total)
 
+    def warm_up(self) -> None:
+        """Computes one batch for nothing: the first of a size takes longer, as libraries choose how to compute it."""
+        images = [torch.zeros(3, self.test.size, self.test.size)] * min(self.batch_size, len(self.dataset))
+        device = next(self.model.parameters()).device
+        with in_eval_mode(self.model):
+            _logits(self.model, torch.stack(images).to(device), self.test.size, self.accelerator)
+
     @property
     def _rank_and_world(self) -> tuple[int, int]:
         return (self.accelerator.process_index, self.accelerator.num_processes) if self.accelerator else (0, 1)

@@ -22,7 +22,8 @@ class Settings:
         restrict_classes: Restrict logits to the classes of the dataset. Default: where these are 200 of ImageNet's.
         real_labels: Count as correct what ReaL labels allow.
         batch_size: Images per forward pass. Default: 32; 2 where threads of a CPU compute a batch each.
-        workers: Loading processes per device. Default: 4; none where threads of a CPU load and compute.
+        workers: Loading processes per device. Default: 4, or one per core where there are fewer; none where threads of
+            a CPU load and compute.
         threads: Threads of a CPU that load and compute a batch each, and share its cores. Default: one per core, up to
             8; 1 is for a model that keeps something between the layers of a forward pass.
         device: Device to compute on. Default: cuda if there is one.
@@ -35,6 +36,7 @@ class Settings:
         folder: Folder where finished batches are kept; None: nowhere.
         resume: Whether batches that are in the folder are taken over.
         activations: Whether the pooled activations are observed too.
+        warm_up: Whether a batch is computed before time counts.
     """
 
     data: str
@@ -55,6 +57,7 @@ class Settings:
     folder: Path | str | None = None
     resume: bool = False
     activations: bool = False
+    warm_up: bool = False
 
     def __post_init__(self) -> None:
         """Checks every field.
