@@ -264,6 +264,22 @@ def _of_variant(name: str, variant: Variant, weights: bool | str) -> LoadedModel
     )
 
 
+def checkpoint_of(path: Path) -> Path:
+    """The whole checkpoint that a path names: the file itself, or that of a run's folder.
+
+    Raises:
+        MissingFileError: A folder has none.
+    """
+    if not path.is_dir():
+        return path
+    if not (path / MODEL).is_file():
+        raise MissingFileError(
+            f"{path} has no {MODEL}: it is no finished run with a network of its own. The command that began it "
+            "continues it."
+        )
+    return path / MODEL
+
+
 def _of_run(name: str, folder: Path) -> LoadedModel:
     for file in (MODEL, DELTA):
         if (folder / file).is_file():

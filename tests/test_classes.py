@@ -79,8 +79,8 @@ def test_a_folder_of_classes_is_a_whole_data_set(tmp_path: Path):
     images = open_dataset(str(tmp_path), None, num_classes=1000)
     assert labels(images) == FEW
     assert images.name == str(tmp_path)
-    with pytest.raises(DataError, match="has no folder val/"):
-        open_dataset(str(tmp_path), "validation", num_classes=1000)
+    with pytest.raises(DataError, match="has no folder other/"):
+        open_dataset(str(tmp_path), "other", num_classes=1000)
 
 
 def test_a_folder_of_splits_is_not_taken_for_one_of_classes(tmp_path: Path):

@@ -5,6 +5,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,35 @@ def test_a_missing_split_says_what_is_there(tmp_path: Path, split: str):
     expected = {"train": "train/", "validation": "val/", "test": "test/"}[split]
     with pytest.raises(DataError, match=rf"has no folder {expected}.* It has: pears, plums\."):
         open_dataset(str(tmp_path), split)
+
+
+def test_a_folder_of_classes_alone_is_split_the_same_each_time(tmp_path: Path):
+    for label, (name, count) in enumerate({"apple": 20, "brick": 2, "cloud": 13}.items()):
+        for index in range(count):
+            tiny.draw(tmp_path / "data" / name / f"{index}.jpg", label, index)
+    shutil.copytree(tmp_path / "data", tmp_path / "elsewhere")
+
+    def names(folder: str, split: str) -> list[str]:
+        images = open_dataset(str(tmp_path / folder), split)
+        assert f"automatic {split} split" in images.name
+        assert images.classes == tiny.CLASSES
+        return [images.image_name(index) for index in range(len(images))]
+
+    train, validation = names("data", "train"), names("data", "validation")
+    assert sorted(train + validation) == sorted(names_of(tmp_path / "data"))
+    share = {name: sum(image.startswith(name) for image in validation) for name in tiny.CLASSES}
+    assert share == {"apple": 4, "brick": 1, "cloud": 3}
+    assert (names("elsewhere", "train"), names("elsewhere", "validation")) == (train, validation)
+    expected = sorted(names_of(tmp_path / "data" / "apple"), key=lambda name: sha256(f"apple/{name}".encode()).digest())
+    assert {f"apple/{name}" for name in expected[:4]} == {name for name in validation if name.startswith("apple")}
+    assert len(open_dataset(str(tmp_path / "data"), None)) == 35  # for evaluation, all of it
+    (tmp_path / "data" / "brick" / "0.jpg").unlink()
+    with pytest.raises(DataError, match="its class brick has one image"):
+        open_dataset(str(tmp_path / "data"), "train")
+
+
+def names_of(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*.jpg")]
 
 
 def test_a_folder_without_anything_in_it_is_refused(tmp_path: Path):

@@ -828,3 +828,22 @@ def test_compiled_is_nearly_the_same(ground: Ground, tmp_path: Path, method: str
     eager, compiled = (load_file(tmp_path / name / "model.safetensors") for name in ("eager", "compiled"))
     for name, tensor in eager.items():
         torch.testing.assert_close(compiled[name], tensor, rtol=1e-3, atol=1e-3)
+
+
+def test_a_folder_of_classes_and_the_folder_of_a_run_are_enough(tmp_path: Path):
+    data = tiny.make_data(tmp_path / "data", train=10) / "train"
+    place = [*tiny.NETWORK, "--data", str(data), "--output", str(tmp_path), *SIZES, *SMALL]
+    said, _ = tiny.cli("reproduce", *place, "--stage", "base", "--no-pretrained", "--experiment", "base")
+    assert "20% of each class's images validate" in " ".join(said.split())
+    tiny.cli("reproduce", *place, "--checkpoint", tmp_path / "base", "--method", "cached", "--experiment", "tuned")
+    base, tuned = (Report.load(tmp_path / name) for name in ("base", "tuned"))
+    assert base.validation_data == tuned.validation_data == f"{data} (automatic validation split)"
+    assert (tuned.train_images, tuned.measured["tuned"].images) == (24, 6)
+    again = tiny.cli(
+        "evaluate", tmp_path / "tuned", "--data", data, "--split", "validation", "--json", "-o", tmp_path / "out"
+    )[0]
+    assert json.loads(again)["results"][0]["top1"] == tuned.measured["tuned"].top1
+    (tmp_path / "base" / "model.safetensors").unlink()
+    network = [*tiny.NETWORK, "--data", data, "--checkpoint", tmp_path / "base"]
+    _, err = tiny.cli("reproduce", *network, status=1)
+    assert "base has no model.safetensors" in err

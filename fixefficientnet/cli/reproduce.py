@@ -33,7 +33,7 @@ class Start:
     Attributes:
         all: All 18 variants of the paper.
         backbone: Any CNN of timm instead of a variant, by its timm name.
-        checkpoint: Weights of your own to start from (.safetensors or .pth).
+        checkpoint: Weights of your own to start from: the folder of a run, a .safetensors or a .pth.
         no_pretrained: Start from random weights (base stage).
     """
 
@@ -145,9 +145,11 @@ def _run_all(
     except ModuleNotFoundError as error:
         extra = "pip install 'fixefficientnet[reproduce]'"
         raise RunError(f"Fine-tuning needs {error.name}: {extra}") from None
+    from fixefficientnet.models import checkpoint_of
     from fixefficientnet.reproduce.run import Job, run, with_weights
 
-    chosen = with_weights(chosen, start.checkpoint, pretrained=not start.no_pretrained)
+    checkpoint = start.checkpoint and checkpoint_of(start.checkpoint.expanduser())
+    chosen = with_weights(chosen, checkpoint, pretrained=not start.no_pretrained)
     resolved = [recipes.resolve(subject, chosen) for subject in subjects]
     if start.no_pretrained and resolved[0].stage != "base":
         raise RecipeError("FixRes tunes a trained network: --no-pretrained goes with --stage base only.")
@@ -155,7 +157,7 @@ def _run_all(
     for subject, recipe in zip(subjects, resolved, strict=True):
         folder = place.folder(subject, recipe)
         features = place.output / "features" if place.keep_features else None
-        run(Job(subject, recipe, data, folder, start.checkpoint, features, options), accelerator)
+        run(Job(subject, recipe, data, folder, checkpoint, features, options), accelerator)
         out.print(escape(f"{folder}/report.md"), soft_wrap=True)
 
 

@@ -6,6 +6,7 @@ Images are addressed by their index, and an image that cannot be read is named, 
 import contextlib
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ _SYNONYMS = {
     TRAIN: ("train", "training"),
     VALIDATION: ("val", "valid", "validation", "eval", "evaluation"),
 }
+VALIDATION_SHARE = 0.2
+"""Share of each class's images that validates where a folder has no splits."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class ImageDataset:
         targets: Map from the dataset's class index to the model's; empty if they are the same.
         name: Name of the split in messages: its folder, or "hfds/name (validation)".
         upright: Whether images are turned as their EXIF orientation says.
+        automatic: Whether this is a part that `automatic_split` made.
     """
 
     source: Any
@@ -45,6 +49,7 @@ class ImageDataset:
     targets: dict[int, int]
     name: str
     upright: bool = False
+    automatic: bool = False
 
     def __len__(self) -> int:
         return len(self.source)
@@ -82,17 +87,14 @@ class ImageDataset:
 
     def image_name(self, index: int) -> str:
         """The name of an image in messages: its file, or its index."""
-        return self._filename(index) or f"image {index} of {self.name}"
+        filename = None
+        with contextlib.suppress(Exception):  # readers without file names raise what they like
+            filename = self.source.filename(index)
+        return str(filename or f"image {index} of {self.name}")
 
     def image_path(self, index: int) -> str:
-        """Where an image is: its file with the split's folder, or its name where it has no file."""
-        filename = self._filename(index)
-        return str(Path(self.name, filename)) if filename else self.image_name(index)
-
-    def _filename(self, index: int) -> str:
-        with contextlib.suppress(Exception):  # readers without file names raise what they like
-            return str(self.source.filename(index) or "")
-        return ""
+        """Where an image is: its path, or its name where it has no file."""
+        return str(self.source.samples[index][0]) if self.files else self.image_name(index)
 
     def fingerprint(self) -> str:
         """sha256 over length, classes, labels and file names, as far as the source tells them; not over the pixels."""
@@ -118,9 +120,10 @@ def open_dataset(
     """Opens one split of a dataset.
 
     Args:
-        data: A folder with one subfolder per split, each with one per class; or what timm's `create_dataset`
-            takes: "hfds/organisation/name", "torch/cifar10", "wds/name". What timm would stream is opened by
-            index: "hfids/" is downloaded as "hfds/" is, and "wds/" takes tar files on disk.
+        data: A folder with one subfolder per split, each with one per class; a folder with one per class, of which
+            `automatic_split` makes the splits; or what timm's `create_dataset` takes: "hfds/organisation/name",
+            "torch/cifar10", "wds/name". What timm would stream is opened by index: "hfids/" is downloaded as "hfds/"
+            is, and "wds/" takes tar files on disk.
         split: "train" or "validation", which finds training/, val/ and the like too; or the exact name of another.
             None: "validation", or the folder itself where it holds the classes' folders.
         root: Folder that a named dataset lies in or is cached in, as timm's `root`.
@@ -134,7 +137,7 @@ def open_dataset(
     """
     kind, _, name = data.partition("/")
     kind = kind.lower()
-    may_be_whole, split = split is None, split or VALIDATION
+    may_be_whole, automatic, split = split is None, False, split or VALIDATION
     if kind == "tfds":
         raise DataError(f"{data} is a stream, but images are needed by index: use a folder, hfds/ or wds/.")
     if kind in ("hfds", "hfids", "torch"):
@@ -144,13 +147,18 @@ def open_dataset(
         source = TarShards(Path(root or name).expanduser(), _SYNONYMS.get(split, (split,)))
         title = f"{data} ({split})"
     else:
-        folder = _split_folder(Path(data).expanduser(), split, may_be_whole=may_be_whole)
+        whole = Path(data).expanduser()
+        folder = _split_folder(whole, split, may_be_whole=may_be_whole)
         title = str(folder)
         source = _open_folder(folder)
+        if automatic := folder == whole and not may_be_whole:
+            source.samples = automatic_split(source.samples, folder)[split]
+            title = f"{folder} (automatic {split} split)"
     if not len(source):
         raise DataError(f"{title} holds no images.")
     names = class_names(source)
-    return ImageDataset(source, *classes.mapping(names, num_classes, title, numbered=numbered), title)
+    order, targets = classes.mapping(names, num_classes, title, numbered=numbered)
+    return ImageDataset(source, order, targets, title, automatic=automatic)
 
 
 def follow(dataset: ImageDataset, order: tuple[str, ...], owner: str) -> ImageDataset:
@@ -195,14 +203,52 @@ def _split_folder(folder: Path, split: str, *, may_be_whole: bool) -> Path:
         if (folder / name).is_dir():
             return folder / name
     there = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    splits = [name for name in there if name in {"test", *_SYNONYMS[TRAIN]}]
+    splits = [name for name in there if name in {"test", *_SYNONYMS[TRAIN], *_SYNONYMS[VALIDATION]}]
     holds_classes = any(path.is_dir() for name in splits for path in (folder / name).iterdir())
     if may_be_whole and there and not holds_classes:
+        return folder
+    nested = (path.is_dir() for name in there for path in (folder / name).iterdir())
+    if split in _SYNONYMS and there and not splits and not any(nested):
         return folder
     raise DataError(
         f"{folder} has no folder {candidates[0]}/ (nor {', '.join(candidates[1:]) or 'another name for it'}). "
         f"It has: {listed(there) or 'no folder at all'}."
     )
+
+
+def automatic_split(samples: Sequence[tuple[str, int]], folder: Path) -> dict[str, list[tuple[str, int]]]:
+    """Splits a folder of classes into training and validation images.
+
+    Of each class, `VALIDATION_SHARE` of the images validates, at least one: those whose file names, with the class's
+    folder, have the smallest sha256. So the split is the same in every run and on every machine.
+
+    Args:
+        samples: Path and class of each image.
+        folder: The folder that the classes' folders are in.
+
+    Raises:
+        DataError: A class has one image only.
+    """
+    classes: dict[int, list[str]] = {}
+    for path, label in samples:
+        classes.setdefault(label, []).append(path)
+    validation: set[str] = set()
+    for paths in classes.values():
+        if len(paths) < 2:
+            raise DataError(
+                f"{folder} has no train/ and val/, and its class {Path(paths[0]).parent.name} has one image: splitting "
+                "it needs two."
+            )
+        paths.sort(
+            key=lambda path: hashlib.sha256(
+                Path(path).relative_to(folder).as_posix().encode("utf-8", "surrogateescape")
+            ).digest()
+        )
+        validation.update(paths[: max(1, round(VALIDATION_SHARE * len(paths)))])
+    return {
+        TRAIN: [sample for sample in samples if sample[0] not in validation],
+        VALIDATION: [sample for sample in samples if sample[0] in validation],
+    }
 
 
 def _open_folder(folder: Path) -> Any:

@@ -12,7 +12,8 @@ class Data:
     """The images of a run.
 
     Attributes:
-        data: A folder with train/ and val/, one folder per class in each; or hfds/NAME, torch/NAME, wds/NAME.
+        data: A folder with train/ and val/, one folder per class in each, or with the classes' folders alone, of which
+            a fifth of the images validates; or hfds/NAME, torch/NAME, wds/NAME.
         data_root: Folder that a named dataset lies or is cached in, such as wds/ shards.
         train_split: Split to train on.
         val_split: Split to measure on.
@@ -29,7 +30,7 @@ class Options:
     """What does not decide the result of a run.
 
     Attributes:
-        workers: Loading processes per device.
+        workers: Loading processes per device. Default: 4, or one per core where there are fewer.
         compile: Compile the frozen part with torch.compile.
         auto_batch: Halve the batch when memory runs out.
         overwrite: Delete what an earlier run left in the folder.
@@ -38,7 +39,7 @@ class Options:
         checkpoint_minutes: Longest time between two checkpoints, in minutes.
     """
 
-    workers: Count = 4
+    workers: Count | None = None
     compile: bool = False
     auto_batch: bool = False
     overwrite: bool = False

@@ -13,9 +13,9 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from fixefficientnet import delta
-from fixefficientnet._internal import records
+from fixefficientnet._internal import processes, records
 from fixefficientnet._internal.files import write_atomically
-from fixefficientnet.data.dataset import ImageDataset, follow, open_dataset
+from fixefficientnet.data.dataset import VALIDATION_SHARE, ImageDataset, follow, open_dataset
 from fixefficientnet.errors import DataError, FixEfficientNetError, MissingFileError, RunError
 from fixefficientnet.evaluation.journal import Journal
 from fixefficientnet.evaluation.loop import EvaluationLoop
@@ -152,7 +152,8 @@ def _halved(recipe: Recipe) -> Recipe | None:
 
 def _run(job: Job, accelerator: Accelerator) -> Report:
     log = Log(job.folder, enabled=accelerator.is_main_process, console=job.console)
-    session = Session(accelerator, job.folder, log, job.options.workers, job.options.max_unreadable)
+    workers = processes.default_workers() if job.options.workers is None else job.options.workers
+    session = Session(accelerator, job.folder, log, workers, job.options.max_unreadable)
     with session.locked(job.folder):
         try:
             inputs = session.together(lambda: _open(job))
@@ -364,6 +365,10 @@ def _introduce(session: Session, net: Network, recipe: Recipe, train: ImageDatas
         f"{len(train):,} images to train on, {len(validation):,} to measure on; {session.world} "
         f"{'process' if session.world == 1 else 'processes'} on {session.accelerator.device.type}"
     )
+    if train.automatic:
+        session.log.say(
+            f"no train/ and val/: {VALIDATION_SHARE:.0%} of each class's images validate, the same ones in each run"
+        )
     count = sum(tensor.numel() for tensor in net.moving.values())
     names = ", ".join(net.moving) if len(net.moving) <= 6 else f"{len(net.moving)} tensors"
     session.log.say(f"changes {count:,} values: {names}")
