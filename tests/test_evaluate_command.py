@@ -111,7 +111,12 @@ def test_figures_for_people(ground: Ground, evaluate):
 
 def test_the_table_fits_80_columns(ground: Ground, evaluate):
     out, _ = evaluate(ground.one, ground.two, "--data", ground.data, "--compare", ground.one, ground.two, columns=80)
-    assert max(map(len, out[: out.index("images of")].splitlines())) <= 80
+    lines = out[: out.index("images of")].splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = [line.split() for line in lines if " 48 " in line]
+    assert [len(row) for row in rows] == [9, 9]  # each on one line
+    for row, path in zip(rows, (ground.one, ground.two), strict=True):
+        assert row[0].startswith("…") and str(path).endswith(row[0][1:])
 
 
 def test_json(ground: Ground, evaluate):

@@ -3,7 +3,7 @@
 import io
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, fields, make_dataclass
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
@@ -11,6 +11,7 @@ import cyclopts
 from cyclopts import Parameter
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fixefficientnet._internal import processes
@@ -111,13 +112,42 @@ def print_json(value: object) -> None:
     print_text(json.dumps(value, indent=2, default=str))
 
 
-def table(*columns: str, title: str | None = None) -> Table:
-    """A table for 80 columns: the first column is text, the others are figures and keep to one line."""
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None, to: Console = out
+) -> None:
+    """Prints a table: the first column is text, the others are figures and keep to one line.
+
+    A text that is too long for the console loses its beginning, which of a path tells least.
+
+    Args:
+        columns: The columns' titles.
+        rows: The cells of each row.
+        title: Title of the table.
+        to: The console.
+    """
+    cells = [list(row) for row in rows]
+    unlimited = to.options.update(width=10_000)
+    excess = to.measure(_table(columns, cells, title), options=unlimited).maximum - to.width
+    if excess > 0:
+        width = max([len(columns[0]), *(len(first) for first, *_ in cells)]) - excess
+        for row in cells:
+            row[0] = shortened(row[0], width)
+    to.print(_table(columns, cells, title))
+
+
+def shortened(text: str, width: int) -> str:
+    """A text without its beginning, where it is longer than a width of at least 8."""
+    return text if len(text) <= max(8, width) else f"…{text[1 - max(8, width) :]}"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None) -> Table:
     made = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     first, *others = columns
     made.add_column(first, overflow="fold")
     for column in others:
         made.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        made.add_row(*map(escape, row))
     return made
 
 

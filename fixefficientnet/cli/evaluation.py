@@ -20,8 +20,9 @@ from fixefficientnet.cli.app import (
     made,
     out,
     print_json,
+    print_table,
     print_text,
-    table,
+    shortened,
     whole_number,
 )
 from fixefficientnet.errors import FixEfficientNetError
@@ -229,11 +230,8 @@ def paper(
         print_text(f"{papers.as_markdown(rows)}\n\n{papers.footnote(rows)}")
     else:
         for number, title in papers.TITLES.items():
-            shown = table(*papers.HEADER, title=title)
-            for row in rows:
-                for cells in papers.cells(row) if row["table"] == number else ():
-                    shown.add_row(*cells)
-            out.print(shown)
+            lines = [cells for row in rows if row["table"] == number for cells in papers.cells(row)]
+            print_table(papers.HEADER, lines, title=title)
         out.print(escape(papers.footnote(rows)))
     for result in papers.elsewhere(found):
         err.print(
@@ -264,15 +262,14 @@ def figure(name: Literal["accuracy-params"], /, *, output: Annotated[Path | None
 def _show_sweep(rows: "list[dict[str, Any]]") -> None:
     from fixefficientnet.evaluation.sweep import best_size
 
-    shown = table("model", "size", "top-1", "95%", "top-5", "loss", "GMACs", "img/s", "")
+    cells = []
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         best = best_size(own)
         for row in own:
             notes = ["best"] if row["size"] == best else []
             notes += [word for word in ("train", "paper", "test") if row["size"] == row[f"{word}_size"]]
-            shown.add_row(
-                escape(model),
+            figures = (
                 str(row["size"]),
                 f"{row['top1']:.2f}",
                 f"{row['top1_low']:.1f}-{row['top1_high']:.1f}",
@@ -280,17 +277,16 @@ def _show_sweep(rows: "list[dict[str, Any]]") -> None:
                 f"{row['loss']:.3f}",
                 f"{row['gmacs']:.2f}",
                 f"{row['images_per_second']:.1f}",
-                ",".join(notes),
             )
-    out.print(shown)
+            cells.append((model, *figures, ",".join(notes)))
+    print_table(("model", "size", "top-1", "95%", "top-5", "loss", "GMACs", "img/s", ""), cells)
 
 
 def _show(every: "list[Measured]", pair: "dict[str, Any] | None") -> None:
-    shown = table("model", "size", "top-1", "95%", "top-5", "95%", "loss", "ECE", "img/s")
+    cells = []
     for one in every:
         found = one.evaluation
-        shown.add_row(
-            escape(one.loaded.name),
+        figures = (
             str(found.size),
             f"{found.top1:.2f}",
             "{:.1f}-{:.1f}".format(*found.interval),
@@ -300,7 +296,8 @@ def _show(every: "list[Measured]", pair: "dict[str, Any] | None") -> None:
             f"{found.calibration_error:.3f}",
             f"{found.rate:.1f}" if found.rate else "-",
         )
-    out.print(shown)
+        cells.append((one.loaded.name, *figures))
+    print_table(("model", "size", "top-1", "95%", "top-5", "95%", "loss", "ECE", "img/s"), cells)
     out.print(_conditions(every), soft_wrap=True)
     if pair:
         out.print(
@@ -391,8 +388,7 @@ def _evaluate(
 
     loaded = open_model(model) if isinstance(model, str) else model
     dataset = dataset or dataset_for(loaded, settings)
-    short = loaded.name if len(loaded.name) <= 30 else f"…{loaded.name[-29:]}"  # a bar has one line
-    title = f"{short} at {settings.size or loaded.test.size}"
+    title = f"{shortened(loaded.name, 30)} at {settings.size or loaded.test.size}"
     err.quiet = not accelerator.is_main_process
 
     def say(text: str) -> None:

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.markup import escape
 
-from fixefficientnet.cli.app import Output, UsageError, app, flags, grid, made, out, table, whole_number
+from fixefficientnet.cli.app import Output, UsageError, app, flags, grid, made, out, print_table, whole_number
 from fixefficientnet.errors import RecipeError, RunError
 from fixefficientnet.reproduce import recipe as recipes
 from fixefficientnet.reproduce.options import Data, Options
@@ -172,10 +172,7 @@ def _print_plans(plans: "list[Plan]", throughput: float | None) -> None:
         console.print(shown)
         return
     header, *rows = as_table(plans, throughput)
-    shown = table(*header)
-    for row in rows:
-        shown.add_row(*row)
-    console.print(shown)
+    print_table(header, rows, to=console)
     train, validation = plans[0].images
     console.print(
         f"For {train:,} images to train on, {validation:,} to measure on. trained: values that change. GMACs: billions "

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from rich.markup import escape
 
 from fixefficientnet import manifest
-from fixefficientnet.cli.app import AsJson, Flags, UsageError, app, err, flags, grid, made, out, print_json, table
+from fixefficientnet.cli.app import AsJson, Flags, UsageError, app, err, flags, grid, made, out, print_json, print_table
 from fixefficientnet.errors import ImageError
 from fixefficientnet.manifest import LocalWeights, Variant, Weights
 from fixefficientnet.options import PredictionOptions
@@ -49,18 +49,18 @@ def list_(filter: str = "", /, *, as_json: AsJson = False) -> None:
     if not variants:
         err.print(f"No variant matches {filter!r}.")
         raise SystemExit(1)
-    shown = table("variant", "params", "test size", "paper base", "paper Fix", "FixRes weights")
-    for variant in variants:
-        paper = variant.paper
-        shown.add_row(
+    rows = [
+        (
             variant.key,
             f"{variant.parameters / 1e6:.1f}M",
             str(variant.test.size),
-            f"{paper.base.top1:.1f}" if paper else "-",
-            f"{paper.fix.top1:.1f}" if paper else "-",
+            f"{variant.paper.base.top1:.1f}" if variant.paper else "-",
+            f"{variant.paper.fix.top1:.1f}" if variant.paper else "-",
             _published(variant),
         )
-    out.print(shown)
+        for variant in variants
+    ]
+    print_table(("variant", "params", "test size", "paper base", "paper Fix", "FixRes weights"), rows)
     out.print("paper: ImageNet top-1 (%) as reported in arXiv 2003.08237, Tables 1 and 2")
 
 
