@@ -89,6 +89,12 @@ def run_anew(arguments: list[str], *, status: int = 0, **environment: str) -> st
     return done.stdout + done.stderr
 
 
+def validated(folder: Path) -> list[float]:
+    """Top-1 on the validation images between epochs, as logged."""
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [line["val_top1"] for line in lines if "val_top1" in line]
+
+
 def report(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "report.json").read_text())
 
@@ -199,7 +205,7 @@ def test_online_is_the_papers_method(ground: Ground, tmp_path: Path):
 
 
 def test_cached_statistics_and_features_are_exact(ground: Ground, tmp_path: Path):
-    more = ["--method", "cached", "--keep-features", "--feature-dtype", "float32"]
+    more = ["--method", "cached", "--keep-features", "--feature-dtype", "float32", "--val-interval", "0"]
     tiny.run(ground.fixres(*more, out=tmp_path), tmp_path / "said.txt")
     model = ground.model()
     images = dataset.open_dataset(str(ground.images), "train")
@@ -268,6 +274,26 @@ def test_training_of_new_classes_begins_with_equal_probabilities(ground: Ground,
     first, *others = map(json.loads, (tmp_path / "base" / "log.jsonl").read_text().splitlines())
     assert first["loss"] == pytest.approx(math.log(3), rel=1e-6)
     assert others[-1]["loss"] != first["loss"]
+
+
+@pytest.mark.parametrize("stage", ["online", "cached", "base"])
+def test_accuracy_between_epochs_is_that_of_a_run_of_so_many(ground: Ground, tmp_path: Path, stage: str):
+    more = ["--stage", "base"] if stage == "base" else ["--method", stage]
+    more += ["--schedule", "step", "--base-lr", "0.05"]  # which is the same however many epochs follow
+    for epochs in ("1", "2", "3"):
+        tiny.run(ground.fixres(*more, "--epochs", epochs, out=tmp_path, experiment=epochs), tmp_path / "said.txt")
+    last = "trained" if stage == "base" else "tuned"
+    ends = [report(tmp_path / epochs)["measured"][last]["top1"] for epochs in ("1", "2")]
+    assert validated(tmp_path / "3") == pytest.approx(ends)
+    assert validated(tmp_path / "1") == []
+
+    more += ["--epochs", "3", "--val-interval"]
+    tiny.run(ground.fixres(*more, "2", out=tmp_path, experiment="every-2"), tmp_path / "said.txt")
+    tiny.run(ground.fixres(*more, "0", out=tmp_path, experiment="never"), tmp_path / "said.txt")
+    assert validated(tmp_path / "every-2") == validated(tmp_path / "3")[1:]
+    assert validated(tmp_path / "never") == []
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("3", "every-2", "never")]
+    assert differing(weights[0], weights[1]) == differing(weights[0], weights[2]) == set()
 
 
 def test_a_variant_of_the_zoo_loads_its_delta(hub_cache: Path, tmp_path: Path):
@@ -370,8 +396,12 @@ def test_killed_runs_go_on_to_the_same_bytes(uninterrupted, ground: Ground, tmp_
     assert not [path for path in folder.rglob(".*") if path.name not in (".lock", ".owner")], (
         "half-written files were left"
     )
-    steps = [json.loads(line)["steps"] for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert steps == sorted(set(steps)), said
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for key in ("loss", "val_top1"):
+        steps = [line["steps"] for line in lines if key in line]
+        assert steps == sorted(set(steps)), said
+    assert validated(folder) == validated(done)
+    assert len(validated(done)) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -437,7 +467,8 @@ def test_a_state_saved_at_the_end_of_an_epoch_is_gone_on_from(ground: Ground, tm
     tiny.run(command, tmp_path / "said.txt")
     assert sha(tmp_path / "run") == sha(tmp_path / "whole")
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [row["steps"] for row in rows] == list(range(1, 401))
+    assert [row["steps"] for row in rows if "loss" in row] == list(range(1, 401))
+    assert [row["steps"] for row in rows if "val_top1" in row] == list(range(1, 400))
 
 
 def test_workers_change_nothing(uninterrupted, ground: Ground, tmp_path: Path):
@@ -679,7 +710,7 @@ def test_classes_that_a_checkpoint_does_not_have(ground: Ground, tmp_path: Path)
 
 
 def test_a_damaged_shard_is_computed_anew(ground: Ground, tmp_path: Path):
-    command = ground.fixres("--method", "cached", "--keep-features", out=tmp_path)
+    command = ground.fixres("--method", "cached", "--keep-features", "--val-interval", "0", out=tmp_path)
     tiny.run([*command, "--experiment", "one"], tmp_path / "said.txt")
     shards = sorted((tmp_path / "features").glob("*/*.safetensors"))
     for path in shards[::3]:

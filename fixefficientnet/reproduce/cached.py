@@ -4,12 +4,14 @@ One pass estimates the statistics of the head norm at the test size, exactly. On
 each view, with that norm in place. Then the classifier trains on the features.
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,9 +31,11 @@ from fixefficientnet.reproduce.online import order, transform_of
 from fixefficientnet.reproduce.recipe import Recipe
 from fixefficientnet.reproduce.session import Session
 from fixefficientnet.reproduce.shards import Shard, ShardPass, one_thread
-from fixefficientnet.reproduce.training import Schedule, StepResult, train
+from fixefficientnet.reproduce.training import Schedule, StepResult, Validation, train
 
 Array = np.ndarray[Any, Any]
+_VALIDATION_BATCH = 4096
+"""Features that are validated together."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ def tune(
     recipe: Recipe,
     checkpoints: Checkpoints,
     folder: Path,
+    validation: tuple[ImageDataset, int] | None = None,
 ) -> int:
     """Estimates the statistics, computes features, trains the classifier; continues where an earlier call stopped.
 
@@ -64,6 +69,7 @@ def tune(
         recipe: The recipe.
         checkpoints: Checkpoints of the classifier's training.
         folder: Folder of shards and features; those already there are used if they are of this network and dataset.
+        validation: Validation images, and the number of epochs between two validations; None: none.
 
     Returns:
         Number of images that went forward through the backbone.
@@ -77,14 +83,34 @@ def tune(
         if recipe.moves_statistics:
             _estimate_statistics(session, network, dataset, recipe, folder)
         if recipe.trains_classifier:
-            place = folder / f"features-{_key(network, dataset, recipe, 'features')}"
-            with session.locked(place):
-                features = _compute_features(session, network, dataset, recipe, place)
-                session.on_main(lambda: _train_classifier(session, network, features, recipe, checkpoints))
+            with contextlib.ExitStack() as locks:
+                features = _features_of(session, network, dataset, recipe, folder, locks)
+                between = None
+                if validation and recipe.epochs > validation[1]:
+                    plain = replace(recipe, views=1)
+                    title = "Validation features"
+                    measured = _features_of(session, network, validation[0], plain, folder, locks, title)
+                    between = Validation(validation[1], lambda position: _top1(session, network, measured, position))
+                session.on_main(lambda: _train_classifier(session, network, features, recipe, checkpoints, between))
             with torch.no_grad():
                 for tensor in network.moving.values():
                     tensor.copy_(cast(Tensor, broadcast(tensor.detach().clone())))
     return forwards(recipe, len(dataset))
+
+
+def _features_of(
+    session: Session,
+    network: Network,
+    dataset: ImageDataset,
+    recipe: Recipe,
+    folder: Path,
+    locks: contextlib.ExitStack,
+    title: str = "Features",
+) -> Features:
+    """Computes the features of a dataset in their own folder, which is locked for as long as they are used."""
+    place = folder / f"features-{_key(network, dataset, recipe, 'features')}"
+    locks.enter_context(session.locked(place))
+    return _compute_features(session, network, dataset, recipe, place, title)
 
 
 def forwards(recipe: Recipe, dataset: int) -> int:
@@ -167,7 +193,7 @@ class _Subset:
 
 
 def _compute_features(
-    session: Session, network: Network, dataset: ImageDataset, recipe: Recipe, place: Path
+    session: Session, network: Network, dataset: ImageDataset, recipe: Recipe, place: Path, title: str
 ) -> Features:
     channels = cast(Tensor, network.classifier.weight).shape[1]
     shape = (len(dataset), recipe.views, channels)
@@ -200,7 +226,7 @@ def _compute_features(
     hook = network.classifier.register_forward_pre_hook(take)
     try:
         shards = ShardPass(
-            session, "Features", dataset, transform, recipe, place, forward, _join, rows=rows, flush=features.flush
+            session, title, dataset, transform, recipe, place, forward, _join, rows=rows, flush=features.flush
         ).run()
     finally:
         hook.remove()
@@ -233,8 +259,37 @@ def _allocate(path: Path, size: int) -> None:
             raise RunError(reason) from error
 
 
+@torch.no_grad()
+def _top1(session: Session, network: Network, features: Features, position: Position) -> float | None:
+    """Top-1 of the classifier on the features of plain views, in per cent; None where the log has it."""
+    if session.log.has(position.steps, "val_top1"):
+        return None
+    images = np.flatnonzero(features.targets >= 0)
+    if not len(images):
+        return None
+    correct = 0
+    for chosen in np.array_split(images, math.ceil(len(images) / _VALIDATION_BATCH)):
+        logits = _logits(session, network, features.values[chosen, 0])
+        correct += int((logits.argmax(1).cpu() == torch.from_numpy(features.targets[chosen])).sum())
+    return 100 * correct / len(images)
+
+
+def _logits(session: Session, network: Network, values: Array) -> Tensor:
+    """The classifier's logits of features; float16 or float32 [n, channels] to float32 [n, classes]."""
+    inputs = torch.from_numpy(values).to(session.accelerator.device).float()
+    if isinstance(network.classifier, nn.Conv2d):
+        inputs = inputs[:, :, None, None]
+    logits: Tensor = network.classifier(inputs).flatten(1)
+    return logits
+
+
 def _train_classifier(
-    session: Session, network: Network, features: Features, recipe: Recipe, checkpoints: Checkpoints
+    session: Session,
+    network: Network,
+    features: Features,
+    recipe: Recipe,
+    checkpoints: Checkpoints,
+    validation: Validation | None,
 ) -> None:
     """Trains on every view of every image, in one process alone, as it takes seconds."""
     device = session.accelerator.device
@@ -253,7 +308,6 @@ def _train_classifier(
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
     channels = features.values.shape[-1]
     flat = features.values.reshape(-1, channels)
-    shape = (-1, channels, 1, 1) if isinstance(network.classifier, nn.Conv2d) else (-1, channels)
     sequences: dict[int, Array] = {}
 
     def step(position: Position) -> StepResult:
@@ -262,9 +316,8 @@ def _train_classifier(
             sequences[position.epoch] = np.array(order(recipe, position.epoch, examples))
         chosen = sequences[position.epoch][position.step * size : (position.step + 1) * size]
         row, view = np.divmod(chosen, recipe.views)
-        inputs = torch.from_numpy(flat[images[row] * recipe.views + view]).to(device).float().view(shape)
         labels = torch.from_numpy(features.targets[images[row]]).to(device)
-        logits = network.classifier(inputs).flatten(1)
+        logits = _logits(session, network, flat[images[row] * recipe.views + view])
         loss = criterion(logits, labels)
         if not np.isfinite(value := loss.item()):
             raise checkpoints.give_up(value, position)
@@ -275,7 +328,7 @@ def _train_classifier(
         return StepResult(value, float((logits.argmax(1) == labels).sum()), size, session.stopped_by)
 
     with one_thread():
-        train(session, state, recipe, schedule, checkpoints, position, step)
+        train(session, state, recipe, schedule, checkpoints, position, step, validation)
 
 
 @torch.inference_mode()

@@ -63,6 +63,10 @@ class Log:
             return []
         return [json.loads(line) for line in self._file.read_text(encoding="utf-8").splitlines()]
 
+    def has(self, steps: int, key: str) -> bool:
+        """Whether a line of these steps has the key; False on processes other than the first."""
+        return self.enabled and any(line["steps"] == steps and key in line for line in self.lines())
+
     def close(self) -> None:
         """Flushes the events."""
         if self._writer:

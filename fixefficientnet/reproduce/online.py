@@ -23,7 +23,7 @@ from fixefficientnet.reproduce.checkpoints import Checkpoints, Position
 from fixefficientnet.reproduce.network import Network, TrainingState, optimizer_of
 from fixefficientnet.reproduce.recipe import Recipe
 from fixefficientnet.reproduce.session import Session
-from fixefficientnet.reproduce.training import Schedule, StepResult, train
+from fixefficientnet.reproduce.training import Schedule, StepResult, Validation, train
 
 
 def transform_of(recipe: Recipe) -> FineTuningTransform | TrainingTransform:
@@ -59,8 +59,23 @@ def tasks_from(position: Position, recipe: Recipe, length: int, rank: int = 0, w
             yield [(epoch, index) for index in sequence[step * size + rank : (step + 1) * size : world]]
 
 
-def tune(session: Session, network: Network, dataset: ImageDataset, recipe: Recipe, checkpoints: Checkpoints) -> int:
+def tune(
+    session: Session,
+    network: Network,
+    dataset: ImageDataset,
+    recipe: Recipe,
+    checkpoints: Checkpoints,
+    validation: Validation | None = None,
+) -> int:
     """Trains from the checkpoint to the end; the network is left in eval mode.
+
+    Args:
+        session: Processes, log, signals.
+        network: The network, prepared for the recipe.
+        dataset: The training images.
+        recipe: The recipe.
+        checkpoints: Where the state is saved.
+        validation: What is measured between epochs.
 
     Returns:
         Number of images that went forward through the backbone.
@@ -93,7 +108,15 @@ def tune(session: Session, network: Network, dataset: ImageDataset, recipe: Reci
             checkpoints.unturned = sorted(session.unturned.get(dataset.name, ()))
             return result
 
-        train(session, state, recipe, schedule, checkpoints, position, step)
+        def top1(position: Position) -> float | None:
+            if not validation or session.on_main(lambda: session.log.has(position.steps, "val_top1")):
+                return None
+            with session.alike():
+                checkpoints.save(position, state)  # this may take a while
+            return validation.top1(position)
+
+        between = replace(validation, top1=top1) if validation else None
+        train(session, state, recipe, schedule, checkpoints, position, step, between)
     network.model.eval()
     return recipe.epochs * schedule.steps * schedule.batch_size
 

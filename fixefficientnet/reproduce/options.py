@@ -35,6 +35,7 @@ class Options:
         auto_batch: Halve the batch when memory runs out.
         overwrite: Delete what an earlier run left in the folder.
         max_unreadable: Tolerated share of images that cannot be read.
+        val_interval: Epochs between two validations while training; 0: none.
         checkpoint_steps: Steps between two checkpoints.
         checkpoint_minutes: Longest time between two checkpoints, in minutes.
     """
@@ -44,6 +45,7 @@ class Options:
     auto_batch: bool = False
     overwrite: bool = False
     max_unreadable: Fraction = 0.01
+    val_interval: Count = 1
     checkpoint_steps: Positive = 1000
     checkpoint_minutes: NotNegative = 10.0
 

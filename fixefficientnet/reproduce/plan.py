@@ -106,6 +106,10 @@ def plan(recipe: Recipe, *, images: tuple[int, int] = IMAGENET, num_classes: int
     else:
         forwards = cached.forwards(recipe, train)
     measured = [recipe.train_size] if base else [recipe.train_size, recipe.test_size, recipe.test_size]
+    if recipe.method == "online":  # between epochs too
+        measured += [work_size] * (recipe.epochs - 1)
+    elif recipe.trains_classifier and recipe.epochs > 1:  # on features of one pass
+        measured.append(work_size)
     # a backward pass of the whole network costs about two forward passes: once for inputs, once for weights
     passes = 3 if base and recipe.tune == "all" else 1
     channels: int = net.classifier.weight.shape[1]  # type: ignore[assignment, index]

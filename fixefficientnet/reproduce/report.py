@@ -292,11 +292,12 @@ def _beside_paper(paper: PaperFigures) -> str:
     return f"{said} Difference: {paper.difference:+.2f}, {within} the paper's noise of {NOISE} and rounding."
 
 
-def curve(lines: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draws loss and accuracy on the training images against steps, as logged.
+def curve(lines: Sequence[Mapping[str, Any]], measured: Mapping[str, Summary], path: Path, title: str) -> None:
+    """Draws loss and accuracy against steps, as logged; accuracy on the validation images too.
 
     Args:
         lines: The lines of log.jsonl.
+        measured: Figures of each evaluation of the run, by a name in `TITLES`: those before and after training.
         path: The figure to write.
         title: Title of the figure.
     """
@@ -312,8 +313,17 @@ def curve(lines: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
         axis.plot([point["steps"] for point in points], values, color="#1f6f8b", alpha=0.35, linewidth=1)
         ends = [group[-1]["steps"] for group in epochs.values()]
         means = [sum(point[key] for point in group) / len(group) for group in epochs.values()]
-        axis.plot(ends, means, color="#1f6f8b", linewidth=1.5, marker="." if len(ends) < 50 else "")
+        marker = "." if len(ends) < 50 else ""
+        axis.plot(ends, means, color="#1f6f8b", linewidth=1.5, marker=marker, label="training images")
         axis.set_xlabel("step")
-        axis.set_ylabel(f"{label} (training images)")
+        axis.set_ylabel(label)
+    validated = {line["steps"]: line["val_top1"] for line in lines if "val_top1" in line}
+    if "base_at_test" in measured:
+        validated[0] = measured["base_at_test"].top1
+    validated[points[-1]["steps"]] = measured["tuned" if "tuned" in measured else "trained"].top1
+    steps = sorted(validated)
+    look: dict[str, Any] = {"color": "#c1440e", "linewidth": 1.5, "marker": "o", "markersize": 3}
+    axes[1].plot(steps, [validated[step] for step in steps], label="validation images", **look)
+    axes[1].legend(frameon=False, loc="lower right", fontsize=8)
     figure.suptitle(f"{title} (light: each step, dark: mean of each epoch)", fontsize=10)
-    figures.save(figure, path, points)
+    figures.save(figure, path, [*points, *validated.items()])

@@ -1,5 +1,6 @@
 """One fine-tuning run, from a network and images to a delta and a report."""
 
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +17,7 @@ from fixefficientnet import delta
 from fixefficientnet._internal import processes, records
 from fixefficientnet._internal.files import write_atomically
 from fixefficientnet.data.dataset import VALIDATION_SHARE, ImageDataset, follow, open_dataset
-from fixefficientnet.errors import DataError, FixEfficientNetError, MissingFileError, RunError
+from fixefficientnet.errors import DataError, EvaluationError, FixEfficientNetError, MissingFileError, RunError
 from fixefficientnet.evaluation.journal import Journal
 from fixefficientnet.evaluation.loop import EvaluationLoop
 from fixefficientnet.evaluation.outcome import Evaluation
@@ -32,6 +33,7 @@ from fixefficientnet.reproduce.options import Data, Options
 from fixefficientnet.reproduce.recipe import Recipe, Subject
 from fixefficientnet.reproduce.report import PairedTest, PaperFigures, Report
 from fixefficientnet.reproduce.session import Session
+from fixefficientnet.reproduce.training import Validation
 
 
 @dataclass(frozen=True)
@@ -241,16 +243,17 @@ def _tune(session: Session, job: Job, inputs: _Inputs, identity: Identity) -> Re
     if recipe.stage == "fixres":
         measurements.take("base", recipe.base)
         measurements.take("base_at_test", recipe.test)
-    checkpoints = _checkpoints(session, job, identity)
+    checkpoints, interval = _checkpoints(session, job, identity), job.options.val_interval
+    test = recipe.test if recipe.stage == "fixres" else replace(recipe.base, crop_pct=recipe.crop_pct)
     if recipe.method == "cached":
-        forwards = cached.tune(session, net, train, recipe, checkpoints, job.features or job.folder / "features")
+        features = job.features or job.folder / "features"
+        between = (validation, interval) if interval else None
+        forwards = cached.tune(session, net, train, recipe, checkpoints, features, between)
     else:
-        forwards = online.tune(session, net, train, recipe, checkpoints)
+        measured = Validation(interval, lambda position: measurements.top1(test)) if interval else None
+        forwards = online.tune(session, net, train, recipe, checkpoints, measured)
     net.model.eval()
-    if recipe.stage == "fixres":
-        measurements.take("tuned", recipe.test)
-    else:
-        measurements.take("trained", replace(recipe.base, crop_pct=recipe.crop_pct))
+    measurements.take("tuned" if recipe.stage == "fixres" else "trained", test)
     finished = session.on_main(lambda: _finish(session, job, inputs, net, original, measurements, forwards))
     if gain := finished.gain:
         session.log.say(f"  against the best untuned ({gain.untuned.size}): {gain.test}")
@@ -303,7 +306,7 @@ def _finish(
     if _keeps_network(recipe):
         _save_network(folder, net.model, finished)
     title = f"{recipe.variant}, {recipe.stage} stage, {recipe.method}"
-    report.curve(session.log.lines(), folder / "curve.png", title)
+    report.curve(session.log.lines(), measured, folder / "curve.png", title)
     finished.dump(folder)
     shutil.rmtree(folder / "features", ignore_errors=True)
     return finished
@@ -392,20 +395,9 @@ class Measurements:
             name: A name in `report.TITLES`.
             test: The test-time preprocessing.
         """
-        session, recipe = self._session, self._recipe
-        with session.log.bar(f"{report.TITLES[name]} ({test.size})", len(self._dataset)) as bar:
-            loop = EvaluationLoop(
-                self._net.model,
-                self._dataset,
-                test,
-                batch_size=recipe.forward_batch,
-                shard=recipe.shard,
-                workers=session.workers,
-                journal=Journal(session.folder / EVALUATIONS / name, session.rank),
-                accelerator=session.accelerator,
-                progress=bar,
-            )
-            found = self.found[name] = loop.run()
+        session = self._session
+        journal = Journal(session.folder / EVALUATIONS / name, session.rank)
+        found = self.found[name] = self._evaluate(f"{report.TITLES[name]} ({test.size})", test, journal)
         low, high = found.interval
         with session.alike():
             session.count_unreadable(self._dataset.name, list(found.unreadable.values()), len(self._dataset))
@@ -414,6 +406,28 @@ class Measurements:
             f"  {report.TITLES[name]} ({found.size}): top-1 {found.top1:.2f} (95%: {low:.2f} to {high:.2f}), "
             f"top-5 {found.top5:.2f}, of {found.images:,} images"
         )
+
+    def top1(self, test: TestTime) -> float:
+        """Top-1 of the network as it is now, in per cent, kept nowhere; NaN where its logits are."""
+        try:
+            return self._evaluate(f"Validation ({test.size})", test, None).top1
+        except EvaluationError:  # the next step's loss will say so
+            return math.nan
+
+    def _evaluate(self, title: str, test: TestTime, journal: Journal | None) -> Evaluation:
+        session, recipe = self._session, self._recipe
+        with session.log.bar(title, len(self._dataset)) as bar:
+            return EvaluationLoop(
+                self._net.model,
+                self._dataset,
+                test,
+                batch_size=recipe.forward_batch,
+                shard=recipe.shard,
+                workers=session.workers,
+                journal=journal,
+                accelerator=session.accelerator,
+                progress=bar,
+            ).run()
 
 
 def with_weights(choices: Mapping[str, Any], checkpoint: Path | None, *, pretrained: bool) -> dict[str, Any]:

@@ -40,6 +40,19 @@ class Schedule:
     batch_size: int
 
 
+@dataclass(frozen=True)
+class Validation:
+    """The accuracy on the validation images between epochs, of which the result does not depend.
+
+    Attributes:
+        interval: Number of epochs between two.
+        top1: Gives top-1 at a position, in per cent; None where the log has it.
+    """
+
+    interval: int
+    top1: Callable[[Position], float | None]
+
+
 def train(
     session: Session,
     state: TrainingState,
@@ -48,6 +61,7 @@ def train(
     checkpoints: Checkpoints,
     position: Position,
     step: Callable[[Position], StepResult],
+    validation: Validation | None = None,
 ) -> None:
     """Trains from a position to the end of the recipe's epochs.
 
@@ -59,6 +73,7 @@ def train(
         checkpoints: Where the state is saved.
         position: Where training stands; counted on as steps are done.
         step: Does one step at a position.
+        validation: What is measured between epochs; not after the last one, which the run's evaluation follows.
 
     Raises:
         RunError: The loss is NaN or infinite.
@@ -67,6 +82,8 @@ def train(
     size = schedule.batch_size
     while position.epoch < recipe.epochs:
         epoch = position.epoch
+        if validation and epoch and not position.step and epoch % validation.interval == 0:
+            _validate(session, position, validation)
         with session.log.bar(f"Epoch {epoch + 1}/{recipe.epochs}", schedule.steps * size) as bar:
             bar.skip(position.step * size)
             images = correct = loss_sum = 0.0
@@ -89,3 +106,10 @@ def train(
                     with session.alike():
                         raise Interrupted(done.stop)
     checkpoints.confirm()
+
+
+def _validate(session: Session, position: Position, validation: Validation) -> None:
+    top1 = validation.top1(position)
+    if top1 is not None:
+        session.log.write(position.steps, epoch=position.epoch - 1, val_top1=top1)
+        session.log.say(f"  validation after epoch {position.epoch}: top-1 {top1:.2f}")
