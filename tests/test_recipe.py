@@ -152,7 +152,7 @@ def test_every_field_of_a_recipe_is_a_flag_of_its_type(flag: str, expected: dict
         ("--base-lrr 1", "Did you mean --base-lr"),
         ("--batchsize 1", "Did you mean --batch-size"),
         ("--variant b1", "Unknown option"),
-        ("--weights random", "Unknown option"),
+        ("--weights random", "There is no option --weights. Did you mean --checkpoint?"),
     ],
 )
 def test_a_flag_that_cannot_be_read_is_refused(flag: str, said: str):
