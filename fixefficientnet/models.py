@@ -14,7 +14,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import safetensors
 import timm
@@ -25,7 +25,7 @@ from fixefficientnet import delta, manifest, zoo
 from fixefficientnet._internal import checkpoint_file, records
 from fixefficientnet._internal.checkpoint_file import listed
 from fixefficientnet._internal.meta_device import without_weights
-from fixefficientnet._internal.records import AboveZero, Rule, Share
+from fixefficientnet._internal.records import AboveZero, Share
 from fixefficientnet.delta import Delta
 from fixefficientnet.errors import (
     CheckpointError,
@@ -34,7 +34,7 @@ from fixefficientnet.errors import (
     UnknownVariantError,
     WeightsNotPublishedError,
 )
-from fixefficientnet.manifest import INTERPOLATIONS, Interpolation, TestTime, Triple, Variant
+from fixefficientnet.manifest import INTERPOLATIONS, Interpolation, Pixels, TestTime, Triple, Variant
 from fixefficientnet.preprocessing import FastPreprocess, Preprocess, TestTransform
 
 TIMM = "timm/"
@@ -43,8 +43,6 @@ DESCRIPTION = "fixefficientnet"
 DELTA, MODEL = "delta.safetensors", "model.safetensors"
 """The files of a run's folder that hold what it tuned: the delta, or the whole network."""
 WEIGHTS_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin", ".tar"}
-
-Size = Annotated[int, Rule("a size in pixels", least=1, most=2**16 - 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +64,8 @@ class Description:
 
     backbone: str
     stage: Literal["fixres", "base"]
-    train_size: Size
-    test_size: Size
+    train_size: Pixels
+    test_size: Pixels
     crop_pct: Share
     interpolation: Interpolation
     mean: Triple

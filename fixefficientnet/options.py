@@ -17,8 +17,22 @@ EXPORTED: tuple[Engine, ...] = ("onnx", "openvino")
 MixedPrecision = Literal["no", "bf16", "fp16"]
 
 
+class Checked:
+    """A dataclass of options that are checked when it is made.
+
+    Raises:
+        OptionError: A field has a value that it cannot have.
+    """
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        records.check(self, OptionError)
+
+
 @dataclass(frozen=True, slots=True)
-class PredictionOptions:
+class PredictionOptions(Checked):
     """Options of a prediction.
 
     Attributes:
@@ -39,17 +53,9 @@ class PredictionOptions:
     mixed_precision: MixedPrecision = "no"
     fast_preprocessing: bool = False
 
-    def __post_init__(self) -> None:
-        """Checks every field.
-
-        Raises:
-            OptionError: A field has a value that it cannot have.
-        """
-        records.check(self, OptionError)
-
 
 @dataclass(frozen=True, slots=True)
-class ExportOptions:
+class ExportOptions(Checked):
     """Options of an export.
 
     Attributes:
@@ -65,11 +71,3 @@ class ExportOptions:
     half: bool = False
     images: Positive = 300
     max_drop: Annotated[float, Rule("a number of points")] = 2.0
-
-    def __post_init__(self) -> None:
-        """Checks every field.
-
-        Raises:
-            OptionError: A field has a value that it cannot have.
-        """
-        records.check(self, OptionError)

@@ -4,14 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fixefficientnet._internal import records
 from fixefficientnet._internal.records import Count, Positive, Share
 from fixefficientnet.errors import OptionError
-from fixefficientnet.options import EXPORTED, Engine, MixedPrecision
+from fixefficientnet.options import EXPORTED, Checked, Engine, MixedPrecision
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """What a model is evaluated on, and how.
 
     Attributes:
@@ -60,12 +59,8 @@ class Settings:
     warm_up: bool = False
 
     def __post_init__(self) -> None:
-        """Checks every field.
-
-        Raises:
-            OptionError: A field has a value that it cannot have, or two do not go together.
-        """
-        records.check(self, OptionError)
+        """Checks every field, and that they go together."""
+        super().__post_init__()
         if self.activations and self.engine in EXPORTED:
             raise OptionError(
                 f"The pooled activations (--statistics) are PyTorch's: with them, leave --engine {self.engine} out."

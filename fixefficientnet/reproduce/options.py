@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from fixefficientnet._internal import records
 from fixefficientnet._internal.records import Count, Fraction, NotNegative, Positive
-from fixefficientnet.errors import OptionError
+from fixefficientnet.options import Checked
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """What does not decide the result of a run.
 
     Attributes:
@@ -48,11 +47,3 @@ class Options:
     val_interval: Count = 1
     checkpoint_steps: Positive = 1000
     checkpoint_minutes: NotNegative = 10.0
-
-    def __post_init__(self) -> None:
-        """Checks every field.
-
-        Raises:
-            OptionError: A field has a value that it cannot have.
-        """
-        records.check(self, OptionError)
