@@ -193,25 +193,9 @@ def finetune(rows: Rows) -> str:
             for row in parts["step"]
         ),
     )
-    untuned = parts["methods"][0]
-
-    def accuracy(row: Mapping[str, Any], which: str) -> str:
-        return f"{row[f'{which}_top1']:.2f} ({row[f'{which}_top1_low']:.1f} to {row[f'{which}_top1_high']:.1f})"
-
     methods = markdown(
-        [
-            f"method, at {untuned['size']}",
-            "forward passes per image",
-            "seconds, evaluations included",
-            "top-1 (95% interval)",
-        ],
-        [
-            ["untuned", "0", "-", accuracy(untuned, "base_at_test")],
-            *(
-                [row["method"], f"{row['forwards_per_image']:.2f}", f"{row['seconds']:.0f}", accuracy(row, "tuned")]
-                for row in parts["methods"]
-            ),
-        ],
+        [f"method, at {parts['methods'][0]['size']}", "forward passes per image", "seconds, evaluations included"],
+        ([row["method"], f"{row['forwards_per_image']:.2f}", f"{row['seconds']:.0f}"] for row in parts["methods"]),
     )
     growth = markdown(
         ["whole command, at 160", "images", "processes", "seconds", "largest process, MiB"],
