@@ -15,7 +15,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,16 +127,14 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     methods[PROBE] = None
     found = []
     for name, how in methods.items():
-        start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             measured = (
                 how[0](options.data, Path(folder), how[1], options) if how else linear_probe(options.data, options)
             )
-        seconds = time.perf_counter() - start
         low, high = wilson(round(measured["top1"] * measured["images"] / 100), measured["images"])
         row = {"method": name, "classes": len(classes(options.data)), "size": options.size, "epochs": options.epochs}
         row["epochs"] = row["epochs"] if how else None
-        found.append(row | measured | {"low": low, "high": high, "seconds": round(seconds, 1)})
+        found.append(row | measured | {"low": low, "high": high})
         print(found[-1], file=sys.stderr, flush=True)
     return found
 
@@ -150,11 +147,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['first_loss']:.2f}",
             f"{row['top1']:.2f}",
             f"{row['low']:.1f} to {row['high']:.1f}",
-            f"{row['seconds']:.0f}",
         )
         for row in rows
     ]
-    return markdown(["", "first loss", "top-1", "95% interval", "seconds"], lines)
+    return markdown(["", "first loss", "top-1", "95% interval"], lines)
 
 
 def main() -> None:

@@ -105,12 +105,12 @@ def ours(task: Task, method: str) -> dict[str, Any]:
     from fixefficientnet._internal.threads import default_threads
     from fixefficientnet.evaluation.evaluate import Settings, dataset_for
     from fixefficientnet.evaluation.loop import EvaluationLoop
-    from fixefficientnet.models import open_model
+    from fixefficientnet.models import load
     from fixefficientnet.options import PredictionOptions
     from fixefficientnet.runtimes import engines
 
     engine, precision = {**OURS, **ON_CUDA, PREDICT: ("onnx", "no")}[method]
-    loaded = open_model(task.name)
+    loaded = load(task.name)
     test = loaded.at(task.size, 1.0)
     settings = Settings(str(task.folder))
     images = dataset_for(loaded, settings)

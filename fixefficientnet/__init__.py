@@ -44,6 +44,7 @@ from fixefficientnet.timm_models import register_with_timm
 
 if TYPE_CHECKING:
     from fixefficientnet.evaluation.evaluate import evaluate
+    from fixefficientnet.models import load
     from fixefficientnet.options import PredictionOptions
     from fixefficientnet.prediction import iter_predictions, predict
     from fixefficientnet.preprocessing import preprocess
@@ -76,6 +77,7 @@ __all__ = [
     "info",
     "iter_predictions",
     "list_models",
+    "load",
     "predict",
     "preprocess",
 ]
@@ -85,6 +87,7 @@ _LAZY = {
     "create": "zoo",
     "evaluate": "evaluation.evaluate",
     "iter_predictions": "prediction",
+    "load": "models",
     "predict": "prediction",
     "preprocess": "preprocessing",
 }

@@ -23,6 +23,14 @@ def are_wordnet_ids(names: Sequence[str]) -> bool:
     return bool(names) and all(_WORDNET_ID.fullmatch(name) for name in names)
 
 
+def turned_upright(num_classes: int) -> bool:
+    """Whether images are turned as their EXIF orientation says, where nothing else is asked for.
+
+    ImageNet's accuracies are of images as they are stored.
+    """
+    return num_classes != IMAGENET
+
+
 @functools.cache
 def imagenet_order() -> tuple[str, ...]:
     """The WordNet ids of ImageNet-1k's classes, in their order."""

@@ -78,6 +78,10 @@ class EvaluationError(FixEfficientNetError, RuntimeError):
     """A model cannot be evaluated: NaN, a size that it does not take, weights that cannot be had."""
 
 
+class NotFiniteError(EvaluationError):
+    """A model's logits are NaN or infinite."""
+
+
 class ExportError(FixEfficientNetError, RuntimeError):
     """A model cannot be exported, or the exported file disagrees with it."""
 

@@ -7,10 +7,12 @@
 | `runs/b4_ns`, `…/delta.safetensors`, `…/model.safetensors` | what a fine-tuning run left |
 | `timm/resnet50.a1_in1k` | any model of timm's, with its own weights |
 | `timm/resnet50:FILE` | a timm network with a whole checkpoint of one's own |
+| `hf-hub:org/name`, `local-dir:FOLDER` | a model as timm keeps it on the Hub, or in a folder such as `merge` writes |
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +23,7 @@ import timm
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
-from fixefficientnet import delta, manifest, zoo
+from fixefficientnet import classes, delta, manifest, zoo
 from fixefficientnet._internal import checkpoint_file, records
 from fixefficientnet._internal.checkpoint_file import listed
 from fixefficientnet._internal.meta_device import without_weights
@@ -38,10 +40,13 @@ from fixefficientnet.manifest import INTERPOLATIONS, Interpolation, Pixels, Test
 from fixefficientnet.preprocessing import FastPreprocess, Preprocess, TestTransform
 
 TIMM = "timm/"
+REPOSITORIES = ("hf-hub:", "hf_hub:", "local-dir:")
+"""What the names of models begin with that timm reads from a repository or a folder, classes and all."""
 DESCRIPTION = "fixefficientnet"
 """Key of a run's `Description` in the metadata of its model.safetensors."""
 DELTA, MODEL = "delta.safetensors", "model.safetensors"
 """The files of a run's folder that hold what it tuned: the delta, or the whole network."""
+_CONFIG = "config.json"
 WEIGHTS_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin", ".tar"}
 
 
@@ -60,6 +65,7 @@ class Description:
         std: Standard deviation per channel (RGB), on the [0, 1] scale.
         classes: Names of the classes, by the network's index; empty if the dataset names none.
         upright: Whether training and evaluation turned images as their EXIF orientation says.
+        part_of: Fingerprint of the folder whose automatic split was used; None where the splits had folders.
     """
 
     backbone: str
@@ -72,6 +78,7 @@ class Description:
     std: tuple[AboveZero, AboveZero, AboveZero]
     classes: tuple[str, ...]
     upright: bool = False
+    part_of: str | None = None
 
     @classmethod
     def load(cls, path: Path) -> "Description | None":
@@ -123,6 +130,7 @@ class LoadedModel:
         variant: The manifest's row; None for a model outside the zoo.
         own_weights: Whether the weights are others than those that `timm_name` stands for.
         upright: Whether images are turned as their EXIF orientation says; None if the weights do not tell.
+        part_of: Fingerprint of the folder of which an automatic split trained the model; None if none did.
     """
 
     name: str
@@ -137,11 +145,19 @@ class LoadedModel:
     variant: Variant | None = None
     own_weights: bool = False
     upright: bool | None = None
+    part_of: str | None = None
 
     @property
     def num_classes(self) -> int:
         """Number of the classifier's classes."""
         return int(cast(Any, self.network).num_classes)
+
+    @property
+    def labels(self) -> Sequence[tuple[str | None, str]]:
+        """WordNet id and name of each class, by index; ids are None unless the classes are ImageNet's."""
+        if self.classes and self.classes != classes.imagenet_order():
+            return [(None, name) for name in self.classes]
+        return classes.labels(self.num_classes)
 
     @property
     def architecture(self) -> str:
@@ -197,7 +213,7 @@ class LoadedModel:
         return made
 
 
-def open_model(name: str) -> LoadedModel:
+def load(name: str) -> LoadedModel:
     """Opens a model; see the module's table for names.
 
     Raises:
@@ -208,6 +224,8 @@ def open_model(name: str) -> LoadedModel:
     """
     if name.startswith(TIMM):
         return _of_timm(name)
+    if name.startswith(REPOSITORIES):
+        return _of_repository(name)
     key, _, weights = name.partition(":")
     try:
         variant = manifest.find(key)
@@ -220,7 +238,8 @@ def open_model(name: str) -> LoadedModel:
         if path.suffix in WEIGHTS_SUFFIXES or "/" in key:
             raise MissingFileError(f"{name}: there is no such file or folder.") from None
         raise UnknownVariantError(
-            f"{error} A model of timm's is timm/NAME (timm/resnet50.a1_in1k), a fine-tuning run its folder."
+            f"{error} A model of timm's is timm/NAME (timm/resnet50.a1_in1k) or hf-hub:ORG/NAME, a fine-tuning run its "
+            "folder."
         ) from None
     return _of_variant(name, variant, weights or variant.usual_weights)
 
@@ -270,6 +289,10 @@ def checkpoint_of(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
+    if (path / DELTA).is_file() and not (path / MODEL).is_file():
+        raise MissingFileError(
+            f"{path} has a delta alone, for a variant's original weights: --checkpoint takes a run with a {MODEL}."
+        )
     if not (path / MODEL).is_file():
         raise MissingFileError(
             f"{path} has no {MODEL}: it is no finished run with a network of its own. The command that began it "
@@ -279,10 +302,30 @@ def checkpoint_of(path: Path) -> Path:
 
 
 def _of_run(name: str, folder: Path) -> LoadedModel:
+    if (folder / _CONFIG).is_file():  # as timm and `merge` write them
+        return replace(_of_repository(f"local-dir:{folder}"), name=name)
     for file in (MODEL, DELTA):
         if (folder / file).is_file():
             return replace(_of_file(name, folder / file), name=name)
     raise MissingFileError(f"{folder} has no model.safetensors and no delta.safetensors: it is no finished run.")
+
+
+def _of_repository(name: str) -> LoadedModel:
+    source, _, place = name.partition(":")
+    if source == "local-dir":
+        place = str(Path(place).expanduser())
+        if not Path(place, _CONFIG).is_file():
+            raise MissingFileError(f"{place} has no {_CONFIG}: it is no folder of a model of timm's.")
+    try:
+        model = timm.create_model(f"{source}:{place}", pretrained=True).eval()
+    except Exception as error:  # timm and huggingface_hub raise a dozen kinds
+        raise EvaluationError(f"{name} could not be loaded by timm {timm.__version__}: {error}") from error
+    if not getattr(model, "num_classes", 0):
+        raise EvaluationError(f"{name} has no classifier.")
+    names = cast(dict[str, Any], model.pretrained_cfg).get("label_names")
+    names = [names[key] for key in sorted(names, key=int)] if isinstance(names, dict) else names or ()
+    own = tuple(map(str, names)) if len(names) == model.num_classes else ()
+    return replace(_described_by_timm(name, model), classes=own, own_weights=True)
 
 
 def _of_file(name: str, path: Path) -> LoadedModel:
@@ -303,6 +346,7 @@ def _of_file(name: str, path: Path) -> LoadedModel:
         classes=described.classes,
         own_weights=True,
         upright=described.upright,
+        part_of=described.part_of,
     )
 
 

@@ -6,24 +6,22 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 import torch
 from PIL import Image
+from torch import nn
 
-from fixefficientnet import classes, manifest
+from fixefficientnet import manifest
 from fixefficientnet._internal.modes import in_eval_mode
 from fixefficientnet._internal.threads import BATCH_SIZE, default_threads, map_in_threads
 from fixefficientnet.errors import ImageError, UnsupportedModelError
-from fixefficientnet.models import from_module
+from fixefficientnet.models import LoadedModel, from_module, load
 from fixefficientnet.options import Engine, MixedPrecision, PredictionOptions
-from fixefficientnet.preprocessing import FastPreprocess, ImageSource, Preprocess, open_image
+from fixefficientnet.preprocessing import ImageSource, TestTransform, open_image
 from fixefficientnet.runtimes import engines
 from fixefficientnet.runtimes.formats import Forward
 from fixefficientnet.zoo import Pretrained, create
-
-if TYPE_CHECKING:
-    from fixefficientnet.zoo import ZooModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +31,7 @@ class Label:
     Attributes:
         index: Class index of the model.
         synset: WordNet id; None if the classes are not ImageNet's.
-        name: Readable name of the class; its index if the classes are not ImageNet's.
+        name: Readable name of the class; its index if the model's weights do not tell the names.
         probability: Softmax of the class's logit, in [0, 1].
     """
 
@@ -74,7 +72,7 @@ _Drawn = tuple[ImageSource, torch.Tensor | ImageError | None]
 
 def predict(
     images: ImageSource | Iterable[ImageSource],
-    model: "str | ZooModel" = manifest.DEFAULT_MODEL,
+    model: "str | nn.Module | LoadedModel" = manifest.DEFAULT_MODEL,
     *,
     pretrained: Pretrained | None = None,
     device: torch.device | str | None = None,
@@ -86,7 +84,8 @@ def predict(
 
     Args:
         images: One image or several: PIL images, paths, or encoded files' bytes.
-        model: A variant's name, or a model from `create`.
+        model: A name as `load` takes it (a variant's, the folder of a fine-tuning run, "timm/resnet50.a1_in1k", …),
+            what `load` gave, or a model from `create` or timm.
         pretrained: As in `create`, for a variant's name. None: True, or "backbone" for the lite family,
             which has no FixRes weights.
         device: Device to compute on; a model is moved there. None: a model stays where it is; a variant's name is
@@ -126,7 +125,7 @@ def predict(
 
 def iter_predictions(
     images: Iterable[ImageSource],
-    model: "str | ZooModel" = manifest.DEFAULT_MODEL,
+    model: "str | nn.Module | LoadedModel" = manifest.DEFAULT_MODEL,
     options: PredictionOptions | None = None,
     *,
     pretrained: Pretrained | None = None,
@@ -140,7 +139,7 @@ def iter_predictions(
 
     Args:
         images: The images, as in `predict`.
-        model: A variant's name, or a model from `create`.
+        model: As in `predict`.
         options: The options; None: the defaults.
         pretrained: As in `predict`.
         on_error: As in `predict`.
@@ -153,27 +152,34 @@ def iter_predictions(
     options = options or PredictionOptions()
     device: torch.device | str | None = options.device
     if device is None and not isinstance(model, str):
-        device = next(model.parameters()).device
+        network = model.network if isinstance(model, LoadedModel) else model
+        device = next(network.parameters()).device
     device = engines.device_for(options.engine, device, options.mixed_precision)
-    if isinstance(model, str):
-        model = create(model, manifest.find(model).usual_weights if pretrained is None else pretrained, device=device)
-    elif not getattr(model, "num_classes", 0):
-        raise UnsupportedModelError("This model gives features, not logits: build it with a classifier to predict.")
-    model = model.to(device)
+    loaded = _loaded(model, pretrained)
+    network = loaded.network.to(device)
     batch_size = options.batch_size or (BATCH_SIZE if device.type == "cpu" else 16)
     batches = math.ceil(len(images) / batch_size) if isinstance(images, Sized) else None
-    threads = 1 if options.engine == "compile" else options.threads or default_threads(model, batches)
-    forward: Forward = model
+    threads = 1 if options.engine == "compile" else options.threads or default_threads(network, batches)
+    forward: Forward = network
     if options.engine != "eager":
-        loaded = from_module(model)
         precision = options.mixed_precision
         forward = engines.forward_of(
             loaded, loaded.test, options.engine, threads=threads, precision=precision, on_message=on_message
         )
-    preprocess = FastPreprocess.of(model.preprocess) if options.fast_preprocessing else model.preprocess
+    transform = loaded.transform(loaded.test, fast=options.fast_preprocessing)
     autocast = {"no": None, "bf16": torch.bfloat16, "fp16": torch.half}[options.mixed_precision]
-    classifier = _Classifier(model, forward, preprocess, options.topk, autocast)
+    classifier = _Classifier(loaded, forward, transform, options.topk, autocast)
     return _iterate(classifier, classifier.batches(images, batch_size), threads, on_error)
+
+
+def _loaded(model: "str | nn.Module | LoadedModel", pretrained: Pretrained | None) -> LoadedModel:
+    if isinstance(model, LoadedModel):
+        return model
+    if isinstance(model, str):
+        return load(model) if pretrained is None else from_module(create(model, pretrained))
+    if not getattr(model, "num_classes", 0):
+        raise UnsupportedModelError("This model gives features, not logits: build it with a classifier to predict.")
+    return from_module(model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,16 +187,16 @@ class _Classifier:
     """Everything that turns a batch of images into predictions.
 
     Attributes:
-        model: The model.
+        loaded: The model.
         forward: The model's forward pass, by the chosen engine.
-        preprocess: The test-time transform.
+        transform: The test-time transform.
         topk: Number of labels per image.
         autocast: The dtype of mixed precision; None: the model's own.
     """
 
-    model: "ZooModel"
+    loaded: LoadedModel
     forward: Forward
-    preprocess: Preprocess
+    transform: TestTransform
     topk: int
     autocast: torch.dtype | None
 
@@ -203,7 +209,7 @@ class _Classifier:
     def tensor(self, image: ImageSource) -> torch.Tensor | ImageError:
         """The network's input, float32 [3, S, S], or the reason why the image cannot be used."""
         try:
-            return self.preprocess(open_image(image, upright=True))
+            return self.transform(open_image(image, upright=True))
         except ImageError as error:
             return error
 
@@ -222,7 +228,7 @@ class _Classifier:
             return [], failed
         probabilities = self.probabilities(torch.stack([tensor for _, tensor in usable]))
         best = probabilities.topk(min(self.topk, probabilities.shape[1]), dim=1)
-        names = classes.labels(probabilities.shape[1])
+        names = self.loaded.labels
         rows = zip(usable, best.indices.tolist(), best.values.tolist(), strict=True)
         predictions = [
             Prediction(
@@ -234,7 +240,7 @@ class _Classifier:
 
     def probabilities(self, inputs: torch.Tensor) -> torch.Tensor:
         """Softmax of a batch's logits: float32 [N, 3, S, S] → float32 [N, classes]."""
-        parameter = next(self.model.parameters())
+        parameter = next(self.loaded.network.parameters())
         inputs = inputs.to(parameter.device, parameter.dtype).contiguous(memory_format=torch.channels_last)
         # entered here and not around the generator, whose caller would continue under autocast
         autocast = torch.autocast(parameter.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
@@ -247,7 +253,7 @@ def _iterate(
     classifier: _Classifier, batches: Iterator[list[_Drawn]], threads: int, on_error: OnError | None
 ) -> Iterator[Prediction]:
     done = map_in_threads(classifier, batches, threads)
-    with in_eval_mode(classifier.model), contextlib.closing(done):
+    with in_eval_mode(classifier.loaded.network), contextlib.closing(done):
         for predictions, failed in done:
             for image, error in failed:
                 if on_error is None:

@@ -8,10 +8,11 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
@@ -280,22 +281,48 @@ def _open(image: str | os.PathLike[str] | bytes) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     image.load()  # what is wrong with the pixels shows here, what follows is about the EXIF data alone
-    with contextlib.suppress(Exception):  # Pillow writes the other EXIF data anew, which may be damaged
-        return image if orientation(image) == 1 else ImageOps.exif_transpose(image)
-    return image
+    found = orientation(image)
+    if found == 1:
+        return image
+    # by hand: Pillow's exif_transpose writes the other EXIF data anew, and fails where that is damaged
+    turned = image.transpose(_TURNS[found])
+    for key in _ORIENTED:
+        turned.info.pop(key, None)
+    return turned
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by its EXIF orientation."""
+_ORIENTED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
+"""Where Pillow looks for an orientation: an image that was turned must have none."""
 
 
 def _rgb(image: Image.Image, kind: str | None) -> Image.Image:
     """RGB as Pillow converts, except for 16-bit values, which Pillow clips at 255: that leaves a white image."""
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = _of_bytes(np.asarray(image) >> 8, image)
     # 32 bits wide, of which files fill 16; older releases of Pillow open PNG files of 16 bits so
     elif image.mode == "I" and ((values := np.asarray(image)).max() > 255 or kind == "PNG"):
-        image = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
+        image = _of_bytes(np.clip(values, 0, 65535) >> 8, image)
     if image.mode == "RGB":
         image.load()
         return image  # to convert would copy all pixels
     return image.convert("RGB")
+
+
+def _of_bytes(values: np.ndarray[Any, Any], original: Image.Image) -> Image.Image:
+    """An image of values from 0 to 255, with what is known of the original."""
+    made = Image.fromarray(values.astype(np.uint8))
+    made.info = dict(original.info)
+    return made
 
 
 def _name(image: ImageSource) -> str:

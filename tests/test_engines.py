@@ -16,7 +16,7 @@ from tiny import cli, make_data
 
 import fixefficientnet
 from fixefficientnet.errors import ExportError, OptionError
-from fixefficientnet.models import open_model
+from fixefficientnet.models import load
 from fixefficientnet.runtimes import engines, exporting, formats
 
 CLASSES = ("apple", "brick", "cloud")
@@ -203,7 +203,7 @@ def test_compiling_sees_one_shape_and_gives_each_image_its_own(monkeypatch: pyte
         return compiled
 
     monkeypatch.setattr("torch.compile", fake)
-    loaded = open_model("lite0:backbone")
+    loaded = load("lite0:backbone")
     images = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = loaded.network(images)

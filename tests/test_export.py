@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import cli, make_data
 
 from fixefficientnet.data.dataset import open_dataset
-from fixefficientnet.models import open_model
+from fixefficientnet.models import load
 from fixefficientnet.runtimes import exporting
 from fixefficientnet.runtimes.formats import SUFFIXES
 from fixefficientnet.runtimes.int8 import Calibration
@@ -96,7 +96,7 @@ def test_a_file_gives_eagers_logits(either: str, tmp_path: Path, kind: str, more
     path = tmp_path / f"model{SUFFIXES[kind]}"
     out, _ = cli("export", either, "-o", path, "--size", 64, *more)
     assert "same top-1 prediction for 100% of" in out
-    eager = open_model(either)
+    eager = load(either)
     tolerance = 3e-2 if more == ("--half",) else 1e-4
     generator = torch.Generator().manual_seed(1)
     for batch, size in [(1, (64, 64)), (3, (64, 64)), *([(2, (97, 81))] if more == ("--dynamic-size",) else [])]:
@@ -125,7 +125,7 @@ def test_half_the_bytes(model: str, tmp_path: Path, kind: str):
         cli("export", model, "-o", path, "--size", 64, *more)
         weights = path.with_suffix(".bin") if kind == "openvino" else path
         sizes.append(weights.stat().st_size)
-    parameters = sum(parameter.numel() for parameter in open_model(model).network.parameters())
+    parameters = sum(parameter.numel() for parameter in load(model).network.parameters())
     assert sizes[0] - sizes[1] > 1.8 * parameters  # two bytes less for each, but for what names and graph take
 
 
@@ -166,8 +166,8 @@ def test_labels_are_imagenets_or_the_runs_own(tmp_path: Path):
 def test_the_tag_decides_the_preprocessing_of_a_file_of_ones_own(tmp_path: Path):
     file = tmp_path / "b0.safetensors"
     save_file(timm.create_model("tf_efficientnet_b0").state_dict(), file)
-    assert open_model(f"timm/tf_efficientnet_b0.ap_in1k:{file}").test.mean == (0.5, 0.5, 0.5)
-    assert open_model(f"timm/tf_efficientnet_b0.ns_jft_in1k:{file}").test.mean == (0.485, 0.456, 0.406)
+    assert load(f"timm/tf_efficientnet_b0.ap_in1k:{file}").test.mean == (0.5, 0.5, 0.5)
+    assert load(f"timm/tf_efficientnet_b0.ns_jft_in1k:{file}").test.mean == (0.485, 0.456, 0.406)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_in_8_bits_with_accuracy_before_and_after(seeing: tuple[str, Path], tmp_
     labels = [("apple", "brick", "cloud").index(path.parent.name) for path in paths]
     images = stack(paths)
     with torch.inference_mode():
-        eager = open_model(run_).network(images)
+        eager = load(run_).network(images)
     found = torch.from_numpy(run(tmp_path / name, images.numpy()))
     before, after = (correct(logits, labels).count("1") / 0.36 for logits in (eager, found))
     assert f"{before:.2f} before, {after:.2f} after" in out
@@ -209,7 +209,7 @@ def test_in_8_bits_with_accuracy_before_and_after(seeing: tuple[str, Path], tmp_
 
 def test_images_to_calibrate_with_are_spread_evenly_and_readable(seeing: tuple[str, Path], tmp_path: Path):
     run_, data = seeing
-    loaded = open_model(run_)
+    loaded = load(run_)
     images = open_dataset(str(data), None)
     chosen = Calibration(images, loaded.transform(loaded.test), 3)
     found = torch.cat([inputs for inputs, _ in chosen.batches()])

@@ -21,7 +21,7 @@ from torch import nn
 import fixefficientnet
 from fixefficientnet import delta
 from fixefficientnet.errors import CheckpointError, EvaluationError, FixEfficientNetError, MissingFileError
-from fixefficientnet.models import Description, LoadedModel, from_module, open_model
+from fixefficientnet.models import Description, LoadedModel, from_module, load
 
 NETWORK = "test_efficientnet.r160_in1k"
 
@@ -57,18 +57,18 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 
 def test_a_variant_with_its_backbones_weights(cache: Path):
-    found = open_model("b0:backbone")
+    found = load("b0:backbone")
     expected = fixefficientnet.create("b0", "backbone", cache_dir=cache)
     assert same(found.network, expected)
     assert found.test == expected.preprocess
     assert (found.name, found.timm_name) == ("b0:backbone", "tf_efficientnet_b0.ap_in1k")
     assert (found.train_size, found.num_classes, found.tuned, found.untuned) == (224, 1000, False, None)
     assert found.parameters == fixefficientnet.info("b0").parameters
-    assert same(open_model("FixEfficientNet-B0:backbone").network, expected)
+    assert same(load("FixEfficientNet-B0:backbone").network, expected)
 
 
 def test_lite0_is_its_backbone():
-    found = open_model("lite0")
+    found = load("lite0")
     assert same(found.network, fixefficientnet.create("lite0", "backbone"))
     assert (found.test.size, found.tuned, found.timm_name) == (256, False, "tf_efficientnet_lite0.in1k")
 
@@ -82,17 +82,17 @@ def assert_tuned(found: LoadedModel, b0_delta: Path, cache: Path) -> None:
 
 def test_a_variants_delta_is_opened_by_its_file_or_its_folder(cache: Path, b0_delta: Path):
     for name in (b0_delta, b0_delta.parent):
-        found = open_model(str(name))
+        found = load(str(name))
         assert_tuned(found, b0_delta, cache)
         assert found.name == str(name)
     assert found.untuned is not None
-    assert same(open_model(found.untuned).network, fixefficientnet.create("b0", "backbone", cache_dir=cache))
+    assert same(load(found.untuned).network, fixefficientnet.create("b0", "backbone", cache_dir=cache))
 
 
 def test_a_variant_with_a_delta_of_ones_own(cache: Path, b0_delta: Path, tmp_path: Path):
     for name in ("delta", "delta.safetensors"):
         (tmp_path / name).write_bytes(b0_delta.read_bytes())
-        assert_tuned(open_model(f"b0:{tmp_path / name}"), b0_delta, cache)
+        assert_tuned(load(f"b0:{tmp_path / name}"), b0_delta, cache)
 
 
 def test_published_weights(cache: Path, b0_delta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -101,7 +101,7 @@ def test_published_weights(cache: Path, b0_delta: Path, tmp_path: Path, monkeypa
     manifest = tmp_path / "manifest.json"
     manifest.write_text(json.dumps({"schema_version": 1, "variants": {"b0": {"weights": weights}}}))
     monkeypatch.setenv("FIXEFFICIENTNET_MANIFEST", str(manifest))
-    assert_tuned(open_model("b0"), b0_delta, cache)
+    assert_tuned(load("b0"), b0_delta, cache)
 
 
 def test_a_variants_name_goes_before_a_folder_of_that_name(
@@ -111,8 +111,8 @@ def test_a_variants_name_goes_before_a_folder_of_that_name(
     for name in ("lite0", "mine"):
         plain.save_run(tmp_path / name, model, tiny.CLASSES)
     monkeypatch.chdir(tmp_path)
-    assert open_model("lite0").num_classes == 1000
-    assert open_model("./lite0").num_classes == open_model("mine").num_classes == 3
+    assert load("lite0").num_classes == 1000
+    assert load("./lite0").num_classes == load("mine").num_classes == 3
 
 
 # --- what a run left ----------------------------------------------------------------------------------------------
@@ -123,13 +123,13 @@ def test_a_run_on_classes_of_ones_own(tmp_path: Path):
     test = replace(TEST, interpolation="bilinear", mean=(0.5, 0.4, 0.3))
     folder = plain.save_run(tmp_path / "run", model, tiny.CLASSES, test)
     for name in (folder, folder / "model.safetensors"):
-        found = open_model(str(name))
+        found = load(str(name))
         assert same(found.network, model)
         assert not found.network.training
         assert (found.name, found.test, found.classes) == (str(name), test, tiny.CLASSES)
         assert (found.train_size, found.num_classes, found.tuned, found.timm_name) == (32, 3, True, NETWORK)
     plain.save_run(folder, model, tiny.CLASSES, test, stage="base")
-    found = open_model(str(folder))
+    found = load(str(folder))
     assert (found.test, found.tuned) == (replace(test, size=32), False)  # at the size that it was trained at
 
 
@@ -157,12 +157,12 @@ def test_a_delta_of_a_network_that_is_no_variant(tmp_path: Path, monkeypatch: py
     recipe = {"train_size": 64, "test_size": 96, "crop_pct": 1.0, "interpolation": "bilinear"}
     made = delta.extract(tuned, base=base.state_dict(), variant=NETWORK, backbone=NETWORK, recipe=recipe)
     delta.save(made, tmp_path / "run" / "delta.safetensors")
-    found = open_model(str(tmp_path / "run"))
+    found = load(str(tmp_path / "run"))
     assert same(found.network, tuned)
     assert (found.test.size, found.test.crop_pct, found.test.interpolation) == (96, 1.0, "bilinear")
     assert (found.train_size, found.tuned, found.timm_name) == (64, True, NETWORK)
     assert found.untuned == f"timm/{NETWORK}"
-    before = open_model(found.untuned)
+    before = load(found.untuned)
     assert same(before.network, base)
     assert (before.test.size, before.test.crop_pct, before.tuned, before.untuned) == (160, 0.95, False, None)
 
@@ -181,7 +181,7 @@ def test_a_timm_network_with_a_checkpoint_of_ones_own(checkpoint: Path, tmp_path
         if kind == "data parallel":
             tensors = {f"module.{name}": tensor for name, tensor in tensors.items()}
         torch.save(tensors if kind == "pth" else {"epoch": 3, "state_dict": tensors}, path)
-    found = open_model(f"timm/{NETWORK}:{path}")
+    found = load(f"timm/{NETWORK}:{path}")
     assert same(found.network, expected)
     assert not found.network.training
     assert (found.num_classes, found.classes, found.timm_name, found.tuned) == (7, (), NETWORK, False)
@@ -196,7 +196,7 @@ def test_a_timm_network_with_a_checkpoint_of_ones_own(checkpoint: Path, tmp_path
 def test_a_checkpoint_of_a_network_that_fixres_cannot_tune(tmp_path: Path):
     model = timm.create_model("test_vit", num_classes=3).eval()
     save_file(model.state_dict(), tmp_path / "vit.safetensors")
-    assert same(open_model(f"timm/test_vit:{tmp_path / 'vit.safetensors'}").network, model)
+    assert same(load(f"timm/test_vit:{tmp_path / 'vit.safetensors'}").network, model)
 
 
 def test_a_modules_figures_are_those_of_the_same_model_by_name(tmp_path: Path):
@@ -264,19 +264,19 @@ def test_a_models_own_test_size_is_taken():
 def test_what_is_not_there_is_one_error(name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FixEfficientNetError, match=said):
-        open_model(name)
+        load(name)
 
 
 def test_weights_that_do_not_name_their_network(checkpoint: Path, tmp_path: Path):
     torch.save(load_file(checkpoint), tmp_path / "mine.pth")
     for path in (checkpoint, tmp_path / "mine.pth"):
         with pytest.raises(EvaluationError, match=f"does not say of which network .* timm/NAME:{path}"):
-            open_model(str(path))
+            load(str(path))
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path):
     with pytest.raises(MissingFileError, match="no finished run"):
-        open_model(str(tmp_path))
+        load(str(tmp_path))
 
 
 def test_a_run_that_says_nonsense_of_itself(tmp_path: Path):
@@ -287,7 +287,7 @@ def test_a_run_that_says_nonsense_of_itself(tmp_path: Path):
         with pytest.raises(
             EvaluationError, match=rf"its description in the metadata\.{next(iter(described))}.*: must be "
         ):
-            open_model(str(folder))
+            load(str(folder))
 
 
 def test_a_runs_description_is_read_as_it_was_written(tmp_path: Path):
@@ -309,13 +309,13 @@ def test_a_run_on_a_network_that_this_timm_has_not(tmp_path: Path):
     model = timm.create_model("test_efficientnet", num_classes=3)
     folder = plain.save_run(tmp_path / "run", model, tiny.CLASSES, backbone="resnet51.of_tomorrow")
     with pytest.raises(CheckpointError, match="the network 'resnet51', which timm"):
-        open_model(str(folder))
+        load(str(folder))
 
 
 def test_a_checkpoint_of_another_network(checkpoint: Path):
     for network in ("test_resnet", "test_convnext", "tf_efficientnet_lite0"):
         with pytest.raises(FixEfficientNetError, match=r"no checkpoint of|no batch norm"):
-            open_model(f"timm/{network}:{checkpoint}")
+            load(f"timm/{network}:{checkpoint}")
 
 
 def test_a_damaged_checkpoint(checkpoint: Path):
@@ -323,7 +323,7 @@ def test_a_damaged_checkpoint(checkpoint: Path):
     for content in (b"", b"no checkpoint", whole[:1000], whole[:-1]):
         checkpoint.write_bytes(content)
         with pytest.raises(CheckpointError, match=str(checkpoint)):
-            open_model(f"timm/test_efficientnet:{checkpoint}")
+            load(f"timm/test_efficientnet:{checkpoint}")
 
 
 def test_a_module_that_says_nothing_of_its_images():
@@ -341,9 +341,9 @@ def test_images_that_are_not_square():
 def test_a_checkpoint_of_torch_compile(tmp_path: Path):
     model = timm.create_model("test_efficientnet", num_classes=3).eval()
     torch.save({f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}, tmp_path / "compiled.pth")
-    assert same(open_model(f"timm/test_efficientnet:{tmp_path / 'compiled.pth'}").network, model)
+    assert same(load(f"timm/test_efficientnet:{tmp_path / 'compiled.pth'}").network, model)
 
 
 def test_a_run_that_is_not_there_is_no_misspelt_variant(tmp_path: Path):
     with pytest.raises(MissingFileError, match="runs/b2: there is no such file or folder"):
-        open_model(str(tmp_path / "runs/b2"))
+        load(str(tmp_path / "runs/b2"))

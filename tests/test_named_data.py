@@ -55,6 +55,7 @@ def test_wds(folder: Path, tmp_path: Path, listed: bool):
             open_dataset(f"wds/{tmp_path}", split, num_classes=3),
         ):
             assert same(found, images)
+            assert found.image_path(0) == found.image_name(0)
             assert found.image_name(0).startswith("tiny-")
             assert found.classes == ("0", "1", "2")
             assert found.fingerprint() != images.fingerprint()

@@ -118,7 +118,7 @@ def test_evaluation_follows_the_run_and_names_what_it_does_not_turn(
     again, repeated = evaluate(sideways, "--no-upright", "--resume")
     assert again["unturned"] == stored["unturned"]
     for text in (said, repeated):
-        assert f"{len(tagged)} images have an EXIF orientation and were not turned (--upright turns them):" in text
+        assert f"{len(tagged)} images have an EXIF orientation that {run} ignored (--upright turns them):" in text
 
 
 def test_imagenets_photos_are_evaluated_as_they_are_stored(tmp_path: Path):

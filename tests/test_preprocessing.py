@@ -11,13 +11,13 @@ import pytest
 import timm
 import torch
 from conftest import ROOT
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import transforms
 
 import fixefficientnet
 from fixefficientnet import manifest
 from fixefficientnet.errors import ImageError
-from fixefficientnet.preprocessing import FastPreprocess, Preprocess, open_image
+from fixefficientnet.preprocessing import FastPreprocess, Preprocess, open_image, orientation
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -219,3 +219,27 @@ def test_truncated_missing_and_not_no_image(tmp_path: Path):
             open_image(tmp_path / name)
     with pytest.raises(ImageError, match="14 bytes"):
         open_image(b"not an image!!")
+
+
+@pytest.mark.parametrize("orientation_", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16"])
+def test_upright_is_what_pillow_makes_of_it(orientation_: int, mode: str):
+    kind, step = (np.uint16, 700) if mode == "I;16" else (np.uint8, 5)
+    pixels = (np.arange(6 * 8) * step).astype(kind).reshape(6, 8)
+    exif, encoded = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation_
+    Image.fromarray(pixels).convert("RGB" if mode == "RGB" else None).save(encoded, "PNG", exif=exif)
+    as_stored, upright = (open_image(encoded.getvalue(), upright=turn) for turn in (False, True))
+    assert (orientation(as_stored), orientation(upright)) == (orientation_, 1)
+    expected = ImageOps.exif_transpose(as_stored)
+    assert np.array_equal(np.asarray(upright), np.asarray(expected))
+
+
+def test_damage_elsewhere_in_the_exif_data_does_not_keep_an_image_sideways():
+    entries = b"\x01\x11\0\x02\0\0\0\x04abc\0", b"\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"  # the first: text for a number
+    encoded = io.BytesIO()
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + b"".join(entries) + bytes(4)
+    Image.new("RGB", (60, 30)).save(encoded, "JPEG", exif=exif)
+    image = open_image(encoded.getvalue(), upright=True)
+    assert image.size == (30, 60)
+    assert orientation(image) == 1

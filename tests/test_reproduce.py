@@ -33,6 +33,8 @@ from fixefficientnet.errors import RunError
 from fixefficientnet.preprocessing import FineTuningTransform, Preprocess
 from fixefficientnet.reproduce import online
 from fixefficientnet.reproduce import recipe as recipes
+from fixefficientnet.reproduce.checkpoints import Checkpoints, Position
+from fixefficientnet.reproduce.network import TrainingState, optimizer_of, prepare
 from fixefficientnet.reproduce.report import Report
 
 HEAD = {"bn2.weight", "bn2.bias", "bn2.running_mean", "bn2.running_var", "classifier.weight", "classifier.bias"}
@@ -865,16 +867,71 @@ def test_a_folder_of_classes_and_the_folder_of_a_run_are_enough(tmp_path: Path):
     data = tiny.make_data(tmp_path / "data", train=10) / "train"
     place = [*tiny.NETWORK, "--data", str(data), "--output", str(tmp_path), *SIZES, *SMALL]
     said, _ = tiny.cli("reproduce", *place, "--stage", "base", "--no-pretrained", "--experiment", "base")
-    assert "20% of each class's images validate" in " ".join(said.split())
+    assert "about 20% of each class's images validate" in " ".join(said.split())
     tiny.cli("reproduce", *place, "--checkpoint", tmp_path / "base", "--method", "cached", "--experiment", "tuned")
     base, tuned = (Report.load(tmp_path / name) for name in ("base", "tuned"))
     assert base.validation_data == tuned.validation_data == f"{data} (automatic validation split)"
-    assert (tuned.train_images, tuned.measured["tuned"].images) == (24, 6)
-    again = tiny.cli(
-        "evaluate", tmp_path / "tuned", "--data", data, "--split", "validation", "--json", "-o", tmp_path / "out"
-    )[0]
-    assert json.loads(again)["results"][0]["top1"] == tuned.measured["tuned"].top1
+    assert tuned.train_images + tuned.measured["tuned"].images == 30
+    to = ["--output", tmp_path / "out", "--json", "--data"]
+    shutil.copytree(data, tmp_path / "copy")
+    for folder, more in ((data, []), (tmp_path / "copy", []), (data, ["--split", "validation"])):
+        (row,) = json.loads(tiny.cli("evaluate", tmp_path / "tuned", *to, folder, *more)[0])["results"]
+        assert (row["images"], row["top1"]) == (tuned.measured["tuned"].images, tuned.measured["tuned"].top1)
+        assert "automatic validation split" in row["data"]
+    (tmp_path / "copy" / "apple" / "0.jpg").unlink()  # another folder: all of it
+    (row,) = json.loads(tiny.cli("evaluate", tmp_path / "tuned", *to, tmp_path / "copy")[0])["results"]
+    assert row["images"] == 29
     (tmp_path / "base" / "model.safetensors").unlink()
     network = [*tiny.NETWORK, "--data", data, "--checkpoint", tmp_path / "base"]
     _, err = tiny.cli("reproduce", *network, status=1)
     assert "base has no model.safetensors" in err
+
+
+def test_features_of_both_splits_are_kept_apart(tmp_path: Path):
+    """Their images have the same names and are as many; with one view, all else is the same too."""
+    data = tiny.make_data(tmp_path / "data", train=6, val=6)
+    place = ["--data", data, "--output", tmp_path, *SIZES, *SMALL, "--batch-size", "4"]
+    tiny.cli("reproduce", *tiny.NETWORK, *place, "--stage", "base", "--no-pretrained", "--experiment", "base")
+    cached = [*tiny.NETWORK, *place, "--checkpoint", tmp_path / "base", "--method", "cached"]
+    tiny.cli("reproduce", *cached, "--views", "1", "--experiment", "alone")
+    tiny.cli("reproduce", *cached, "--views", "2", "--keep-features", "--experiment", "before")
+    more = ["--views", "1", "--keep-features", "--feature-dtype", "float32", "--experiment"]
+    tiny.cli("reproduce", *cached, *more, "after")
+    shutil.rmtree(tmp_path / "features")
+    tiny.cli("reproduce", *cached, *more, "anew")
+    assert sha(tmp_path / "after") == sha(tmp_path / "anew")
+
+
+def test_validation_leaves_dropout_as_it_is(tmp_path: Path):
+    data = tiny.make_data(tmp_path / "data", train=4, val=2)
+    place = ["--backbone", "rexnet_100", "--data", data, "--output", tmp_path, "--stage", "base", "--no-pretrained"]
+    small = ["--train-size", "32", "--batch-size", "6", "--epochs", "3", "-j", "0"]
+    for interval in ("0", "1"):
+        tiny.cli("reproduce", *place, *small, "--val-interval", interval, "--experiment", interval)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("0", "1"))
+    network: Network = timm.create_model("rexnet_100")
+    assert network.head.drop.p > 0
+    assert differing(one, other) == set()
+
+
+def test_a_state_saved_twice_leaves_the_last_good_one(tmp_path: Path):
+    """As before a validation: the same state again must not take the place of the one before it."""
+    recipe = recipes.resolve(recipes.subject_of_backbone("test_efficientnet"), {})
+    network = prepare(timm.create_model("test_efficientnet", num_classes=3), recipe)
+    state = TrainingState(network, optimizer_of(network, recipe))
+    checkpoints = Checkpoints(tmp_path / "state.safetensors", {}, 1, 60)
+    weight = network.model.get_parameter("classifier.weight")
+
+    def save(value: float, position: Position) -> None:
+        with torch.no_grad():
+            weight.fill_(value)
+        checkpoints.save(position, state)
+
+    save(1.0, Position(0, 5, 5))
+    checkpoints.confirm()
+    save(2.0, Position(1, 0, 6))
+    save(2.0, Position(1, 0, 6))
+    error = checkpoints.give_up(math.inf, Position(1, 0, 6))
+    assert "The last good checkpoint is kept" in str(error)
+    assert checkpoints.restore(state) == Position(0, 5, 5)
+    assert bool((weight == 1.0).all())

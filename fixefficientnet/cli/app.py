@@ -33,6 +33,8 @@ app = cyclopts.App(
 out = Console(highlight=False, quiet=processes.rank() > 0)  # the first process speaks for all
 err = Console(stderr=True, highlight=False)
 
+_SHORTEST = 8
+"""Least width that a text is cut to."""
 T = TypeVar("T")
 Flags = Parameter(name="*")
 """For a dataclass, each field of which becomes a flag."""
@@ -117,7 +119,7 @@ def print_table(
 ) -> None:
     """Prints a table: the first column is text, the others are figures and keep to one line.
 
-    A text that is too long for the console loses its beginning, which of a path tells least.
+    A text that is too long for the console loses its beginning, which of a path tells least, and stands whole below.
 
     Args:
         columns: The columns' titles.
@@ -126,18 +128,22 @@ def print_table(
         to: The console.
     """
     cells = [list(row) for row in rows]
+    names = dict.fromkeys(row[0] for row in cells)
     unlimited = to.options.update(width=10_000)
     excess = to.measure(_table(columns, cells, title), options=unlimited).maximum - to.width
-    if excess > 0:
-        width = max([len(columns[0]), *(len(first) for first, *_ in cells)]) - excess
-        for row in cells:
-            row[0] = shortened(row[0], width)
-    to.print(_table(columns, cells, title))
+    width = max(map(len, (columns[0], *names))) - excess
+    short = {name: shortened(name, width) for name in names}
+    if excess <= 0 or width < _SHORTEST or len({*short.values()}) < len(short):  # else it is folded
+        short = {name: name for name in names}
+    to.print(_table(columns, [(short[first], *others) for first, *others in cells], title))
+    for name, beginning_lost in short.items():
+        if beginning_lost != name:
+            to.print(f"{escape(beginning_lost)}: {escape(name)}", soft_wrap=True)
 
 
 def shortened(text: str, width: int) -> str:
-    """A text without its beginning, where it is longer than a width of at least 8."""
-    return text if len(text) <= max(8, width) else f"…{text[1 - max(8, width) :]}"
+    """A text without its beginning, where it is longer than a width."""
+    return text if len(text) <= width else f"…{text[1 - width :]}"
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None) -> Table:
@@ -145,7 +151,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | N
     first, *others = columns
     made.add_column(first, overflow="fold")
     for column in others:
-        made.add_column(column, justify="right", no_wrap=True)
+        made.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
     for row in rows:
         made.add_row(*map(escape, row))
     return made

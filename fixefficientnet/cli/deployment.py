@@ -143,11 +143,11 @@ def export(
     requirements.need(*formats.PACKAGES.get(formats.format_of(output, format), ()))
     from fixefficientnet.evaluation.evaluate import dataset_for
     from fixefficientnet.evaluation.settings import Settings
-    from fixefficientnet.models import open_model
+    from fixefficientnet.models import load
     from fixefficientnet.runtimes import exporting
 
     check_output(exporting.files(output), overwrite)
-    loaded = open_model(model)
+    loaded = load(model)
     images = dataset_for(loaded, Settings(calibration.data)) if calibration.int8 else None
     done = exporting.export(loaded, output, chosen, format=format, calibration=images)
     size = "any size" if chosen.dynamic_size else f"{done.test.size} pixels"

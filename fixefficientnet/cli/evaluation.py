@@ -193,7 +193,7 @@ def sweep(
         _show_sweep(rows)
         out.print(_conditions(every), soft_wrap=True)
         out.print(escape(f"{output}: {', '.join(written)}"), soft_wrap=True)
-    _name_images(every[-1:])
+    _name_images(every)
 
 
 @app.command
@@ -278,7 +278,7 @@ def _show_sweep(rows: "list[dict[str, Any]]") -> None:
                 f"{row['gmacs']:.2f}",
                 f"{row['images_per_second']:.1f}",
             )
-            cells.append((model, *figures, ",".join(notes)))
+            cells.append((model, *figures, ", ".join(notes)))
     print_table(("model", "size", "top-1", "95%", "top-5", "loss", "GMACs", "img/s", ""), cells)
 
 
@@ -314,8 +314,11 @@ def _conditions(every: "list[Measured]") -> str:
     from fixefficientnet.evaluation.evaluate import restriction
 
     models: dict[str, list[str]] = {}
+    policies = {one.dataset.upright for one in every}
     for one in every:
         line = _described(one) + (f"; {more}" if (more := restriction(one)) else "")
+        if len(policies) > 1:
+            line += "; turned upright" if one.dataset.upright else "; EXIF orientation ignored"
         names = models.setdefault(line, [])
         names += [one.loaded.name] * (one.loaded.name not in names)
     lines = [f"{', '.join(names)}: {line}" if len(models) > 1 else line for line, names in models.items()]
@@ -340,11 +343,13 @@ def _unreadable(one: "Measured") -> list[str]:
 
 
 def _name_images(every: "list[Measured]") -> None:
-    """Names the images that do not count, and those whose EXIF orientation was left out of account."""
-    for one in every:
-        _list_some(f"of {len(one.dataset):,} images could not be read and do not count", _unreadable(one))
-    for names in {tuple(one.unturned) for one in every}:
-        _list_some("images have an EXIF orientation and were not turned (--upright turns them)", names)
+    """Names the images that do not count, and those whose EXIF orientation was ignored."""
+    unreadable = {tuple(_unreadable(one)): one for one in every}
+    for reasons, one in unreadable.items():
+        _list_some(f"of {len(one.dataset):,} images could not be read and do not count", reasons)
+    ignored = {tuple(one.unturned): one for one in reversed(every)}
+    for names, one in ignored.items():
+        _list_some(f"images have an EXIF orientation that {one.loaded.name} ignored (--upright turns them)", names)
 
 
 def _list_some(what: str, lines: Sequence[str]) -> None:
@@ -383,10 +388,10 @@ def _evaluate(
     """Evaluates one model, under a progress bar."""
     from fixefficientnet._internal.progress import bar
     from fixefficientnet.evaluation.evaluate import dataset_for, evaluate_model
-    from fixefficientnet.models import open_model
+    from fixefficientnet.models import load
     from fixefficientnet.runtimes import engines
 
-    loaded = open_model(model) if isinstance(model, str) else model
+    loaded = load(model) if isinstance(model, str) else model
     dataset = dataset or dataset_for(loaded, settings)
     title = f"{shortened(loaded.name, 30)} at {settings.size or loaded.test.size}"
     err.quiet = not accelerator.is_main_process

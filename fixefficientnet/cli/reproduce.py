@@ -124,7 +124,9 @@ def reproduce(
         from fixefficientnet.reproduce.plan import plan_runs
 
         planned = [recipes.resolve(subject, chosen) for subject in subjects]
-        _print_plans(plan_runs(planned, data, estimate.devices), estimate.throughput)
+        _print_plans(
+            plan_runs(planned, data, estimate.devices, made(Options, options).val_interval), estimate.throughput
+        )
         return
     if data is None:
         raise UsageError("--data is missing: a folder with train/ and val/ in it, or hfds/NAME, torch/NAME, wds/NAME.")

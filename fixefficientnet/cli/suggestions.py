@@ -13,16 +13,23 @@ _HINTS = {"reproduce": " (FixRes; with --stage base it trains a network for your
 _OPTIONS = {
     "--base-lr": ("--lr", "--learning-rate", "--lr-base"),
     "--batch-size": ("--bs", "--train-batch-size"),
-    "--test-size": ("--img-size", "--image-size", "--imgsz", "--size", "--resolution"),
+    "--test-size (base stage: --train-size)": ("--img-size", "--image-size", "--imgsz", "--size", "--resolution"),
     "--weight-decay": ("--wd",),
     "--label-smoothing": ("--smoothing",),
     "--mixed-precision": ("--amp", "--precision", "--fp16", "--bf16"),
-    "--checkpoint": ("--weights", "--initial-checkpoint", "--pretrained-path", "--resume"),
+    "--checkpoint": ("--weights", "--initial-checkpoint", "--pretrained-path"),
     "--backbone": ("--model", "--arch"),
     "--data": ("--data-dir", "--data-path", "--dataset"),
     "--tune": ("--freeze",),
 }
 """Options of `reproduce`, and what timm's and other training scripts call them."""
+
+
+_ELSE = {
+    "--set": "Each field of a recipe is an option itself, such as --base-lr 1e-3.",
+    "--resume": "The command that began a run continues it.",
+}
+"""Options of other tools that have no counterpart, and what there is instead."""
 
 
 def explain(error: CycloptsError) -> str:
@@ -33,14 +40,18 @@ def explain(error: CycloptsError) -> str:
                 if word.lower() in others:
                     return f'There is no command "{word}". Did you mean "{command}"{_HINTS.get(command, "")}?'
         case UnknownOptionError(command_chain=("reproduce",)):
-            option = str(error.token.keyword or error.token.value).partition("=")[0]
-            if option == "--set":
-                return "There is no option --set: each field of a recipe is an option itself, such as --base-lr 1e-3."
-            for ours, others in _OPTIONS.items():
-                if option in others:
-                    return f"There is no option {option}. Did you mean {ours}?"
+            return _of_option(str(error.token.keyword or error.token.value).partition("=")[0]) or str(error)
         case UnusedCliTokensError(unused_tokens=[word, *_]):
-            return f'One argument too many: "{word}".'
+            return f'What is "{word}" for? The command takes no such argument.'
         case MissingArgumentError() if error.argument is not None and not error.keyword:
             return f"{error.argument.name} is missing."
     return str(error)
+
+
+def _of_option(option: str) -> str | None:
+    if option in _ELSE:
+        return f"There is no option {option}. {_ELSE[option]}"
+    for ours, others in _OPTIONS.items():
+        if option in others:
+            return f"There is no option {option}. Did you mean {ours}?"
+    return None

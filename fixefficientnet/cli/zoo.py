@@ -4,7 +4,7 @@ import glob
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,7 @@ from fixefficientnet.manifest import LocalWeights, Variant, Weights
 from fixefficientnet.options import PredictionOptions
 
 if TYPE_CHECKING:
+    from fixefficientnet.models import LoadedModel
     from fixefficientnet.preprocessing import ImageSource
 
     OptionFlags = PredictionOptions
@@ -118,20 +119,21 @@ def predict(
     options: Annotated[OptionFlags, Flags] = OptionFlags(),  # noqa: B008 - frozen
     as_json: AsJson = False,
 ) -> None:
-    """Classify images into ImageNet's 1000 classes.
+    """Classify images: into ImageNet's 1000 classes, or those of your own model.
 
     Args:
         images: Files, folders, globs, or - for one image on stdin.
-        model: Name or alias of a variant.
-        pretrained: 'backbone' for the original weights, a delta's path, or hf://org/repo/file@revision. Default: the
-            published FixRes weights; 'backbone' for lite0, lite1 and lite2, which have none.
+        model: A variant, the folder or file of a fine-tuning run, timm/NAME (timm/NAME:FILE), hf-hub:ORG/NAME or
+            local-dir:FOLDER.
+        pretrained: Of a variant: 'backbone' for the original weights, a delta's path, or hf://org/repo/file@revision.
+            Default: the published FixRes weights; 'backbone' for lite0, lite1 and lite2, which have none.
         options: Options of a prediction.
         as_json: Print JSON.
     """
     if not images:
         raise UsageError("Name an image, a folder, or - for stdin.")
     chosen = made(PredictionOptions, options)
-    variant = manifest.find(model)
+    name = model if pretrained is None else f"{manifest.find(model).key}:{pretrained}"
     failed: list[dict[str, str]] = []
 
     def on_error(image: "ImageSource", error: ImageError) -> None:
@@ -144,26 +146,34 @@ def predict(
     sources = list(_images(list(images), on_error))
     if not sources and not as_json:  # no need for a model
         _end_with(failed)
-    from fixefficientnet import prediction, zoo
+    from fixefficientnet.models import load
+    from fixefficientnet.prediction import iter_predictions
     from fixefficientnet.runtimes import engines
 
-    weights = variant.usual_weights if pretrained is None else pretrained
     device = engines.device_for(chosen.engine, chosen.device, chosen.mixed_precision)
-    network = zoo.create(variant.key, weights, device=device)
-    predictions = prediction.iter_predictions(sources, network, chosen, on_error=on_error, on_message=on_message)
-    tuned = weights != "backbone"
+    loaded = load(name)
+    chosen = replace(chosen, device=str(device))
+    predictions = iter_predictions(sources, loaded, chosen, on_error=on_error, on_message=on_message)
     if as_json:
         found = [{"file": _shown(p.image), "labels": [asdict(label) for label in p.labels]} for p in predictions]
-        kind = "fixres" if tuned else "backbone"
-        print_json({"model": variant.key, "weights": kind, "predictions": found, "errors": failed})
+        kind = "fixres" if loaded.tuned else "backbone" if loaded.variant else "own"
+        model = loaded.variant.key if loaded.variant else loaded.name
+        print_json({"model": model, "weights": kind, "predictions": found, "errors": failed})
     else:
-        said = f"{variant.title}, {'FixRes' if tuned else 'backbone'} weights, test size {network.preprocess.size}"
-        out.print(said + ("" if tuned else " (not tuned by FixRes)"), soft_wrap=True)
+        out.print(escape(_described(loaded)), soft_wrap=True)
         for one in predictions:
             out.print(f"\n[bold]{escape(_shown(one.image))}[/]", soft_wrap=True)
             for label in one.labels:
                 out.print(f"  {label.probability:6.1%}  {escape(label.name)}", no_wrap=True, overflow="ellipsis")
     _end_with(failed)
+
+
+def _described(loaded: "LoadedModel") -> str:
+    """What classifies, in one line."""
+    weights = f"{'FixRes' if loaded.tuned else 'backbone'} weights, " if loaded.variant else ""
+    title = loaded.variant.title if loaded.variant else f"{loaded.name}, {loaded.num_classes} classes"
+    remark = " (not tuned by FixRes)" if loaded.variant and not loaded.tuned else ""
+    return f"{title}, {weights}test size {loaded.test.size}{remark}"
 
 
 def _end_with(failed: list[dict[str, str]]) -> None:

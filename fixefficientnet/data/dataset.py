@@ -41,7 +41,7 @@ class ImageDataset:
         targets: Map from the dataset's class index to the model's; empty if they are the same.
         name: Name of the split in messages: its folder, or "hfds/name (validation)".
         upright: Whether images are turned as their EXIF orientation says.
-        automatic: Whether this is a part that `automatic_split` made.
+        part_of: Fingerprint of the folder that `automatic_split` made this a part of; None for other datasets.
     """
 
     source: Any
@@ -49,7 +49,7 @@ class ImageDataset:
     targets: dict[int, int]
     name: str
     upright: bool = False
-    automatic: bool = False
+    part_of: str | None = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -94,14 +94,15 @@ class ImageDataset:
 
     def image_path(self, index: int) -> str:
         """Where an image is: its path, or its name where it has no file."""
-        return str(self.source.samples[index][0]) if self.files else self.image_name(index)
+        in_tar = isinstance(self.source, TarShards)
+        return self.image_name(index) if in_tar or not self.files else str(self.source.samples[index][0])
 
     def fingerprint(self) -> str:
         """sha256 over length, classes, labels and file names, as far as the source tells them; not over the pixels."""
         digest = hashlib.sha256(f"{len(self)} {self.classes} {sorted(self.targets.items())}".encode())
         if hasattr(self.source, "samples") and hasattr(self.source, "filename"):
             for index, (_, label) in enumerate(self.source.samples):
-                digest.update(f"{self.image_name(index)}\0{label}\0".encode())
+                digest.update(f"{self.image_name(index)}\0{label}\0".encode("utf-8", "surrogateescape"))
         else:  # a name is all that there is to tell one from another, or Hugging Face's own fingerprint
             known = compat.dataset_fingerprint(getattr(self.source, "dataset", None))
             labels = [int(label) for label in getattr(self.source, "targets", ())]
@@ -137,7 +138,7 @@ def open_dataset(
     """
     kind, _, name = data.partition("/")
     kind = kind.lower()
-    may_be_whole, automatic, split = split is None, False, split or VALIDATION
+    may_be_whole, part_of, split = split is None, None, split or VALIDATION
     if kind == "tfds":
         raise DataError(f"{data} is a stream, but images are needed by index: use a folder, hfds/ or wds/.")
     if kind in ("hfds", "hfids", "torch"):
@@ -151,14 +152,16 @@ def open_dataset(
         folder = _split_folder(whole, split, may_be_whole=may_be_whole)
         title = str(folder)
         source = _open_folder(folder)
-        if automatic := folder == whole and not may_be_whole:
-            source.samples = automatic_split(source.samples, folder)[split]
-            title = f"{folder} (automatic {split} split)"
+        if folder == whole and not may_be_whole:
+            part_of = ImageDataset(source, class_names(source), {}, title).fingerprint()
+            which = _synonym_of(split)
+            source.samples = automatic_split(source.samples, folder)[which]
+            title = f"{folder} (automatic {which} split)"
     if not len(source):
         raise DataError(f"{title} holds no images.")
     names = class_names(source)
     order, targets = classes.mapping(names, num_classes, title, numbered=numbered)
-    return ImageDataset(source, order, targets, title, automatic=automatic)
+    return ImageDataset(source, order, targets, title, part_of=part_of)
 
 
 def follow(dataset: ImageDataset, order: tuple[str, ...], owner: str) -> ImageDataset:
@@ -208,7 +211,7 @@ def _split_folder(folder: Path, split: str, *, may_be_whole: bool) -> Path:
     if may_be_whole and there and not holds_classes:
         return folder
     nested = (path.is_dir() for name in there for path in (folder / name).iterdir())
-    if split in _SYNONYMS and there and not splits and not any(nested):
+    if _synonym_of(split) and there and not splits and not any(nested):
         return folder
     raise DataError(
         f"{folder} has no folder {candidates[0]}/ (nor {', '.join(candidates[1:]) or 'another name for it'}). "
@@ -219,8 +222,9 @@ def _split_folder(folder: Path, split: str, *, may_be_whole: bool) -> Path:
 def automatic_split(samples: Sequence[tuple[str, int]], folder: Path) -> dict[str, list[tuple[str, int]]]:
     """Splits a folder of classes into training and validation images.
 
-    Of each class, `VALIDATION_SHARE` of the images validates, at least one: those whose file names, with the class's
-    folder, have the smallest sha256. So the split is the same in every run and on every machine.
+    About `VALIDATION_SHARE` of each class's images validates, at least one, and at least one trains. The sha256 of an
+    image's name with its class's folder decides, so that the split is the same in every run and on every machine, and
+    images that are added later move no other one.
 
     Args:
         samples: Path and class of each image.
@@ -239,16 +243,24 @@ def automatic_split(samples: Sequence[tuple[str, int]], folder: Path) -> dict[st
                 f"{folder} has no train/ and val/, and its class {Path(paths[0]).parent.name} has one image: splitting "
                 "it needs two."
             )
-        paths.sort(
-            key=lambda path: hashlib.sha256(
-                Path(path).relative_to(folder).as_posix().encode("utf-8", "surrogateescape")
-            ).digest()
-        )
-        validation.update(paths[: max(1, round(VALIDATION_SHARE * len(paths)))])
+        drawn = sorted((_draw(Path(path).relative_to(folder).as_posix()), path) for path in paths)
+        inside = sum(number < VALIDATION_SHARE for number, _ in drawn)
+        validation.update(path for _, path in drawn[: min(max(1, inside), len(drawn) - 1)])
     return {
         TRAIN: [sample for sample in samples if sample[0] not in validation],
         VALIDATION: [sample for sample in samples if sample[0] in validation],
     }
+
+
+def _draw(name: str) -> float:
+    """A number in [0, 1) that is a function of a name."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _synonym_of(split: str) -> str:
+    """TRAIN or VALIDATION, if a split's name means one of them; else empty."""
+    return next((name for name, synonyms in _SYNONYMS.items() if split in synonyms), "")
 
 
 def _open_folder(folder: Path) -> Any:

@@ -16,8 +16,16 @@ from torch import nn
 from fixefficientnet._internal import processes
 from fixefficientnet._internal.progress import Bar
 from fixefficientnet._internal.threads import BATCH_SIZE, default_threads
-from fixefficientnet.classes import IMAGENET, SUBSET, Subset, are_wordnet_ids, imagenet_order, real_labels
-from fixefficientnet.data.dataset import ImageDataset, class_names, follow, open_dataset
+from fixefficientnet.classes import (
+    IMAGENET,
+    SUBSET,
+    Subset,
+    are_wordnet_ids,
+    imagenet_order,
+    real_labels,
+    turned_upright,
+)
+from fixefficientnet.data.dataset import VALIDATION, ImageDataset, class_names, follow, open_dataset
 from fixefficientnet.errors import EvaluationError
 from fixefficientnet.evaluation.activations import PooledActivations
 from fixefficientnet.evaluation.journal import Journal
@@ -25,7 +33,7 @@ from fixefficientnet.evaluation.loop import EvaluationLoop
 from fixefficientnet.evaluation.outcome import Evaluation
 from fixefficientnet.evaluation.settings import Settings
 from fixefficientnet.manifest import TestTime
-from fixefficientnet.models import LoadedModel, from_module, open_model
+from fixefficientnet.models import LoadedModel, from_module, load
 from fixefficientnet.runtimes import engines
 
 if TYPE_CHECKING:
@@ -88,7 +96,7 @@ def evaluate(model: str | os.PathLike[str] | nn.Module, data: str | os.PathLike[
     if settings.get("device") is not None:
         settings["device"] = str(settings["device"])
     chosen = Settings(os.fspath(data), **settings)
-    loaded = from_module(model) if isinstance(model, nn.Module) else open_model(os.fspath(model))
+    loaded = from_module(model) if isinstance(model, nn.Module) else load(os.fspath(model))
     with processes.accelerating(chosen.usual_device, chosen.mixed_precision) as accelerator:
         return evaluate_model(loaded, chosen, accelerator).evaluation
 
@@ -98,10 +106,10 @@ def dataset_for(loaded: LoadedModel, settings: Settings) -> ImageDataset:
     own = bool(loaded.classes) and loaded.classes != imagenet_order()
     number = None if own else loaded.num_classes
     dataset = open_dataset(settings.data, settings.split, root=settings.data_root, num_classes=number, numbered=True)
+    if loaded.part_of and settings.split is None and dataset.fingerprint() == loaded.part_of:
+        dataset = open_dataset(settings.data, VALIDATION, num_classes=number)  # the rest trained the model
     upright = loaded.upright if settings.upright is None else settings.upright
-    if upright is None:  # ImageNet's accuracies are of images as they are stored
-        upright = loaded.num_classes != IMAGENET
-    dataset = replace(dataset, upright=upright)
+    dataset = replace(dataset, upright=turned_upright(loaded.num_classes) if upright is None else upright)
     return follow(dataset, loaded.classes, loaded.name) if own else dataset
 
 

@@ -16,7 +16,7 @@ from fixefficientnet._internal.progress import Bar
 from fixefficientnet._internal.threads import map_in_threads
 from fixefficientnet.data.dataset import ImageDataset
 from fixefficientnet.data.loading import Batch, InEveryEpoch, Task, load_batch, load_batches, shard_tasks
-from fixefficientnet.errors import DataError, EvaluationError, FixEfficientNetError
+from fixefficientnet.errors import DataError, EvaluationError, FixEfficientNetError, NotFiniteError
 from fixefficientnet.evaluation.journal import Finished, Journal
 from fixefficientnet.evaluation.outcome import Evaluation, ImagePrediction
 from fixefficientnet.manifest import TestTime
@@ -157,14 +157,16 @@ def _of_all_processes(mine: Finished, failure: FixEfficientNetError | None, worl
         return mine
     from accelerate.utils import gather_object
 
-    parts: list[tuple[Finished, str]] = gather_object([(mine, str(failure or ""))])
-    reasons = [(rank, reason) for rank, (_, reason) in enumerate(parts) if reason]
-    if reasons:
-        error = failure or EvaluationError(reasons[0][1])
-        error.said_elsewhere = failure is None or reasons[0][1] != str(failure)  # type: ignore[attr-defined]
+    kind = type(failure) if failure else None
+    parts: list[tuple[Finished, type[FixEfficientNetError] | None, str]] = gather_object([(mine, kind, str(failure))])
+    failures = [(kind, reason) for _, kind, reason in parts if kind]
+    if failures:
+        first, reason = failures[0]
+        error = first(reason)  # the same in all of them: whoever catches it does so in all
+        error.said_elsewhere = (kind, str(failure)) != failures[0]  # type: ignore[attr-defined]
         raise error
     together = Finished()
-    for part, _ in parts:
+    for part, *_ in parts:
         together.add(part)
     return together
 
@@ -186,7 +188,7 @@ def _predictions(
             )
     if not logits.isfinite().all():
         row = int((~logits.isfinite().all(1)).nonzero()[0])
-        raise EvaluationError(
+        raise NotFiniteError(
             f"The model's logits are NaN or infinite for {dataset.image_name(indices[row])}: its weights are damaged, "
             "or half precision overflows (--mixed-precision no)."
         )

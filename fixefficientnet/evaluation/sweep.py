@@ -10,7 +10,7 @@ from fixefficientnet.errors import EvaluationError
 from fixefficientnet.evaluation import cost, figures, tables
 from fixefficientnet.evaluation.evaluate import Measured
 from fixefficientnet.evaluation.settings import Settings
-from fixefficientnet.models import LoadedModel, open_model
+from fixefficientnet.models import LoadedModel, load
 
 
 def sizes_of(text: str) -> list[int]:
@@ -39,9 +39,9 @@ def with_untuned(names: Sequence[str]) -> list[LoadedModel]:
     """Opens models; before each that FixRes tuned comes the same one untuned, where that is known."""
     loaded: dict[str, LoadedModel] = {}
     for name in names:
-        one = open_model(name)
+        one = load(name)
         if one.untuned and one.untuned not in loaded:
-            base = open_model(one.untuned)
+            base = load(one.untuned)
             # only then the difference is FixRes alone
             test = replace(base.test, crop_pct=one.test.crop_pct, interpolation=one.test.interpolation)
             loaded[one.untuned] = replace(base, test=test, upright=one.upright)

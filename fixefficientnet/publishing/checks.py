@@ -186,6 +186,11 @@ def _check_recipe(folder: Path, found: Report, tuned: Delta) -> None:
     identity = Identity.load(folder / RECIPE)
     if dict(tuned.recipe) != records.to_json(found.recipe) or identity.recipe != found.recipe:
         raise PublishError(f"{folder}: {DELTA}, {report.FILENAME} and {RECIPE} have different recipes.")
+    if found.recipe.upright:
+        raise PublishError(
+            f"{folder} was tuned and measured on images turned upright; published figures are, as the paper's, of "
+            "images as they are stored. Run it without --upright."
+        )
     if identity.train_images == identity.validation_images:
         raise PublishError(f"{folder} was measured on the very images that it was trained on: that is no accuracy.")
 

@@ -192,7 +192,7 @@ def merge(variant: str, output: Path, *, delta: str | None = None, overwrite: bo
     if delta and Path(delta).is_dir():
         weights = str(Path(delta) / DELTA)
     model = zoo.create(row.key, weights)
-    save_merged(model, output)
+    save_merged(model, output, published=weights is True)
     return MergeResult(row, weights, output, folder, model.preprocess)
 
 
@@ -306,7 +306,7 @@ def save_whole(tensors: dict[str, Tensor], path: Path) -> None:
         temporary.write_bytes(written.getbuffer())
 
 
-def save_merged(model: "zoo.ZooModel", path: Path) -> None:
+def save_merged(model: "zoo.ZooModel", path: Path, *, published: bool) -> None:
     """Writes a variant as plain timm loads it, with no trace of this package.
 
     Args:
@@ -314,6 +314,8 @@ def save_merged(model: "zoo.ZooModel", path: Path) -> None:
         path: `.safetensors` or `.pth` for `timm.create_model(NAME, checkpoint_path=…)`; anything else is a folder for
             `timm.create_model("local-dir:…")` and for upload to the Hub, with the test-time preprocessing in its
             config.json. A folder that is there keeps its other files.
+        published: Whether the weights are the variant's published ones, whose repository is their origin. That of other
+            weights is the backbone's.
 
     Raises:
         OSError, CheckpointError: It cannot be written.
@@ -326,8 +328,8 @@ def save_merged(model: "zoo.ZooModel", path: Path) -> None:
         # all of it: some releases of timm complete what they are given, others take it as it is
         described = filter_pretrained_cfg(model.pretrained_cfg, remove_source=True, remove_null=True)  # type: ignore[no-untyped-call]
         described |= {"architecture": backbone.architecture, "tag": backbone.tag}
-        # all there is of a delta of one's own
-        described["origin_url"] = f"https://huggingface.co/{backbone.repository}"
+        if not published:
+            described["origin_url"] = f"https://huggingface.co/{backbone.repository}"
         config = {"architecture": backbone.architecture, "pretrained_cfg": described}
         try:
             compat.save_for_hf(model, str(temporary), model_config=config, safe_serialization=True)

@@ -87,9 +87,8 @@ def tune(
                 features = _features_of(session, network, dataset, recipe, folder, locks)
                 between = None
                 if validation and recipe.epochs > validation[1]:
-                    plain = replace(recipe, views=1)
-                    title = "Validation features"
-                    measured = _features_of(session, network, validation[0], plain, folder, locks, title)
+                    plain = replace(recipe, views=1, feature_dtype="float32")
+                    measured = _features_of(session, network, validation[0], plain, folder, locks, "validation")
                     between = Validation(validation[1], lambda position: _top1(session, network, measured, position))
                 session.on_main(lambda: _train_classifier(session, network, features, recipe, checkpoints, between))
             with torch.no_grad():
@@ -105,12 +104,12 @@ def _features_of(
     recipe: Recipe,
     folder: Path,
     locks: contextlib.ExitStack,
-    title: str = "Features",
+    split: str = "",
 ) -> Features:
-    """Computes the features of a dataset in their own folder, which is locked for as long as they are used."""
-    place = folder / f"features-{_key(network, dataset, recipe, 'features')}"
+    """Computes the features of a split in their own folder, which is locked for as long as they are used."""
+    place = folder / f"{split and f'{split}-'}features-{_key(network, dataset, recipe, 'features')}"
     locks.enter_context(session.locked(place))
-    return _compute_features(session, network, dataset, recipe, place, title)
+    return _compute_features(session, network, dataset, recipe, place, f"{split} features".strip().capitalize())
 
 
 def forwards(recipe: Recipe, dataset: int) -> int:
@@ -247,7 +246,7 @@ def _allocate(path: Path, size: int) -> None:
     if size - there > free:
         raise RunError(
             f"The features take {size / 1e9:.2f} GB, {path.parent} has {free / 1e9:.2f} GB free. Make room, choose "
-            "another place with --output, or take --views 1 or --method online, which stores none."
+            "another place with --output, or take --views 1, --val-interval 0 or --method online, which stores none."
         )
     with path.open("ab") as file:
         file.truncate(size)

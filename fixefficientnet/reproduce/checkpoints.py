@@ -7,8 +7,8 @@ are a function of seed, epoch and image.
 import json
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class Checkpoints:
         every_seconds: Longest time between two saves.
         enabled: Whether this process writes; all hold the same state, and the first one writes it.
         unreadable: Images that could not be read so far; saved and restored with the state.
-        unturned: Images whose EXIF orientation was left out of account so far; saved and restored too.
+        unturned: Images whose EXIF orientation was ignored so far; saved and restored too.
     """
 
     path: Path
@@ -65,10 +65,11 @@ class Checkpoints:
     every_steps: int
     every_seconds: float
     enabled: bool = True
-    unreadable: list[str] = field(default_factory=list)
-    unturned: list[str] = field(default_factory=list)
+    unreadable: Collection[str] = ()
+    unturned: Collection[str] = ()
     _saved: float = field(default_factory=time.monotonic)
     _unconfirmed: bool = False
+    _at: Position | None = None
 
     def due(self, position: Position) -> bool:
         """Whether it is time to save."""
@@ -85,7 +86,7 @@ class Checkpoints:
         moving = state.network.moving
         if not all(bool(torch.isfinite(tensor).all()) for tensor in moving.values()):
             raise self.give_up(math.nan, position)
-        if not self.enabled:
+        if not self.enabled or self._at == replace(position):  # the file before it must stay the last good one
             return
         tensors = {_MODEL + name: tensor for name, tensor in moving.items()}
         for name, tensor in moving.items():
@@ -97,14 +98,14 @@ class Checkpoints:
             "identity": json.dumps(self.identity, sort_keys=True),
             "position": json.dumps([position.epoch, position.step, position.steps]),
             "scaler": json.dumps(state.scaler.state_dict() if state.scaler else {}),
-            "unreadable": json.dumps(self.unreadable),
-            "unturned": json.dumps(self.unturned),
+            "unreadable": json.dumps(sorted(self.unreadable)),
+            "unturned": json.dumps(sorted(self.unturned)),
         }
         if self.path.exists():
             write_atomically(self._previous, self.path.read_bytes())
         self._unconfirmed = True
         write_atomically(self.path, safetensors.torch.save(tensors, metadata))
-        self._saved = time.monotonic()
+        self._saved, self._at = time.monotonic(), replace(position)
 
     def confirm(self) -> None:
         """Drops the state before the last one: the last one gave a finite loss."""
@@ -162,7 +163,7 @@ class Checkpoints:
         if state.scaler is not None and saved_scaler:
             state.scaler.load_state_dict(saved_scaler)
         self.unreadable, self.unturned = unreadable, unturned
-        self._unconfirmed = self.enabled and self._previous.exists()
+        self._unconfirmed, self._at = self.enabled and self._previous.exists(), replace(position)
         return position
 
     def saved_identity(self) -> Mapping[str, Any] | None:

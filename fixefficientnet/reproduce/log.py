@@ -28,6 +28,7 @@ class Log:
         self._file = folder / "log.jsonl"
         self._events = folder / "tensorboard"
         self._writer: Any = None
+        self._kept: list[dict[str, Any]] = []
 
     def say(self, text: str) -> None:
         """One line for people."""
@@ -42,6 +43,7 @@ class Log:
         if self._file.exists():
             lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line).get("steps", 0) <= steps]
+            self._kept = [json.loads(line) for line in kept[-2:]]
             write_atomically(self._file, "".join(kept).encode())
         from torch.utils.tensorboard import SummaryWriter
 
@@ -64,8 +66,8 @@ class Log:
         return [json.loads(line) for line in self._file.read_text(encoding="utf-8").splitlines()]
 
     def has(self, steps: int, key: str) -> bool:
-        """Whether a line of these steps has the key; False on processes other than the first."""
-        return self.enabled and any(line["steps"] == steps and key in line for line in self.lines())
+        """Whether an earlier process logged the key at these steps, the last before this one continues."""
+        return any(line["steps"] == steps and key in line for line in self._kept)
 
     def close(self) -> None:
         """Flushes the events."""

@@ -89,13 +89,13 @@ def load(subject: Subject, weights: str | Path, *, num_classes: int, seed: int) 
         return zoo.create(subject.variant.key, "backbone", num_classes=num_classes)
     try:
         model = timm.create_model(subject.backbone, pretrained=True, num_classes=num_classes)
-        kept = cast("dict[str, Any]", model.pretrained_cfg)["num_classes"] == num_classes
-        return model if kept else zoo.zero_classifier(model)
     except Exception as error:  # timm and huggingface_hub raise a dozen kinds
         raise RunError(
             f"The weights of {subject.backbone} could not be had: {error}\n"
             "Give a file of them with --checkpoint, or start the base stage from random ones with --no-pretrained."
         ) from error
+    kept = cast("dict[str, Any]", model.pretrained_cfg)["num_classes"] == num_classes
+    return model if kept else zoo.zero_classifier(model)
 
 
 def prepare(model: nn.Module, recipe: Recipe) -> Network:

@@ -87,8 +87,9 @@ def tune(
     optimizer = optimizer_of(network, recipe) if network.trained else None
     state = TrainingState(network, optimizer, session.accelerator.scaler)
     position = checkpoints.restore(state)
-    session.count_unreadable(dataset.name, checkpoints.unreadable, len(dataset))
+    session.count_unreadable(dataset.name, sorted(checkpoints.unreadable), len(dataset))
     session.count_unturned(dataset.name, checkpoints.unturned)
+    checkpoints.unreadable, checkpoints.unturned = session.unreadable[dataset.name], session.unturned[dataset.name]
     if position.steps:
         session.log.say(f"Continuing after step {position.steps} (epoch {position.epoch}).")
     session.log.resume(position.steps)
@@ -100,12 +101,12 @@ def tune(
         batches = _batches(session, dataset, recipe, replace(position))
 
         def step(position: Position) -> StepResult:
+            # dropout and stochastic depth, which some networks train with
+            torch.manual_seed(_seed(recipe.seed, position.steps, session.rank))
             result = _step(session, model, criterion, stepper, next(batches), position, checkpoints)
             _average(session, network, recipe)
             if position.step + 1 == schedule.steps:
                 session.share_counted(dataset.name, len(dataset))
-            checkpoints.unreadable = sorted(session.unreadable.get(dataset.name, ()))
-            checkpoints.unturned = sorted(session.unturned.get(dataset.name, ()))
             return result
 
         def top1(position: Position) -> float | None:
@@ -119,6 +120,11 @@ def tune(
         train(session, state, recipe, schedule, checkpoints, position, step, between)
     network.model.eval()
     return recipe.epochs * schedule.steps * schedule.batch_size
+
+
+def _seed(*numbers: int) -> int:
+    """A seed that is a function of these numbers alone."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def _distributed(session: Session, network: Network, recipe: Recipe, optimizer: Any) -> tuple[nn.Module, Any]:

@@ -57,13 +57,14 @@ class Plan:
         return self.total_gmacs / gmacs_per_second / 3600
 
 
-def plan_runs(recipes: Sequence[Recipe], data: Data | None, devices: int = 1) -> list[Plan]:
+def plan_runs(recipes: Sequence[Recipe], data: Data | None, devices: int = 1, val_interval: int = 1) -> list[Plan]:
     """Plans of several runs on the same images.
 
     Args:
         recipes: The recipes.
         data: The images; None: ImageNet's numbers.
         devices: Number of devices that share each batch.
+        val_interval: Number of epochs between two validations; 0: none.
 
     Raises:
         DataError: The images cannot be used.
@@ -75,10 +76,18 @@ def plan_runs(recipes: Sequence[Recipe], data: Data | None, devices: int = 1) ->
         )
         images = len(train), len(validation)
         num_classes = 1000 if train.imagenet else len(train.classes) or 1000
-    return [plan(recipe, images=images, num_classes=num_classes, devices=devices) for recipe in recipes]
+    counts: dict[str, Any] = {"images": images, "num_classes": num_classes}
+    return [plan(recipe, **counts, devices=devices, val_interval=val_interval) for recipe in recipes]
 
 
-def plan(recipe: Recipe, *, images: tuple[int, int] = IMAGENET, num_classes: int = 1000, devices: int = 1) -> Plan:
+def plan(
+    recipe: Recipe,
+    *,
+    images: tuple[int, int] = IMAGENET,
+    num_classes: int = 1000,
+    devices: int = 1,
+    val_interval: int = 1,
+) -> Plan:
     """Counts what a recipe takes.
 
     Args:
@@ -86,6 +95,7 @@ def plan(recipe: Recipe, *, images: tuple[int, int] = IMAGENET, num_classes: int
         images: Number of images to train on, and to measure on.
         num_classes: Number of classes.
         devices: Number of devices that share each batch.
+        val_interval: Number of epochs between two validations; 0: none.
 
     Raises:
         UnsupportedModelError: The network has no classifier, or no batch norm before its pooling.
@@ -106,10 +116,10 @@ def plan(recipe: Recipe, *, images: tuple[int, int] = IMAGENET, num_classes: int
     else:
         forwards = cached.forwards(recipe, train)
     measured = [recipe.train_size] if base else [recipe.train_size, recipe.test_size, recipe.test_size]
-    if recipe.method == "online":  # between epochs too
-        measured += [work_size] * (recipe.epochs - 1)
-    elif recipe.trains_classifier and recipe.epochs > 1:  # on features of one pass
-        measured.append(work_size)
+    between = (recipe.epochs - 1) // val_interval if val_interval else 0
+    if recipe.method == "cached":  # on features of one pass
+        between = min(between, 1) if recipe.trains_classifier else 0
+    measured += [work_size] * between
     # a backward pass of the whole network costs about two forward passes: once for inputs, once for weights
     passes = 3 if base and recipe.tune == "all" else 1
     channels: int = net.classifier.weight.shape[1]  # type: ignore[assignment, index]
@@ -125,7 +135,7 @@ def plan(recipe: Recipe, *, images: tuple[int, int] = IMAGENET, num_classes: int
         evaluations=len(measured) * validation,
         total_gmacs=forwards * passes * gmacs[work_size] + sum(validation * gmacs[size] for size in measured),
         memory=_peak_memory(net, recipe, work_size, epoch_images),
-        feature_bytes=cached.feature_bytes(recipe, train, channels) if stores else 0,
+        feature_bytes=(cached.feature_bytes(recipe, train, channels) + 4 * channels * validation * between) * stores,
     )
 
 

@@ -42,8 +42,8 @@ class Recipe:
         interpolation: Interpolation of resizing at test time.
         mean: Mean per channel (RGB), on the [0, 1] scale.
         std: Standard deviation per channel (RGB), on the [0, 1] scale.
-        upright: Whether images are turned as their EXIF orientation says. Default: for all classes but ImageNet's,
-            whose accuracies, as the paper's, are of images as they are stored.
+        upright: Whether images are turned as their EXIF orientation says. Default: unless there are 1000 classes, as
+            ImageNet's, whose accuracies are of images as they are stored.
         base_crop_pct: Like crop_pct, where the untuned network is measured at its train size.
         epochs: Passes over the training images (cached: over their features).
         batch_size: Images per step, all devices together.

@@ -75,11 +75,13 @@ class Gain:
     """What FixRes brought: the tuned network against the best of the untuned evaluations.
 
     Attributes:
-        untuned: The untuned evaluation of the highest top-1; of equals, the one at the train size.
+        name: Name of the untuned evaluation of the highest top-1; of equals, of the one at the train size.
+        untuned: That evaluation.
         tuned: The evaluation after FixRes.
         test: The tuned network against that untuned one.
     """
 
+    name: str
     untuned: Summary
     tuned: Summary
     test: PairedTest
@@ -90,7 +92,7 @@ class Gain:
         if not paired:
             return None
         best = max(paired, key=lambda name: measured[name].top1)
-        return cls(measured[best], measured["tuned"], paired[best])
+        return cls(best, measured[best], measured["tuned"], paired[best])
 
     @property
     def warning(self) -> str | None:
@@ -207,7 +209,7 @@ class Report:
 
     def dump(self, folder: Path) -> None:
         """Writes report.md, then report.json, whose presence says that the run is complete."""
-        write_atomically(folder / "report.md", as_markdown(self).encode())
+        write_atomically(folder / "report.md", as_markdown(self).encode("utf-8", "replace"))
         write_atomically(folder / FILENAME, records.dumps(self))
 
     @property
@@ -254,9 +256,9 @@ def as_markdown(report: Report) -> str:
     if gain := report.gain:
         lines += ["", f"**{gain.warning}**"] if gain.warning else []
         lines += ["", "FixRes at the test size, on the same images:", ""]
-        best_first = sorted(report.paired, key=lambda name: -report.measured[name].top1)
-        for name, remark in zip(best_first, (", the best untuned", ""), strict=False):
-            lines.append(f"- against {TITLES[name]} ({report.measured[name].size}{remark}): {report.paired[name]}")
+        for name in sorted(report.paired, key=lambda name: name != gain.name):
+            best = ", the best untuned" if name == gain.name else ""
+            lines.append(f"- against {TITLES[name]} ({report.measured[name].size}{best}): {report.paired[name]}")
     if report.paper:
         lines += ["", _beside_paper(report.paper)]
     elif recipe.stage == "fixres":

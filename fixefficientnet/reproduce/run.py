@@ -1,6 +1,5 @@
 """One fine-tuning run, from a network and images to a delta and a report."""
 
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -16,8 +15,9 @@ from torch import nn
 from fixefficientnet import delta
 from fixefficientnet._internal import processes, records
 from fixefficientnet._internal.files import write_atomically
+from fixefficientnet.classes import turned_upright
 from fixefficientnet.data.dataset import VALIDATION_SHARE, ImageDataset, follow, open_dataset
-from fixefficientnet.errors import DataError, EvaluationError, FixEfficientNetError, MissingFileError, RunError
+from fixefficientnet.errors import DataError, FixEfficientNetError, MissingFileError, NotFiniteError, RunError
 from fixefficientnet.evaluation.journal import Journal
 from fixefficientnet.evaluation.loop import EvaluationLoop
 from fixefficientnet.evaluation.outcome import Evaluation
@@ -190,7 +190,7 @@ def _open(job: Job) -> _Inputs:
     found = int(getattr(model, "num_classes", num_classes))
     if found != num_classes:
         raise DataError(f"{train.name} has {num_classes} classes, the network of {weights} {found}.")
-    upright = expected is None if recipe.upright is None else recipe.upright
+    upright = turned_upright(num_classes) if recipe.upright is None else recipe.upright
     train, validation = replace(train, upright=upright), replace(validation, upright=upright)
     return _Inputs(train, validation, model, replace(recipe, upright=upright))
 
@@ -304,7 +304,7 @@ def _finish(
         evaluation = measurements.found["tuned"]
         probe.save(probe.take(net.model, inputs.validation, evaluation, recipe.test), folder / probe.FILENAME)
     if _keeps_network(recipe):
-        _save_network(folder, net.model, finished)
+        _save_network(folder, net.model, finished, inputs.train.part_of)
     title = f"{recipe.variant}, {recipe.stage} stage, {recipe.method}"
     report.curve(session.log.lines(), measured, folder / "curve.png", title)
     finished.dump(folder)
@@ -338,7 +338,7 @@ def _save_delta(job: Job, model: nn.Module, original: Mapping[str, torch.Tensor]
     return delta.save(tuned, job.folder / DELTA)
 
 
-def _save_network(folder: Path, model: nn.Module, finished: Report) -> None:
+def _save_network(folder: Path, model: nn.Module, finished: Report, part_of: str | None) -> None:
     """Writes the whole network."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     for name, tensor in tensors.items():
@@ -356,6 +356,7 @@ def _save_network(folder: Path, model: nn.Module, finished: Report) -> None:
         recipe.std,
         finished.classes,
         bool(recipe.upright),
+        part_of,
     )
     metadata = {DESCRIPTION: described.dumps()}
     write_atomically(folder / MODEL, safetensors.torch.save(tensors, metadata))
@@ -368,9 +369,9 @@ def _introduce(session: Session, net: Network, recipe: Recipe, train: ImageDatas
         f"{len(train):,} images to train on, {len(validation):,} to measure on; {session.world} "
         f"{'process' if session.world == 1 else 'processes'} on {session.accelerator.device.type}"
     )
-    if train.automatic:
+    if train.part_of:
         session.log.say(
-            f"no train/ and val/: {VALIDATION_SHARE:.0%} of each class's images validate, the same ones in each run"
+            f"no train/ and val/: about {VALIDATION_SHARE:.0%} of each class's images validate, the same in each run"
         )
     count = sum(tensor.numel() for tensor in net.moving.values())
     names = ", ".join(net.moving) if len(net.moving) <= 6 else f"{len(net.moving)} tensors"
@@ -407,12 +408,12 @@ class Measurements:
             f"top-5 {found.top5:.2f}, of {found.images:,} images"
         )
 
-    def top1(self, test: TestTime) -> float:
-        """Top-1 of the network as it is now, in per cent, kept nowhere; NaN where its logits are."""
+    def top1(self, test: TestTime) -> float | None:
+        """Top-1 of the network as it is now, in per cent, kept nowhere; None where its logits are NaN or infinite."""
         try:
             return self._evaluate(f"Validation ({test.size})", test, None).top1
-        except EvaluationError:  # the next step's loss will say so
-            return math.nan
+        except NotFiniteError:  # the next step's loss will say so
+            return None
 
     def _evaluate(self, title: str, test: TestTime, journal: Journal | None) -> Evaluation:
         session, recipe = self._session, self._recipe

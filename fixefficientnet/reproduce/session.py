@@ -82,7 +82,7 @@ class Session:
             )
 
     def count_unturned(self, what: str, names: Iterable[str]) -> None:
-        """Remembers images of a split whose EXIF orientation was left out of account."""
+        """Remembers images of a split whose EXIF orientation was ignored."""
         self.unturned.setdefault(what, set()).update(names)
 
     def share_counted(self, what: str, total: int) -> None:

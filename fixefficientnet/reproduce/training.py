@@ -42,11 +42,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Validation:
-    """The accuracy on the validation images between epochs, of which the result does not depend.
+    """The accuracy on the validation images between epochs, on which the result does not depend.
 
     Attributes:
         interval: Number of epochs between two.
-        top1: Gives top-1 at a position, in per cent; None where the log has it.
+        top1: Gives top-1 at a position, in per cent; None where the log has it, or the logits are not finite.
     """
 
     interval: int

@@ -22,7 +22,6 @@ from timm.layers import set_exportable
 from torch import Tensor, nn
 from torch.export import Dim
 
-from fixefficientnet import classes
 from fixefficientnet._internal import requirements
 from fixefficientnet._internal.files import beside
 from fixefficientnet._internal.modes import in_eval_mode
@@ -153,7 +152,8 @@ def export(
         accuracy = Int8Accuracy(before, *images.correct(formats.load(draft))) if images else None
         if refusal := _refusal(agreement, accuracy, options):
             raise ExportError(f"{refusal} {path} was not written.")
-        files(draft)[-1].write_text("\n".join(_labels(loaded)) + "\n", encoding="utf-8")
+        names = [name for _, name in loaded.labels]
+        files(draft)[-1].write_text("\n".join(names) + "\n", encoding="utf-8")
         path.unlink(missing_ok=True)  # an older one must not meet the new weights
         for file in reversed(files(draft)):  # the model last: where it is, what belongs to it is there
             file.chmod(0o644)
@@ -193,10 +193,6 @@ def _refusal(agreement: Agreement, accuracy: Int8Accuracy | None, options: Expor
         f"The file disagrees with eager: logits differ by up to {agreement.difference:.3g} ({agreement.relative:.2g} "
         f"of the largest), {agreement.top1:.0%} of {agreement.images} images have the same top-1 prediction."
     )
-
-
-def _labels(loaded: "LoadedModel") -> Sequence[str]:
-    return loaded.classes or [name for _, name in classes.labels(loaded.num_classes)]
 
 
 def _sizes(size: int, dynamic: bool) -> list[tuple[int, int]]:
