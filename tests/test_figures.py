@@ -13,8 +13,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from tiny import cli
 
+from benchmarks import base_stage, finetune_runs
 from benchmarks import figures as drawings
-from benchmarks import finetune_runs
 from fixefficientnet.errors import EvaluationError
 from fixefficientnet.evaluation import figures
 from fixefficientnet.evaluation.statistics import wilson
@@ -218,3 +218,8 @@ def test_the_docs_table_of_fine_tuning_runs_is_of_the_committed_data():
     assert f"\n{table}\n" in (DOCS / "finetuning.md").read_text(), (
         f"the table in docs/finetuning.md is stale; {DRAW}, and put this into the page:\n{table}"
     )
+
+
+def test_the_table_of_base_networks_shows_the_committed_figures():
+    table = base_stage.table(from_csv((DOCS / "results" / "base_stage.csv").read_text()))
+    assert f"\n{table}\n" in (DOCS / "finetuning.md").read_text(), f"docs/finetuning.md is stale; put this in:\n{table}"
