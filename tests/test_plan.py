@@ -80,7 +80,10 @@ def test_images_and_work():
 
     cached = plan.plan(recipe_of(name, **small, method="cached", views=3), images=images, num_classes=7)
     assert cached.forwards == 1000 + 3 * 1000
-    assert cached.feature_bytes == 1000 * 3 * model.num_features * 2  # float16
+    # float16; and one view of the validation images in float32
+    assert cached.feature_bytes == 1000 * 3 * model.num_features * 2 + 100 * model.num_features * 4
+    never = plan.plan(recipe_of(name, **small, method="cached"), images=images, num_classes=7, val_interval=0)
+    assert (never.feature_bytes, never.evaluations) == (1000 * 2 * model.num_features * 2, 300)
     part = {"method": "cached", "statistics_images": 100, "tune": "bn-stats"}
     assert plan.plan(recipe_of(name, **small, **part), images=images, num_classes=7).forwards == 100
 
