@@ -109,14 +109,17 @@ def tune(
                 session.share_counted(dataset.name, len(dataset))
             return result
 
-        def top1(position: Position) -> float | None:
+        def validate(position: Position) -> float | None:
             if not validation or session.on_main(lambda: session.log.has(position.steps, "val_top1")):
                 return None
             with session.alike():
                 checkpoints.save(position, state)  # this may take a while
-            return validation.top1(position)
+            top1 = validation.top1(position)
+            if top1 is not None:
+                session.log.say(f"  validation after epoch {position.epoch}: top-1 {top1:.2f}")
+            return top1
 
-        between = replace(validation, top1=top1) if validation else None
+        between = replace(validation, top1=validate) if validation else None
         train(session, state, recipe, schedule, checkpoints, position, step, between)
     network.model.eval()
     return recipe.epochs * schedule.steps * schedule.batch_size

@@ -112,4 +112,3 @@ def _validate(session: Session, position: Position, validation: Validation) -> N
     top1 = validation.top1(position)
     if top1 is not None:
         session.log.write(position.steps, epoch=position.epoch - 1, val_top1=top1)
-        session.log.say(f"  validation after epoch {position.epoch}: top-1 {top1:.2f}")
