@@ -70,6 +70,11 @@ class Package:
     sha256: Sha256
 
 
+def hub_url(repository: str) -> str:
+    """Address of a repository's page on the Hugging Face Hub."""
+    return f"https://huggingface.co/{repository}"
+
+
 @dataclass(frozen=True, slots=True)
 class Backbone:
     """The network that FixRes starts from, with its original weights.
@@ -324,7 +329,7 @@ class Variant(Row):
             license=weights.license if weights else self.backbone.license,
             paper_ids="arXiv:2003.08237",
             paper_name="Fixing the train-test resolution discrepancy: FixEfficientNet",
-            origin_url=f"https://huggingface.co/{(on_hub or self.backbone).repository}",
+            origin_url=hub_url((on_hub or self.backbone).repository),
             **self.test.timm_fields(),
         )
 

@@ -329,7 +329,7 @@ def save_merged(model: "zoo.ZooModel", path: Path, *, published: bool) -> None:
         described = filter_pretrained_cfg(model.pretrained_cfg, remove_source=True, remove_null=True)  # type: ignore[no-untyped-call]
         described |= {"architecture": backbone.architecture, "tag": backbone.tag}
         if not published:
-            described["origin_url"] = f"https://huggingface.co/{backbone.repository}"
+            described["origin_url"] = manifest.hub_url(backbone.repository)
         config = {"architecture": backbone.architecture, "pretrained_cfg": described}
         try:
             compat.save_for_hf(model, str(temporary), model_config=config, safe_serialization=True)
