@@ -12,6 +12,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -38,6 +39,8 @@ from fixefficientnet.errors import (
 )
 from fixefficientnet.manifest import INTERPOLATIONS, Interpolation, Pixels, TestTime, Triple, Variant
 from fixefficientnet.preprocessing import FastPreprocess, Preprocess, TestTransform
+
+_logger = logging.getLogger(__name__)
 
 TIMM = "timm/"
 REPOSITORIES = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -426,13 +429,13 @@ def from_checkpoint(architecture: str, path: Path) -> nn.Module:
 
     Args:
         architecture: timm's name of the network; with a tag, the model's preprocessing is the tag's.
-        path: The checkpoint: safetensors, or a `.pth` of tensors alone (see `checkpoint_file.read_wrapped`).
+        path: The checkpoint, as a training script saved it (see `checkpoint_file.read_trained`).
 
     Raises:
         MissingFileError: There is no such file.
         CheckpointError: The file cannot be read, or is not of this network.
     """
-    tensors = checkpoint_file.read_wrapped(path)
+    checkpoint_file.check_there(path)
     if not timm.is_model(architecture):
         raise CheckpointError(
             f"{path} is of the network {architecture!r}, which timm {timm.__version__} does not have."
@@ -441,10 +444,16 @@ def from_checkpoint(architecture: str, path: Path) -> nn.Module:
         model = without_weights(architecture)
     except RuntimeError as error:  # a tag that is none
         raise CheckpointError(f"timm {timm.__version__} has no {architecture}: {error}") from error
-    name = delta.find_classifier(model)
+    found = checkpoint_file.read_trained(path, model.state_dict())
+    if found.taken:
+        _logger.info("%s: took %s.", path, found.taken)
+    tensors, name = found.tensors, delta.find_classifier(model)
     weight = tensors.get(f"{name}.weight")
     if weight is None or weight.ndim == 0:
-        raise CheckpointError(f"{path} has no {name}.weight: it is no checkpoint of {architecture}.")
+        raise CheckpointError(
+            f"{path} has no {name}.weight, so it is no checkpoint of {architecture}. The names in it begin with "
+            f"{listed(dict.fromkeys(key.partition('.')[0] for key in tensors))}."
+        )
     model = timm.create_model(architecture, pretrained=False, num_classes=len(weight))
     wanted = model.state_dict()
     wrong = [

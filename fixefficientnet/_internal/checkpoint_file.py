@@ -1,7 +1,10 @@
 """Read a checkpoint file as a state dict: safetensors memory-mapped, a legacy `.pth` without its code."""
 
+import contextlib
 import pickle
-from collections.abc import Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,25 @@ from torch import Tensor
 from fixefficientnet.errors import CheckpointError, MissingFileError
 
 _DAMAGED = (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError, KeyError)
-_TOP_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")
+_AVERAGED = "ema"
+"""What the names of averaged weights have in them: state_dict_ema, model_ema."""
+_NESTED = 4
+"""Depth to which weights are looked for in a checkpoint."""
+_COMPILED = "_orig_mod."
+_COUNTER = ".num_batches_tracked"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedWeights:
+    """The weights that a training script saved, by the network's names.
+
+    Attributes:
+        tensors: The tensors, by the names that the network has for them.
+        taken: What was chosen of the file, in words; empty where it holds nothing else.
+    """
+
+    tensors: dict[str, Tensor]
+    taken: str = ""
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -35,32 +55,98 @@ def read(path: Path) -> dict[str, Tensor]:
     return _plain(tensors, path)
 
 
-def read_wrapped(path: Path) -> dict[str, Tensor]:
-    """Reads a state dict that a training script may have wrapped.
+def read_trained(path: Path, wanted: Collection[str]) -> TrainedWeights:
+    """Reads the weights of a network from what a training script saved.
 
-    That is: put under a top key beside other things (averaged weights go first, as in timm), and given the prefix
-    "module." by DataParallel or "_orig_mod." by torch.compile; the file may have any ending.
+    That is timm's `train.py`, Lightning, Accelerate and the like: the weights are put under a key beside other things,
+    at any depth, and their names have prefixes, such as "module." of DataParallel, "_orig_mod." of torch.compile and
+    "model." of Lightning. Of several such weights, averaged ones go first, as in timm. No code of the file runs:
+    tensors and plain values are read, and a stand-in takes the place of every other object.
+
+    Args:
+        path: The file, with any ending.
+        wanted: State-dict names of the network.
 
     Raises:
         MissingFileError: There is no such file.
-        CheckpointError: The file is damaged, or holds no plain state dict.
+        CheckpointError: The file is damaged, or holds no weights.
     """
     check_there(path)
+    found = _read_inert(path)
+    entries = dict(_entries(found, ""))
+    if not entries:
+        there = f"; it has {listed(map(str, found))}" if isinstance(found, Mapping) and found else ""
+        raise CheckpointError(
+            f"{path} holds no state dict (names to tensors){there}. Save model.state_dict(); pickled networks are "
+            "never loaded."
+        )
+    names = {name for name in wanted if not name.endswith(_COUNTER)}
+    choices = [
+        (len(names & {name.removeprefix(prefix) for name in tensors}), _AVERAGED in key + prefix, key, prefix)
+        for key, tensors in entries.items()
+        for prefix in _prefixes(tensors, names)
+    ]
+    _, _, key, prefix = max(choices, key=lambda choice: choice[:2])  # of equals the first
+    chosen = {name.removeprefix(prefix): tensor for name, tensor in entries[key].items() if name.startswith(prefix)}
+    taken = [key] if key else []
+    taken += [f"names without {prefix}"] if prefix else []
+    return TrainedWeights(chosen, ", ".join(taken))
+
+
+class _Mapping:
+    """Takes the place of an object: plain values alone, as torch lets a pickle fill nothing but dictionaries."""
+
+    def __new__(cls, *args: object) -> Any:
+        return OrderedDict()
+
+
+class _Value:
+    """Takes the place of an array's parts, whose state is no dictionary; keeps nothing of it."""
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _read_inert(path: Path) -> Any:
     try:
-        found: Any = load_file(path) if _is_safetensors(path) else torch.load(path, "cpu", weights_only=True)
+        if _is_safetensors(path):
+            return load_file(path)
+        unknown: list[str] = []
+        with contextlib.suppress(Exception):  # of the format before 2020, and of what is no checkpoint
+            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        names = {"argparse.Namespace", *unknown}
+        stand_ins: list[Any] = [(_Value if name.startswith("numpy.") else _Mapping, name) for name in names]
+        with torch.serialization.safe_globals(stand_ins):
+            return torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # pickle, zip and safetensors raise a dozen kinds on damaged files
         if isinstance(error, OSError) and error.strerror:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
         raise CheckpointError(
-            f"{path} is no checkpoint, or a damaged one: it takes a safetensors file, or a .pth that holds tensors "
-            "alone (save model.state_dict()); other pickled objects are never loaded."
+            f"{path} is no checkpoint, or a damaged one: it takes a safetensors file, or a .pth with a state dict in "
+            "it (save model.state_dict()); other pickled objects are never loaded."
         ) from error
-    while isinstance(found, Mapping) and (key := next((k for k in _TOP_KEYS if isinstance(found.get(k), Mapping)), "")):
-        found = found[key]
-    plain = _plain(found, path)
-    while prefix := next((p for p in _PREFIXES if plain and all(name.startswith(p) for name in plain)), ""):
-        plain = {name.removeprefix(prefix): tensor for name, tensor in plain.items()}
-    return plain
+
+
+def _entries(found: Any, key: str, depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The state dicts in a checkpoint, outermost first, with their keys."""
+    if not isinstance(found, Mapping) or depth > _NESTED:
+        return
+    tensors = {str(name).replace(_COMPILED, ""): tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+    if tensors:
+        yield key, tensors
+    for name, value in found.items():
+        yield from _entries(value, f"{key}.{name}" if key else str(name), depth + 1)
+
+
+def _prefixes(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> list[str]:
+    """What may stand before the names of the network: nothing, or all that stands before one of them."""
+    for anchor in sorted(wanted, key=len, reverse=True):  # the longest is the least ambiguous
+        if found := [name.removesuffix(anchor) for name in tensors if f".{name}".endswith(f".{anchor}")]:
+            return list(dict.fromkeys(["", *found]))
+    return [""]
 
 
 def _plain(found: object, path: Path) -> dict[str, Tensor]:

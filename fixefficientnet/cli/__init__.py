@@ -5,6 +5,7 @@
 
 import contextlib
 import gc
+import logging
 import os
 import signal
 import sys
@@ -103,11 +104,22 @@ def _settings_of_the_process() -> Iterator[None]:
 
     before, thresholds = signal.signal(signal.SIGTERM, end), gc.get_threshold()
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
+    log, handler = logging.getLogger("fixefficientnet"), _Remarks()
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
     try:
         yield
     finally:
+        log.removeHandler(handler)
         signal.signal(signal.SIGTERM, before)
         gc.set_threshold(*thresholds)
+
+
+class _Remarks(logging.Handler):
+    """Shows what the package logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        err.print(escape(record.getMessage()), soft_wrap=True)
 
 
 def _say(text: str) -> None:

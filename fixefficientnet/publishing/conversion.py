@@ -205,8 +205,7 @@ def read(path: Path, variant: Variant) -> Checkpoint:
     """Reads a whole checkpoint and compares it with the variant's backbone.
 
     Args:
-        path: `.safetensors`, or `.pth` of tensors alone; timm's names, also under "model" or "state_dict" and with
-            the prefix "module.".
+        path: The checkpoint, as a training script saved it (see `checkpoint_file.read_trained`).
         variant: Row of the manifest that it is of.
 
     Raises:
@@ -215,8 +214,9 @@ def read(path: Path, variant: Variant) -> Checkpoint:
     """
     if deltas.is_delta(path):
         raise CheckpointError(f"{path} is a delta already; `convert` takes a whole checkpoint.")
-    found = checkpoint_file.read_wrapped(path)
+    checkpoint_file.check_there(path)
     backbone = zoo.backbone_tensors(variant)
+    found = checkpoint_file.read_trained(path, backbone).tensors
     names = sorted(name for name in backbone if not name.endswith(_IGNORED))
     _check_tensors(path, variant, found, backbone)
     if broken := [name for name in names if not found[name].isfinite().all()]:
