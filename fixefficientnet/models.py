@@ -6,7 +6,7 @@
 | `b4_ns:backbone`, `b4_ns:FILE`, `b4_ns:hf://…` | a variant with other weights, as `create`'s `pretrained` |
 | `runs/b4_ns`, `…/delta.safetensors`, `…/model.safetensors` | what a fine-tuning run left |
 | `timm/resnet50.a1_in1k` | any model of timm's, with its own weights |
-| `timm/resnet50:FILE` | a timm network with a whole checkpoint of one's own |
+| `timm/resnet50:FILE` | a timm network with a whole checkpoint of one's own, as any training script saved it |
 | `hf-hub:org/name`, `local-dir:FOLDER` | a model as timm keeps it on the Hub, or in a folder such as `merge` writes |
 """
 
@@ -49,7 +49,8 @@ DESCRIPTION = "fixefficientnet"
 """Key of a run's `Description` in the metadata of its model.safetensors."""
 DELTA, MODEL = "delta.safetensors", "model.safetensors"
 """The files of a run's folder that hold what it tuned: the delta, or the whole network."""
-_CONFIG = "config.json"
+CONFIG = "config.json"
+"""The file that makes a folder a model of timm's."""
 WEIGHTS_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin", ".tar"}
 
 
@@ -156,16 +157,26 @@ class LoadedModel:
         return int(cast(Any, self.network).num_classes)
 
     @property
+    def own_classes(self) -> tuple[str, ...]:
+        """Names of the classes where they are not ImageNet's; empty if the weights do not tell them."""
+        return () if self.classes == classes.imagenet_order() else self.classes
+
+    @property
     def labels(self) -> Sequence[tuple[str | None, str]]:
         """WordNet id and name of each class, by index; ids are None unless the classes are ImageNet's."""
-        if self.classes and self.classes != classes.imagenet_order():
-            return [(None, name) for name in self.classes]
+        if self.own_classes:
+            return [(None, name) for name in self.own_classes]
         return classes.labels(self.num_classes)
 
     @property
     def architecture(self) -> str:
         """timm's name of the network, without a tag."""
         return self.variant.backbone.architecture if self.variant else self.timm_name.partition(".")[0]
+
+    @property
+    def timm_backbone(self) -> str:
+        """timm's name of the network, with the tag of the weights that it was made of where that is known."""
+        return self.variant.backbone.name if self.variant else self.timm_name
 
     @property
     def parameters(self) -> int:
@@ -305,7 +316,7 @@ def checkpoint_of(path: Path) -> Path:
 
 
 def _of_run(name: str, folder: Path) -> LoadedModel:
-    if (folder / _CONFIG).is_file():  # as timm and `merge` write them
+    if (folder / CONFIG).is_file():  # as timm and `merge` write them
         return replace(_of_repository(f"local-dir:{folder}"), name=name)
     for file in (MODEL, DELTA):
         if (folder / file).is_file():
@@ -317,8 +328,8 @@ def _of_repository(name: str) -> LoadedModel:
     source, _, place = name.partition(":")
     if source == "local-dir":
         place = str(Path(place).expanduser())
-        if not Path(place, _CONFIG).is_file():
-            raise MissingFileError(f"{place} has no {_CONFIG}: it is no folder of a model of timm's.")
+        if not Path(place, CONFIG).is_file():
+            raise MissingFileError(f"{place} has no {CONFIG}: it is no folder of a model of timm's.")
     try:
         model = timm.create_model(f"{source}:{place}", pretrained=True).eval()
     except Exception as error:  # timm and huggingface_hub raise a dozen kinds
@@ -334,13 +345,22 @@ def _of_repository(name: str) -> LoadedModel:
 def _of_file(name: str, path: Path) -> LoadedModel:
     if delta.is_delta(path):
         return _of_delta(name, path, delta.load(path))
-    described = Description.load(path)
-    if described is None:
+    found = _of_its_own(path)
+    if found is None:
         raise EvaluationError(
             f"{path} does not say of which network it is: give it as timm/NAME:{path}, with timm's name."
         )
+    return replace(found, name=name)
+
+
+def _of_its_own(path: Path) -> LoadedModel | None:
+    """The model of a file that tells its network, or lies where timm's config.json tells it; None for another."""
+    described = Description.load(path)
+    if described is None:
+        in_repository = path.name == MODEL and (path.parent / CONFIG).is_file()
+        return _of_repository(f"local-dir:{path.parent}") if in_repository else None
     return LoadedModel(
-        name=name,
+        name=str(path),
         network=from_checkpoint(described.backbone.partition(".")[0], path),
         test=described.test,
         timm_name=described.backbone,
@@ -389,7 +409,10 @@ def _of_timm(name: str) -> LoadedModel:
     if not timm.is_model(architecture):
         raise EvaluationError(f"timm {timm.__version__} has no model {known!r} (timm.list_models() names them).")
     if file:
-        model = from_checkpoint(known, Path(file).expanduser())
+        path = Path(file).expanduser()
+        if (own := _of_its_own(path)) is not None and own.architecture == architecture:
+            return replace(own, name=name)
+        model = from_checkpoint(known, path)
     else:
         try:
             model = timm.create_model(known, pretrained=True).eval()

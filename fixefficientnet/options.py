@@ -4,6 +4,7 @@ Imports no torch, so that `--help` needs none.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from fixefficientnet._internal import records
@@ -71,3 +72,28 @@ class ExportOptions(Checked):
     half: bool = False
     images: Positive = 300
     max_drop: Annotated[float, Rule("a number of points")] = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class PublishOptions(Checked):
+    """Options of a publication.
+
+    Attributes:
+        to: Write plain files into this folder, and nothing to the Hub; of variants, with a manifest that loads them.
+        manifest: Manifest that gets the rows that load variants from the Hub: a whole one, or rows to lay over one;
+            made if need be. Default: weights_manifest.json.
+        whole: Publish the whole model of each variant too, in a repository of the same organisation (with --to, in a
+            folder) that has timm's name of the variant.
+        license: License of a network of your own, for its card; SPDX, lower case.
+        replace: Replace other weights of the same variants, another model, and files that `publish` did not write.
+        private: Make the repository private, if it is made.
+        dry_run: Show everything and write nothing.
+    """
+
+    to: Path | None = None
+    manifest: Path | None = None
+    whole: bool = False
+    license: str = "unknown"
+    replace: bool = False
+    private: bool = False
+    dry_run: bool = False

@@ -158,7 +158,7 @@ class Hub:
         commit = repository.find(revision or "main")
         if commit is None:
             raise RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        siblings = [{"rfilename": one} for one in repository.commits[commit]]
+        siblings = [_told(name, data) for name, data in repository.commits[commit].items()]
         return {"_id": "0", "id": name, "sha": commit, "siblings": siblings, "private": repository.private}
 
     def _refs(self, repository: Repository, name: str) -> dict[str, Any]:
@@ -233,6 +233,15 @@ class Hub:
         (rf"/{_NAME}\.git/info/lfs/objects/batch", _batch),
         (rf"/{_NAME}/resolve/([\w.-]+)/(.+)", _resolve),
     )
+
+
+def _told(name: str, data: bytes) -> dict[str, Any]:
+    """What a Hub tells of a file: git's hash, and the sha256 of a large one."""
+    told: dict[str, Any] = {"rfilename": name, "size": len(data)}
+    told["blobId"] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    if name.endswith(".safetensors"):
+        told["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 132}
+    return told
 
 
 def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:

@@ -231,43 +231,42 @@ def test_a_target_that_cannot_be_written(tuned, tmp_path: Path, b0_delta: Path):
 
 PLAIN = """
 import sys, timm, torch
-model = timm.create_model(sys.argv[1], pretrained=":" in sys.argv[1], checkpoint_path=sys.argv[2])
+images, output, *models = sys.argv[1:]
+found = []
+for name, checkpoint in zip(models[::2], models[1::2]):
+    model = timm.create_model(name, pretrained=":" in name, checkpoint_path=checkpoint)
+    found.append((model.eval()(torch.load(images)), timm.data.resolve_model_data_config(model)))
 assert "fixefficientnet" not in sys.modules
-config = timm.data.resolve_model_data_config(model)
-torch.save((model.eval()(torch.load(sys.argv[3])), config), sys.argv[4])
+torch.save(found, output)
 """
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model.pth", "folder", "repository"])
-def test_plain_timm_loads_what_was_merged(tmp_path: Path, b0_delta: Path, images, name: str):
-    out, _ = cli("merge", "b0", "--delta", b0_delta, "-o", tmp_path / name)
-    assert "timm.create_model(" in out
+def test_plain_timm_loads_what_was_merged(tmp_path: Path, b0_delta: Path, images):
+    for name in ("model.safetensors", "model.pth", "folder"):
+        out, _ = cli("merge", "b0", "--delta", b0_delta, "-o", tmp_path / name)
+        assert "timm.create_model(" in out
+    assert {path.name for path in (tmp_path / "folder").iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    # the tuned weights are one's own, and of the repository of the original FixRes they have nothing
+    assert config["pretrained_cfg"]["origin_url"] == "https://huggingface.co/timm/tf_efficientnet_b0.ap_in1k"
+    put_folder_in_cache(tmp_path / "hub", "me/merged", tmp_path / "folder")  # after its upload and download
+    models = [["tf_efficientnet_b0", str(tmp_path / name)] for name in ("model.safetensors", "model.pth")]
+    models += [["hf-hub:me/merged", ""]]
+    models += [[f"local-dir:{tmp_path / 'folder'}", ""]] if TIMM_HAS_LOCAL_DIR else []
     torch.save(images, tmp_path / "images")
-    model, file = "tf_efficientnet_b0", str(tmp_path / name)
-    if name in ("folder", "repository"):
-        if name == "repository":  # after its upload and download
-            put_folder_in_cache(tmp_path / "hub", "me/merged", tmp_path / name)
-            model, file = "hf-hub:me/merged", ""
-        elif TIMM_HAS_LOCAL_DIR:
-            model, file = f"local-dir:{file}", ""
-        else:
-            pytest.skip("timm knows no local-dir: yet")
-        assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["config.json", "model.safetensors"]
-        config = json.loads((tmp_path / name / "config.json").read_text())
-        # the tuned weights are one's own, and of the repository of the original FixRes they have nothing
-        assert config["pretrained_cfg"]["origin_url"] == "https://huggingface.co/timm/tf_efficientnet_b0.ap_in1k"
-    command = [sys.executable, "-c", PLAIN, model, file, str(tmp_path / "images"), str(tmp_path / "logits")]
+    command = [sys.executable, "-c", PLAIN, str(tmp_path / "images"), str(tmp_path / "found")]
+    command += [text for model in models for text in model]
     offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     subprocess.run(command, check=True, cwd=tmp_path, env=os.environ | offline)
-    logits, config = torch.load(tmp_path / "logits", weights_only=True)
     ours = fixefficientnet.create("b0", b0_delta)
-    with torch.inference_mode():
-        torch.testing.assert_close(logits, ours(images))
-    if name in ("folder", "repository"):
-        test = ours.preprocess
-        assert (tuple(config["input_size"]), config["crop_pct"]) == ((3, test.size, test.size), test.crop_pct)
-        assert (tuple(config["mean"]), tuple(config["std"])) == (test.mean, test.std)
-        assert config["interpolation"] == test.interpolation
+    test = ours.preprocess
+    for (name, _), (logits, config) in zip(models, torch.load(tmp_path / "found", weights_only=True), strict=True):
+        with torch.inference_mode():
+            torch.testing.assert_close(logits, ours(images))
+        if ":" in name:
+            assert (tuple(config["input_size"]), config["crop_pct"]) == ((3, test.size, test.size), test.crop_pct)
+            assert (tuple(config["mean"]), tuple(config["std"])) == (test.mean, test.std)
+            assert config["interpolation"] == test.interpolation
 
 
 def test_there_and_back_is_the_same_delta(tmp_path: Path, b0_delta: Path):

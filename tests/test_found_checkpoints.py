@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import contextlib
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -128,10 +129,8 @@ def test_nothing_of_it_runs(network: Network, tmp_path: Path, legacy: bool):
             tmp_path / "last.pth",
             _use_new_zipfile_serialization=not legacy,
         )
-        try:
+        with contextlib.suppress(CheckpointError):  # of what torch does not read even without running it
             load(f"timm/{NETWORK}:{tmp_path / 'last.pth'}")
-        except CheckpointError as error:
-            assert "is no checkpoint, or a damaged one" in str(error)
         assert not ran.exists()
     assert pickle.loads(pickle.dumps(traps[0])) is None  # the trap is one
     assert ran.exists()

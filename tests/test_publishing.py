@@ -546,30 +546,6 @@ def test_backbone_of_another_day_is_refused(desk: Desk, hub_cache: Path, monkeyp
     assert "another backbone" in desk.refuse("b0")
 
 
-@pytest.fixture(scope="module")
-def strange_runs(hub_cache: Path, finished_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Finished runs that have no delta for the zoo: of another network, and from weights of one's own."""
-    folder = tmp_path_factory.mktemp("strange")
-    place = ["--data", str(finished_runs / "data"), "--output", str(folder), "-j", "0"]
-    small = [*place, "--train-size", "32", "--test-size", "32", "--epochs", "1", "--batch-size", "12"]
-    said = folder / "said.txt"
-    tiny.run([*tiny.NETWORK, "--stage", "base", "--no-pretrained", "--experiment", "base", *small], said)
-    whole = str(folder / "base" / "model.safetensors")
-    tiny.run([*tiny.NETWORK, "--checkpoint", whole, "--experiment", "backbone", *small], said)
-    (own,) = hub_cache.glob("models--timm--tf_efficientnet_b0.ap_in1k/snapshots/*/model.safetensors")
-    tiny.run(["b0", "--checkpoint", str(own), "--experiment", "checkpoint", *small], said, HF_HUB_CACHE=str(hub_cache))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [("base", "is no FixRes run"), ("backbone", "push_to_hf_hub"), ("checkpoint", "did not start from a variant's")],
-)
-def test_run_without_a_delta_for_the_zoo_is_refused(desk: Desk, strange_runs: Path, name: str, said: str):
-    assert said in desk.refuse(strange_runs / name)
-    assert not desk.repository.exists()
-
-
 # --- places that are refused ----------------------------------------------------------------------------------
 
 

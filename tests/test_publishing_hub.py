@@ -495,3 +495,41 @@ def test_standin_refuses_what_a_hub_refuses(desk: Desk):
         desk.hub.answer("POST", f"/api/models/{NAME}/commit/main", body, False)
     assert refused.value.status == 401
     assert len(repository.commits) == 1
+
+
+# --- whole models -------------------------------------------------------------------------------------------------
+
+
+def own_run(folder: Path, *seed: int) -> Path:
+    """What a base stage on classes of one's own leaves, as far as it is published."""
+    data = tiny.make_data(folder.with_name("data"), train=4, val=2)
+    small = ["--train-size", "32", "--epochs", "1", "--batch-size", "4", "-j", "0", "--data", str(data)]
+    small += ["--output", str(folder.parent), "--experiment", folder.name, "--seed", *map(str, seed)]
+    tiny.run([*tiny.NETWORK, "--stage", "base", "--no-pretrained", *small], folder.with_name("said.txt"))
+    return folder
+
+
+def test_a_network_of_ones_own_gets_one_commit_of_its_own(desk: Desk, tmp_path: Path):
+    first, second = own_run(tmp_path / "first", 1), own_run(tmp_path / "second", 2)
+    said = desk.publish(str(first))
+    assert desk.published() == ["Add test_efficientnet"]
+    files = desk.repository.commits[desk.repository.head]
+    assert set(files) == {".gitattributes", "README.md", "config.json", "model.safetensors"}
+    assert json.loads(files["config.json"])["label_names"] == list(tiny.CLASSES)
+    assert desk.repository.head in said and f"timm.create_model('hf-hub:{NAME}', pretrained=True)" in said
+    assert "all was there already" in desk.publish(str(first))
+    assert len(desk.published()) == 1
+    assert "of another model. Nothing was published" in desk.publish(str(second), status=1)
+    assert len(desk.published()) == 1
+    desk.publish(str(second), more=("--replace",))
+    assert len(desk.published()) == 2
+    assert desk.repository.commits[desk.repository.head]["model.safetensors"] != files["model.safetensors"]
+
+
+def test_whole_variants_get_repositories_beside_the_deltas(desk: Desk):
+    said = desk.publish("b0", more=("--whole",))
+    whole = "org/fixefficientnet_b0.ap_in1k"
+    assert set(desk.hub.repositories) == {NAME, whole}
+    assert f"timm.create_model('hf-hub:{whole}', pretrained=True)" in said
+    desk.publish("b0", more=("--whole",))
+    assert [len(repository.commits) for repository in desk.hub.repositories.values()] == [2, 2]

@@ -14,15 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def save_for_hf(model: "nn.Module", folder: str, **options: Any) -> None:
-    """timm's function that saves a model as a folder for the Hub."""
-    try:
-        from timm.models import save_for_hf as save
-    except ImportError:  # older releases keep it to themselves
-        from timm.models._hub import save_for_hf as save
-    save(model, folder, **options)
-
-
 def freezing() -> AbstractContextManager[None]:
     """Within, torch.compile folds weights into the code.
 

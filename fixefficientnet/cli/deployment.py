@@ -8,14 +8,17 @@ from cyclopts import Parameter
 from rich.markup import escape
 
 from fixefficientnet.cli.app import Flags, Output, UsageError, app, flags, made, out, print_text, whole_number
-from fixefficientnet.options import ExportOptions
+from fixefficientnet.options import ExportOptions, PublishOptions
 
 if TYPE_CHECKING:
     from fixefficientnet.publishing.publish import PublishResult
+    from fixefficientnet.publishing.whole_repository import WholeResult
 
     OptionFlags = ExportOptions
+    PublishFlags = PublishOptions
 else:
     OptionFlags = flags(ExportOptions)
+    PublishFlags = flags(PublishOptions)
 
 
 def _say(text: str) -> None:
@@ -40,7 +43,7 @@ def convert(
     Everything outside the classifier and the last batch norm must be the original backbone's.
 
     Args:
-        checkpoint: A whole checkpoint: .safetensors, or .pth of tensors alone.
+        checkpoint: A whole checkpoint, as a training script saved it.
         variant: Variant that the checkpoint is of.
         output: The delta; with --full, the network.
         full: Write the whole network, also what differs from the backbone.
@@ -72,29 +75,45 @@ def convert(
 
 
 @app.command
-def merge(variant: str, *, output: Annotated[Path, Output], delta: str | None = None, overwrite: bool = False) -> None:
-    """Make one whole checkpoint of backbone and delta, which plain timm loads.
+def merge(
+    model: str,
+    /,
+    *,
+    output: Annotated[Path, Output],
+    delta: str | None = None,
+    license: str = "unknown",
+    overwrite: bool = False,
+) -> None:
+    """Make one whole checkpoint of a model, which plain timm loads.
+
+    A folder in the Hub's layout has the class names and the preprocessing too, and loads in transformers as well.
 
     Args:
-        variant: Name or alias of a variant.
+        model: A variant, a run's folder, or any other model that `predict` takes.
         output: .safetensors, .pth, or a folder in the Hub's layout.
-        delta: A delta's path, a run's folder, hf://…, or 'backbone'. Default: the published weights; 'backbone' for
-            lite0, lite1 and lite2.
+        delta: Of a variant: a delta's path, a run's folder, hf://…, or 'backbone'. Default: the published weights;
+            'backbone' for lite0, lite1 and lite2.
+        license: License of a network of your own, for the card; SPDX, lower case.
         overwrite: Replace the output if it is there; a folder keeps its other files.
     """
-    from fixefficientnet.publishing import conversion
+    from fixefficientnet.publishing import whole
 
-    done = conversion.merge(variant, output, delta=delta, overwrite=overwrite)
-    test, name = done.test, done.variant.backbone.name
+    done = whole.merge(model, output, delta=delta, license=license, overwrite=overwrite)
+    loaded, test = done.loaded, done.loaded.test
     said = f"{test.size} pixels, crop_pct {test.crop_pct:g}, {test.interpolation}, mean {test.mean}, std {test.std}"
-    how = f"timm.create_model('{name}', checkpoint_path='{output}')\nIts preprocessing is not in the file: {said}."
+    how = f"timm.create_model({loaded.timm_backbone!r}, checkpoint_path='{output}'"
+    how += f", num_classes={loaded.num_classes})" if loaded.own_classes else ")"
+    how += f"\nIts preprocessing is not in the file: {said}."
     if done.folder:
         how = (
             f"timm.create_model('local-dir:{output}', pretrained=True)  # timm 1.0.16 or newer\n"
+            f"transformers.pipeline('image-classification', model='{output}')\n"
             f"Its preprocessing is in config.json: {said}."
         )
-    weights = "the backbone's own weights" if done.weights == "backbone" else f"FixRes weights ({delta or 'published'})"
-    _say(f"{output}: {done.variant.title}, {weights}\n{how}")
+    title = loaded.variant.title if loaded.variant else loaded.name
+    weights = f"FixRes weights ({delta or 'published'})" if loaded.tuned else "the backbone's own weights"
+    weights = weights if loaded.variant else f"{loaded.num_classes} classes"
+    _say(f"{output}: {title}, {weights}\n{how}")
 
 
 @dataclass(frozen=True)
@@ -171,33 +190,34 @@ def export(
 def publish(
     *runs: Path,
     repo: Annotated[str, Parameter(allow_leading_hyphen=True)],
-    to: Path | None = None,
-    manifest: Path | None = None,
-    replace: bool = False,
-    private: bool = False,
-    dry_run: bool = False,
+    options: Annotated[PublishFlags, Flags] = PublishFlags(),  # noqa: B008 - frozen
 ) -> None:
-    """Check finished runs and publish their deltas on the Hub.
+    """Check finished runs and publish them on the Hub.
 
-    One commit, one tag: deltas, model card, models.json. Who may write there is huggingface_hub's business: `hf auth
+    Runs of variants: one commit, one tag, with deltas, model card, models.json. A run of another network or of your own
+    classes: a repository that timm and transformers load. Who may write there is huggingface_hub's business: `hf auth
     login`, or HF_TOKEN.
 
     Args:
-        runs: Folders of finished runs, of different variants.
+        runs: Folders of finished runs, of different variants; or of one other network.
         repo: ORGANISATION/NAME on the Hub.
-        to: Write plain files into this folder, with a manifest that loads them, and nothing to the Hub.
-        manifest: Manifest that gets the rows that load from the Hub; made if need be. Default: weights_manifest.json.
-        replace: Replace other weights of the same variants.
-        private: Make the repository private, if it is made.
-        dry_run: Show everything and write nothing.
+        options: Options of a publication.
     """
     if not runs:
         raise UsageError("Name the folder of a finished run.")
     from fixefficientnet.publishing.publish import publish as publish_runs
 
-    done = publish_runs(runs, repo, to=to, manifest=manifest, replace=replace, private=private, dry_run=dry_run)
-    if not done.written:
+    chosen = made(PublishOptions, options)
+    done = publish_runs(runs, repo, chosen)
+    if chosen.dry_run:
         _say("Dry run: nothing is published, nothing is written.")
+    if done.deltas:
+        _show_deltas(done.deltas, repo)
+    for model in done.models:
+        _show_model(model)
+
+
+def _show_deltas(done: "PublishResult", repo: str) -> None:
     for run in done.runs:
         _say(
             f"{run.folder}: {run.variant.key}, {len(run.data) / 1e6:.1f} MB, sha256 {run.sha256}\n"
@@ -218,6 +238,26 @@ def publish(
         f"{done.manifest_file} has the rows: with FIXEFFICIENTNET_MANIFEST={done.manifest_file}, "
         f"create({done.runs[0].variant.key!r}, pretrained=True) loads them."
     )
+
+
+def _show_model(done: "WholeResult") -> None:
+    loaded, gain = done.loaded, done.report.gain
+    _say(f"{loaded.name}: {loaded.architecture}, {loaded.num_classes} classes, test size {loaded.test.size}")
+    if gain and gain.warning:
+        _say(f"  Warning: {gain.warning}")
+    if done.unreachable:
+        _say(f"{done.unreachable}\nShown as if {done.repository} had nothing yet.")
+    at = f" at {done.revision}" if done.revision else ""
+    where = f"{done.folder} ({done.repository})" if done.folder else done.repository
+    _say(f"{where}{at}{'' if done.files else ': all was there already'}")
+    for name, size in done.files.items():
+        _say(f"  {name}  {size:,} bytes")
+    if not done.written:
+        _say("\nREADME.md:")
+        print_text(done.card)
+        return
+    place = f"local-dir:{done.folder}" if done.folder else f"hf-hub:{done.repository}"
+    _say(f"timm.create_model({place!r}, pretrained=True) loads it.")
 
 
 def _show_dry_run(done: "PublishResult") -> None:

@@ -21,7 +21,6 @@ from fixefficientnet.classes import (
     SUBSET,
     Subset,
     are_wordnet_ids,
-    imagenet_order,
     real_labels,
     turned_upright,
 )
@@ -103,14 +102,14 @@ def evaluate(model: str | os.PathLike[str] | nn.Module, data: str | os.PathLike[
 
 def dataset_for(loaded: LoadedModel, settings: Settings) -> ImageDataset:
     """The dataset, its classes numbered as the model's, its images upright or not as for the model."""
-    own = bool(loaded.classes) and loaded.classes != imagenet_order()
+    own = loaded.own_classes
     number = None if own else loaded.num_classes
     dataset = open_dataset(settings.data, settings.split, root=settings.data_root, num_classes=number, numbered=True)
     if loaded.part_of and settings.split is None and dataset.fingerprint() == loaded.part_of:
         dataset = open_dataset(settings.data, VALIDATION, num_classes=number)  # the rest trained the model
     upright = loaded.upright if settings.upright is None else settings.upright
     dataset = replace(dataset, upright=turned_upright(loaded.num_classes) if upright is None else upright)
-    return follow(dataset, loaded.classes, loaded.name) if own else dataset
+    return follow(dataset, own, loaded.name)
 
 
 def evaluate_model(

@@ -1,14 +1,18 @@
-"""The model card: README.md of a published repository, a template filled with what models.json tells of each model."""
+"""The model card: README.md of a published repository, of deltas or of a whole model."""
 
-from pathlib import Path
+import json
+from pathlib import Path, PurePath
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fixefficientnet import manifest
 from fixefficientnet._internal import records
+from fixefficientnet.evaluation.outcome import Summary
 from fixefficientnet.evaluation.paper import IMAGENET_NAME
+from fixefficientnet.models import LoadedModel
 from fixefficientnet.publishing import manifest_rows
 from fixefficientnet.publishing.index import Index, PublishedModel
+from fixefficientnet.reproduce.report import TITLES, Report
 
 FILENAME = "README.md"
 IMAGENET_DATASET = "ILSVRC/imagenet-1k"
@@ -16,7 +20,7 @@ IMAGENET_DATASET = "ILSVRC/imagenet-1k"
 
 
 def render(repository: str, index: Index) -> bytes:
-    """The model card of a repository.
+    """The model card of a repository of deltas: a template filled with what models.json tells of each model.
 
     Args:
         repository: ORGANISATION/NAME.
@@ -39,6 +43,63 @@ def render(repository: str, index: Index) -> bytes:
         licenses=licenses,
     )
     return f"{str(card).rstrip()}\n".encode()
+
+
+def render_model(repository: str, loaded: LoadedModel, license: str, report: Report | None) -> bytes:
+    """The model card of a repository with one whole model.
+
+    Args:
+        repository: ORGANISATION/NAME.
+        loaded: The model.
+        license: License of a network of one's own; SPDX identifier, lower case, or "unknown". A variant has its
+            backbone's.
+        report: The report of the run that made it, if there is one.
+    """
+    name = repository.partition("/")[2]
+    dataset = dataset_name(report) if report else ""
+    final = list(report.measured.values())[-1] if report else None
+    spdx = loaded.variant.backbone.license if loaded.variant else license
+    data = ModelCardData(
+        license=None if spdx == "unknown" else spdx,
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "transformers", *(["fixres", "arxiv:1906.06423"] * loaded.tuned)],
+        base_model=_base_model(loaded, report),
+        metrics=["accuracy"] if final else None,
+        model_name=name,
+        eval_results=_accuracies(final, dataset, f"at {final.size} pixels") if final else None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_str=Path(__file__).with_name("whole_card.md.jinja").read_text(encoding="utf-8"),
+        name=name,
+        repository=repository,
+        loaded=loaded,
+        report=report,
+        titles=TITLES,
+        dataset=dataset,
+        # JSON with an indent: no name of a class begins a line, so none ends the block
+        classes=json.dumps(loaded.own_classes, indent=1, ensure_ascii=False) if loaded.own_classes else "",
+        recipe=manifest_rows.dumps(records.to_json(report.recipe)) if report else "",
+    )
+    return f"{str(card).rstrip()}\n".encode("utf-8", "replace")
+
+
+def dataset_name(report: Report) -> str:
+    """Name of the images that a run was measured on, without places on this machine."""
+    if report.paper is not None and report.paper.comparable:
+        return f"{IMAGENET_NAME}, validation"
+    path = PurePath(report.validation_data)
+    skipped = 3 if path.parts[1:2] in (("home",), ("Users",)) else 1  # /home/NAME names the user
+    return "/".join(path.parts[skipped if path.is_absolute() else 0 :][-2:]) or "images of one's own"
+
+
+def _base_model(loaded: LoadedModel, report: Report | None) -> str | None:
+    """Repository of the weights that a model was made of, on the Hub; None if not known."""
+    if loaded.variant:
+        return loaded.variant.backbone.repository
+    started = report.recipe.weights == "pretrained" if report else not loaded.own_weights
+    return f"timm/{loaded.timm_name}" if started and "." in loaded.timm_name else None
 
 
 def _licenses(index: Index) -> dict[str, list[str]]:
@@ -68,15 +129,19 @@ def _metadata(repository: str, index: Index, licenses: list[str]) -> ModelCardDa
 
 
 def _results(key: str, model: PublishedModel) -> list[EvalResult]:
+    return _accuracies(model.tuned, model.dataset, f"of {key} at {model.tuned.size} pixels")
+
+
+def _accuracies(row: Summary, dataset: str, where: str) -> list[EvalResult]:
     """Top-1 and top-5 of a model, as shares in [0, 1]."""
     return [
         EvalResult(
             task_type="image-classification",
-            dataset_type=IMAGENET_DATASET if model.dataset.startswith(IMAGENET_NAME) else "other",
-            dataset_name=model.dataset,
+            dataset_type=IMAGENET_DATASET if dataset.startswith(IMAGENET_NAME) else "other",
+            dataset_name=dataset,
             metric_type="accuracy",
-            metric_name=f"{metric} of {key} at {model.tuned.size} pixels",
+            metric_name=f"{metric} {where}",
             metric_value=round(accuracy / 100, 5),
         )
-        for metric, accuracy in (("top-1", model.tuned.top1), ("top-5", model.tuned.top5))
+        for metric, accuracy in (("top-1", row.top1), ("top-5", row.top5))
     ]

@@ -3,7 +3,9 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
+
+from torch import nn
 
 from fixefficientnet import delta, manifest, zoo
 from fixefficientnet._internal import records
@@ -11,10 +13,9 @@ from fixefficientnet.delta import Delta
 from fixefficientnet.errors import CheckpointError, PublishError
 from fixefficientnet.evaluation import journal
 from fixefficientnet.evaluation.outcome import Evaluation, Summary
-from fixefficientnet.evaluation.paper import IMAGENET_NAME
 from fixefficientnet.manifest import TestTime, Variant
-from fixefficientnet.models import DELTA
-from fixefficientnet.publishing import index
+from fixefficientnet.models import DELTA, LoadedModel, load
+from fixefficientnet.publishing import card, index
 from fixefficientnet.publishing.index import PublishedModel
 from fixefficientnet.reproduce import probe, report
 from fixefficientnet.reproduce.folder import EVALUATIONS, RECIPE, Identity
@@ -65,12 +66,8 @@ class CheckedRun:
 
     @property
     def dataset(self) -> str:
-        """Name of the images that the run was measured on, without places on this machine."""
-        if self.comparable:
-            return f"{IMAGENET_NAME}, validation"
-        path = PurePath(self.report.validation_data)
-        skipped = 3 if path.parts[1:2] in (("home",), ("Users",)) else 1  # /home/NAME names the user
-        return "/".join(path.parts[skipped if path.is_absolute() else 0 :][-2:]) or "images of one's own"
+        """Name of the images that the run was measured on."""
+        return card.dataset_name(self.report)
 
     @property
     def comparable(self) -> bool:
@@ -118,10 +115,8 @@ def check(folder: Path) -> CheckedRun:
         PublishError: One of these does not hold.
         FixEfficientNetError: A file is missing or damaged, or the backbone cannot be loaded.
     """
-    if not folder.is_dir():
-        raise PublishError(f"{folder}: there is no such run.")
     found = Report.load(folder)
-    variant = _variant(folder, found)
+    variant = manifest.find(found.variant)
     if missing := [name for name in (DELTA, probe.FILENAME) if not (folder / name).is_file()]:
         raise PublishError(
             f"{folder} lacks {', '.join(missing)}: something was deleted. The command that made the run, given again, "
@@ -129,9 +124,60 @@ def check(folder: Path) -> CheckedRun:
         )
     tuned, data, sha256 = _read_delta(folder, found)
     _check_recipe(folder, found, tuned)
+    _check_images(folder, found)
     _check_evaluations(folder, found)
     test = delta.test_time(tuned, variant.test)
-    return CheckedRun(folder, variant, tuned, data, sha256, found, test, _check_logits(folder, variant, test))
+    probed = _check_logits(folder, zoo.create(variant.key, folder / DELTA), test)
+    return CheckedRun(folder, variant, tuned, data, sha256, found, test, probed)
+
+
+@dataclass(frozen=True)
+class CheckedModel:
+    """A finished run of any network, of either stage, whose report follows from its files.
+
+    Attributes:
+        folder: Folder of the run.
+        loaded: The model.
+        report: The run's report.
+        probe: Result of the probe; None for a base stage, which leaves none.
+    """
+
+    folder: Path
+    loaded: LoadedModel
+    report: Report
+    probe: ProbeCheck | None
+
+
+def check_model(folder: Path) -> CheckedModel:
+    """Reads a run whose model is published whole, and compares its report with its files, as `check` does.
+
+    Args:
+        folder: Folder of the run.
+
+    Raises:
+        PublishError: Its report does not follow from its files.
+        FixEfficientNetError: A file is missing or damaged.
+    """
+    found = Report.load(folder)
+    _check_images(folder, found)
+    _check_evaluations(folder, found)
+    loaded = load(str(folder))
+    probed = _check_logits(folder, loaded.network, loaded.test) if found.recipe.stage == "fixres" else None
+    return CheckedModel(folder, loaded, found, probed)
+
+
+def has_delta_to_publish(folder: Path) -> bool:
+    """Whether a finished run tuned a variant's original weights, which its delta makes it of.
+
+    Raises:
+        PublishError: There is no such folder.
+        FixEfficientNetError: The run is not finished, or its report is damaged.
+    """
+    if not folder.is_dir():
+        raise PublishError(f"{folder}: there is no such run.")
+    found = Report.load(folder)
+    tuned = found.recipe.stage == "fixres" and found.recipe.weights == "pretrained"
+    return tuned and found.variant in manifest.load()
 
 
 def check_all(folders: Sequence[Path]) -> list[CheckedRun]:
@@ -147,20 +193,6 @@ def check_all(folders: Sequence[Path]) -> list[CheckedRun]:
             raise PublishError(f"{runs[run.variant.key].folder} and {folder} are both runs of {run.variant.key}.")
         runs[run.variant.key] = run
     return list(runs.values())
-
-
-def _variant(folder: Path, found: Report) -> Variant:
-    """The row of the manifest that a run is of; refuses runs that have no delta for it."""
-    if found.recipe.stage != "fixres":
-        raise PublishError(f"{folder} is no FixRes run: only these have a delta to publish.")
-    known = manifest.load()
-    if found.variant not in known or found.recipe.weights != "pretrained":
-        raise PublishError(
-            f"{folder} is a run of {found.variant} that did not start from a variant's original weights, so no delta "
-            "makes it of what is on the Hub. Its model.safetensors is the whole network: timm.models.push_to_hf_hub "
-            "uploads that."
-        )
-    return known[found.variant]
 
 
 def _read_delta(folder: Path, found: Report) -> tuple[Delta, bytes, str]:
@@ -182,22 +214,29 @@ def _read_delta(folder: Path, found: Report) -> tuple[Delta, bytes, str]:
 
 
 def _check_recipe(folder: Path, found: Report, tuned: Delta) -> None:
-    """Report, delta and recipe.json have the same recipe, and the run was not measured on its training images."""
-    identity = Identity.load(folder / RECIPE)
-    if dict(tuned.recipe) != records.to_json(found.recipe) or identity.recipe != found.recipe:
-        raise PublishError(f"{folder}: {DELTA}, {report.FILENAME} and {RECIPE} have different recipes.")
+    """Report and delta have the same recipe, and it is one whose figures stand beside the paper's."""
+    if dict(tuned.recipe) != records.to_json(found.recipe):
+        raise PublishError(f"{folder}: {DELTA} and {report.FILENAME} have different recipes.")
     if found.recipe.upright:
         raise PublishError(
             f"{folder} was tuned and measured on images turned upright; published figures are, as the paper's, of "
             "images as they are stored. Run it without --upright."
         )
+
+
+def _check_images(folder: Path, found: Report) -> None:
+    """Report and recipe.json have the same recipe, and the run was not measured on its training images."""
+    identity = Identity.load(folder / RECIPE)
+    if identity.recipe != found.recipe:
+        raise PublishError(f"{folder}: {report.FILENAME} and {RECIPE} have different recipes.")
     if identity.train_images == identity.validation_images:
         raise PublishError(f"{folder} was measured on the very images that it was trained on: that is no accuracy.")
 
 
 def _check_evaluations(folder: Path, found: Report) -> None:
     """The recorded figures follow from the evaluations' own batches."""
-    if "tuned" not in found.measured or (found.measured.keys() - report.TITLES.keys()):
+    final = "tuned" if found.recipe.stage == "fixres" else "trained"
+    if final not in found.measured or (found.measured.keys() - report.TITLES.keys()):
         raise PublishError(f"{folder / report.FILENAME} is damaged: it has figures of {', '.join(found.measured)}.")
     evaluations = {}
     for name, recorded in found.measured.items():
@@ -220,10 +259,9 @@ def _evaluation(path: Path) -> tuple[Evaluation, Summary]:
         raise PublishError(f"{path}.*.jsonl is damaged: {error!r}.") from error
 
 
-def _check_logits(folder: Path, variant: Variant, test: TestTime) -> ProbeCheck:
-    """Backbone and delta give the logits that the run left."""
+def _check_logits(folder: Path, model: nn.Module, test: TestTime) -> ProbeCheck:
+    """The weights give the logits that the run left."""
     left = probe.load(folder / probe.FILENAME)
-    model = zoo.create(variant.key, folder / DELTA)
     try:
         found = probe.logits(model, left.images, test)
     except (RuntimeError, ValueError) as error:
@@ -232,7 +270,7 @@ def _check_logits(folder: Path, variant: Variant, test: TestTime) -> ProbeCheck:
     correct = int((found.argmax(1) == left.labels).sum())
     if difference > probe.TOLERANCE:
         raise PublishError(
-            f"{folder}: backbone and delta do not give the logits that the run left: they differ by up to "
+            f"{folder}: its weights do not give the logits that the run left: they differ by up to "
             f"{difference:.2g} of the largest, {correct} instead of {left.correct} of {len(left)} images are correct. "
             "The run was of another backbone, or its files were changed."
         )

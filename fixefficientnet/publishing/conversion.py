@@ -1,35 +1,27 @@
-"""A whole checkpoint to a delta, and a delta back to a whole checkpoint that plain timm loads."""
+"""A whole checkpoint to a delta."""
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
-from timm.models import filter_pretrained_cfg
 from torch import Tensor
 
 from fixefficientnet import delta as deltas
 from fixefficientnet import manifest, zoo
-from fixefficientnet._internal import checkpoint_file, compat, records
+from fixefficientnet._internal import checkpoint_file, records
 from fixefficientnet._internal.checkpoint_file import listed
-from fixefficientnet._internal.files import beside, check_output, replacing
+from fixefficientnet._internal.files import check_output
 from fixefficientnet.delta import Delta
 from fixefficientnet.errors import CheckpointError, FixEfficientNetError
 from fixefficientnet.hub import sha256_of
 from fixefficientnet.manifest import TestTime, Variant
-from fixefficientnet.models import DELTA
+from fixefficientnet.publishing import whole
 
 TOLERANCE = 1e-6
 """Largest difference of any value outside the head at which a tensor still counts as the backbone's."""
 _IGNORED = ".num_batches_tracked"
-_WHOLE = (".safetensors", ".pth")
-"""Endings of a whole checkpoint."""
-_OTHER_WEIGHTS = (".pt", ".bin", ".ckpt", ".tar")
-"""Endings that no folder is meant to have, and that are not written."""
 
 
 @dataclass(frozen=True)
@@ -91,25 +83,6 @@ class ConversionResult:
     test: TestTime
 
 
-@dataclass(frozen=True)
-class MergeResult:
-    """What a merge wrote.
-
-    Attributes:
-        variant: Row of the manifest.
-        weights: What was merged, as `create` takes it for `pretrained`; True for the published weights.
-        output: The file or folder that was written.
-        folder: Whether it is a folder in the Hub's layout, with the preprocessing in its config.json.
-        test: Test-time preprocessing of the weights.
-    """
-
-    variant: Variant
-    weights: bool | str
-    output: Path
-    folder: bool
-    test: TestTime
-
-
 def convert(
     checkpoint: Path,
     variant: str,
@@ -124,7 +97,7 @@ def convert(
     """Makes a delta of a whole checkpoint, whose tensors outside the head must be the original backbone's.
 
     Args:
-        checkpoint: Whole checkpoint: `.safetensors`, or `.pth` of tensors alone.
+        checkpoint: Whole checkpoint, as a training script saved it.
         variant: Key or alias of the variant that it is of.
         output: The delta, `.safetensors`; with `full`, the network, also `.pth`.
         full: Write the whole network, also where it differs from the backbone.
@@ -141,14 +114,14 @@ def convert(
         OSError: The output cannot be written.
     """
     row = manifest.find(variant)
-    _check_ending(output, _WHOLE if full else (".safetensors",))
+    whole.check_suffix(output, whole.SUFFIXES if full else (".safetensors",))
     check_output([output], overwrite)
     chosen: dict[str, Any] = {"size": size, "crop_pct": crop_pct}
     test = replace(row.test, **{name: value for name, value in chosen.items() if value is not None})
     records.check(test, FixEfficientNetError)
     found = read(checkpoint, row)
     if full:
-        save_whole(found.tensors, output)
+        whole.save(found.tensors, output)
         written = len(found.tensors)
     else:
         made = to_delta(found, row, license=license, source=checkpoint.name, test=test)
@@ -166,39 +139,6 @@ def convert(
         sha256=sha256_of(output),
         test=test,
     )
-
-
-def merge(variant: str, output: Path, *, delta: str | None = None, overwrite: bool = False) -> MergeResult:
-    """Makes one whole checkpoint of backbone and delta, which plain timm loads.
-
-    Args:
-        variant: Key or alias of the variant.
-        output: `.safetensors` or `.pth`; a path with another ending is a folder in the Hub's layout.
-        delta: Path of a delta, folder of a run, hf://…, or "backbone"; None: the published weights, and "backbone"
-            where the paper has none.
-        overwrite: Replace the output if it is there; a folder keeps its other files.
-
-    Raises:
-        UnknownVariantError: There is no such variant.
-        FixEfficientNetError: The output has an ending that is not written, or is there; the weights cannot be loaded.
-        OSError: The output cannot be written.
-    """
-    row = manifest.find(variant)
-    if output.suffix.lower() in (*_WHOLE, *_OTHER_WEIGHTS):
-        _check_ending(output, _WHOLE)
-    folder = output.suffix not in _WHOLE
-    check_output([output], overwrite, folder=folder)
-    weights = row.usual_weights if delta is None else delta
-    if delta and Path(delta).is_dir():
-        weights = str(Path(delta) / DELTA)
-    model = zoo.create(row.key, weights)
-    save_merged(model, output, published=weights is True)
-    return MergeResult(row, weights, output, folder, model.preprocess)
-
-
-def _check_ending(output: Path, allowed: tuple[str, ...]) -> None:
-    if output.suffix not in allowed:
-        raise FixEfficientNetError(f"{output}: the ending of such a file is {' or '.join(allowed)}.")
 
 
 def read(path: Path, variant: Variant) -> Checkpoint:
@@ -292,50 +232,3 @@ def to_delta(found: Checkpoint, variant: Variant, *, license: str, source: str, 
         license=license,
         recipe={"converted_from": source, "test_size": test.size, **asdict(test)},
     )
-
-
-def save_whole(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes a whole state dict: `.safetensors`, or `.pth` for `torch.load`."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    written = io.BytesIO()  # both raise what they like where their own writing meets a full disk
-    if path.suffix == ".safetensors":
-        written.write(safetensors.torch.save(contiguous, metadata={"format": "pt"}))
-    else:
-        torch.save(contiguous, written)
-    with replacing(path) as temporary:
-        temporary.write_bytes(written.getbuffer())
-
-
-def save_merged(model: "zoo.ZooModel", path: Path, *, published: bool) -> None:
-    """Writes a variant as plain timm loads it, with no trace of this package.
-
-    Args:
-        model: The variant, as `create` gives it.
-        path: `.safetensors` or `.pth` for `timm.create_model(NAME, checkpoint_path=…)`; anything else is a folder for
-            `timm.create_model("local-dir:…")` and for upload to the Hub, with the test-time preprocessing in its
-            config.json. A folder that is there keeps its other files.
-        published: Whether the weights are the variant's published ones, whose repository is their origin. That of other
-            weights is the backbone's.
-
-    Raises:
-        OSError, CheckpointError: It cannot be written.
-    """
-    if path.suffix in _WHOLE:
-        save_whole(dict(model.state_dict()), path)
-        return
-    with beside(path) as temporary:
-        backbone = model.variant.backbone
-        # all of it: some releases of timm complete what they are given, others take it as it is
-        described = filter_pretrained_cfg(model.pretrained_cfg, remove_source=True, remove_null=True)  # type: ignore[no-untyped-call]
-        described |= {"architecture": backbone.architecture, "tag": backbone.tag}
-        if not published:
-            described["origin_url"] = manifest.hub_url(backbone.repository)
-        config = {"architecture": backbone.architecture, "pretrained_cfg": described}
-        try:
-            compat.save_for_hf(model, str(temporary), model_config=config, safe_serialization=True)
-        except safetensors.SafetensorError as error:
-            raise CheckpointError(f"{path} cannot be written: {error}.") from error
-        path.mkdir(exist_ok=True)
-        for file in sorted(temporary.iterdir(), reverse=True):  # config.json last
-            file.chmod(0o644)
-            file.replace(path / file.name)

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import (
@@ -11,6 +12,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import git_hash
 
 from fixefficientnet import hub
 from fixefficientnet._internal import compat
@@ -19,6 +21,8 @@ from fixefficientnet.errors import FixEfficientNetError, PublishError
 from fixefficientnet.hub import HubFile
 from fixefficientnet.publishing import index
 
+_SHA256 = 64
+"""Digits of a sha256."""
 _FIRST_FILE = ".gitattributes"
 """The file that the Hub puts into a new repository."""
 
@@ -29,15 +33,25 @@ class Contents:
 
     Attributes:
         head: Its last commit, 40 hex digits; None where there is no repository.
-        names: Names of its files.
+        hashes: Of each file: sha256 of a large one, git's SHA-1 of another.
         index: Content of its models.json; None where there is no such file.
         tags: Commit of each tag, by name.
     """
 
     head: str | None = None
-    names: frozenset[str] = frozenset()
+    hashes: Mapping[str, str] = field(default_factory=dict)
     index: bytes | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of its files."""
+        return frozenset(self.hashes)
+
+    def has(self, name: str, file: Path) -> bool:
+        """Whether a file is there under a name, with this very content."""
+        known = self.hashes.get(name, "")
+        return known == (hub.sha256_of(file) if len(known) == _SHA256 else git_hash(file.read_bytes()))
 
 
 @dataclass(frozen=True)
@@ -61,21 +75,21 @@ class HubRepository:
         api = self._api()
         with self._explained("Nothing was published"):
             try:
-                info = api.model_info(self.name)
+                info = api.model_info(self.name, files_metadata=True)
                 tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(self.name).tags}
             except RepositoryNotFoundError:
                 return Contents()
-        names = frozenset(sibling.rfilename for sibling in info.siblings or ())
+        hashes = {one.rfilename: one.lfs.sha256 if one.lfs else one.blob_id or "" for one in info.siblings or ()}
         models = None
-        if index.FILENAME in names and info.sha:
+        if index.FILENAME in hashes and info.sha:
             models = hub.read(HubFile(self.name, index.FILENAME, info.sha))
-        return Contents(info.sha, names, models, tags)
+        return Contents(info.sha, hashes, models, tags)
 
-    def commit(self, files: Mapping[str, bytes], message: str, parent: str | None) -> str:
+    def commit(self, files: Mapping[str, bytes | Path], message: str, parent: str | None) -> str:
         """Adds or replaces files in one commit; makes the repository if need be.
 
         Args:
-            files: Content of each file, by name.
+            files: Content of each file, or its path, by name.
             message: Message of the commit.
             parent: The last commit as `contents` saw it; None where there was no repository.
 
@@ -152,6 +166,20 @@ class HubRepository:
                 f"{state}: {constants.ENDPOINT} was not reached to the end ({_reason(error)}). The same command, given "
                 "again, completes it."
             ) from error
+
+
+def ask(target: HubRepository, dry_run: bool) -> tuple[Contents, str | None]:
+    """What a repository has; of a dry run without the Hub, nothing, with the reason.
+
+    Raises:
+        PublishError: The Hub does not answer, or refuses, and it is no dry run.
+    """
+    try:
+        return target.contents(), None
+    except PublishError as error:
+        if not dry_run:
+            raise
+        return Contents(), str(error)
 
 
 def _reason(error: Exception) -> str:

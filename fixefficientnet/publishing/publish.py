@@ -1,15 +1,18 @@
-"""publish(): finished runs to a repository of deltas, on the Hub or as plain files, and to the manifest's rows."""
+"""publish(): finished runs to a repository of deltas and the manifest's rows, or to one of a whole model."""
 
 import os
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fixefficientnet.errors import PublishError
+from fixefficientnet.models import DELTA, load
+from fixefficientnet.options import PublishOptions
 from fixefficientnet.publishing import card, checks, folder, index, manifest_rows
 from fixefficientnet.publishing.checks import CheckedRun
-from fixefficientnet.publishing.hub_repository import Contents, HubRepository, check_name
+from fixefficientnet.publishing.hub_repository import Contents, HubRepository, ask, check_name
 from fixefficientnet.publishing.index import Index, PublishedModel
+from fixefficientnet.publishing.whole_repository import WholeResult, publish_model
 
 NO_COMMIT = "0" * 40
 """Stands for the commit in the rows of a dry run."""
@@ -75,46 +78,65 @@ class PublishResult:
     unreachable: str | None = None
 
 
-def publish(
-    runs: Sequence[Path],
-    repository: str,
-    *,
-    to: Path | None = None,
-    manifest: Path | None = None,
-    replace: bool = False,
-    private: bool = False,
-    dry_run: bool = False,
-) -> PublishResult:
-    """Checks finished runs and publishes their deltas, with a model card and models.json.
+@dataclass(frozen=True)
+class Publication:
+    """What a call of `publish` did, or would do.
 
-    On the Hub that is one commit and its tag; then a manifest's file gets the rows. What is there already stays as it
-    is, so the same call completes one that failed.
+    Attributes:
+        deltas: The deltas of runs of variants; None where a network of one's own was published.
+        models: The whole models, each in a repository of its own.
+    """
+
+    deltas: PublishResult | None
+    models: Sequence[WholeResult]
+
+
+def publish(runs: Sequence[Path], repository: str, options: PublishOptions | None = None) -> Publication:
+    """Checks finished runs and publishes them.
+
+    Runs of variants go together into one repository of deltas, with a model card and models.json: on the Hub one commit
+    and its tag; then a manifest's file gets the rows. A run of another network, or of classes of one's own, becomes a
+    repository as timm keeps its models. What is there already stays as it is, so the same call completes one that
+    failed.
 
     Args:
-        runs: Folders of finished runs, of different variants.
-        repository: ORGANISATION/NAME on the Hub.
-        to: Folder to write the files to, and nothing to the Hub. The manifest is a file in it then, which loads the
-            weights from there; the card names them as in `repository`.
-        manifest: File that gets the rows which load from the Hub: a whole manifest, or rows to lay over one; made if
-            need be. None: weights_manifest.json in the working directory.
-        replace: Replace other weights of the same variants, and files that `publish` did not write.
-        private: Make a new repository private.
-        dry_run: Write nothing.
+        runs: Folders of finished runs, of different variants; or of one other network.
+        repository: ORGANISATION/NAME on the Hub; with a folder (`to`), the cards name the weights as in it.
+        options: The options; None: the defaults.
 
     Raises:
         PublishError: A run cannot be published, or not there; the message says what is published by then.
         ManifestError: The manifest's file cannot take the rows; found before anything is published.
         FixEfficientNetError: A run's file is damaged, or its backbone cannot be loaded.
     """
+    options = options or PublishOptions()
     check_name(repository)
-    if to is None:
-        target = HubRepository(repository, private)
-        file = manifest or Path(manifest_rows.FILENAME)
-        return _to_hub(checks.check_all(runs), target, file, replace, dry_run)
-    if private or manifest is not None:
-        option = "--private" if private else "--manifest"
+    if options.to is not None and (options.private or options.manifest is not None):
+        option = "--private" if options.private else "--manifest"
         raise PublishError(f"{option} is for the Hub. A folder (--to) has its own {manifest_rows.FILENAME}.")
-    return _to_folder(checks.check_all(runs), repository, to, replace, dry_run)
+    own = [run for run in runs if not checks.has_delta_to_publish(run)]
+    if own:
+        if len(runs) > 1:
+            raise PublishError(
+                f"{own[0]} is a run of a network of your own, which gets its own repository: publish it alone."
+            )
+        run = checks.check_model(own[0])
+        return Publication(None, [publish_model(run.loaded, run.report, repository, options)])
+    checked = checks.check_all(runs)
+    if options.to is None:
+        target, file = HubRepository(repository, options.private), options.manifest or Path(manifest_rows.FILENAME)
+        deltas = _to_hub(checked, target, file, options.replace, options.dry_run)
+    else:
+        deltas = _to_folder(checked, repository, options.to, options.replace, options.dry_run)
+    return Publication(deltas, [_publish_whole(each, repository, options) for each in checked if options.whole])
+
+
+def _publish_whole(run: CheckedRun, repository: str, options: PublishOptions) -> WholeResult:
+    """Publishes the whole model of a variant's run beside the repository of its delta."""
+    name = run.variant.timm_name
+    loaded = load(f"{run.variant.key}:{run.folder / DELTA}")
+    options = replace(options, to=options.to and options.to / name)
+    return publish_model(loaded, run.report, f"{repository.partition('/')[0]}/{name}", options)
 
 
 def plan(models: Mapping[str, PublishedModel], before: Index | None, where: str, *, replace: bool = False) -> Plan:
@@ -195,7 +217,7 @@ def _to_folder(
 def _to_hub(
     runs: Sequence[CheckedRun], target: HubRepository, manifest_file: Path, replace: bool, dry_run: bool
 ) -> PublishResult:
-    contents, unreachable = _ask(target, dry_run)
+    contents, unreachable = ask(target, dry_run)
     source = f"{index.FILENAME} of {target.name}"
     before = None if contents.index is None else Index.load(contents.index, source)
     keys = [run.variant.key for run in runs]
@@ -226,16 +248,6 @@ def _to_hub(
     return PublishResult(
         runs, target.name, said, files, manifest_file, text, revisions, written=not dry_run, unreachable=unreachable
     )
-
-
-def _ask(target: HubRepository, dry_run: bool) -> tuple[Contents, str | None]:
-    """What a repository has; of a dry run without the Hub, nothing, with the reason."""
-    try:
-        return target.contents(), None
-    except PublishError as error:
-        if not dry_run:
-            raise
-        return Contents(), str(error)
 
 
 def _commit(target: HubRepository, planned: Plan, files: Mapping[str, bytes], contents: Contents) -> str:

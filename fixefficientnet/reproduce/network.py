@@ -70,7 +70,7 @@ def load(subject: Subject, weights: str | Path, *, num_classes: int, seed: int) 
 
     Args:
         subject: The network to build.
-        weights: "pretrained", "random", or a checkpoint file (safetensors, or a `.pth` of tensors alone).
+        weights: "pretrained", "random", or a checkpoint file, as a training script saved it.
         num_classes: Number of classes; a classifier that comes with no weights for them starts at zero, so that
             training begins with equal probabilities. A checkpoint file decides the number itself.
         seed: Seed of what starts at random.
