@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -220,6 +221,58 @@ def test_the_table_per_class_of_models_that_name_the_same_folders_differently(ev
     assert [row["name"] for row in rows] == [*names, "n01440764", "n01443537", "n01484850"]
 
 
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_a_row_per_image(ground: Ground, evaluate, tmp_path: Path, ending: str):
+    data, out = tmp_path / "data", tmp_path / "deep" / f"images.{ending}"
+    copied(ground, data, {2: b"no image"})
+    evaluate(ground.one, ground.two, "--data", data, "--predictions", out)
+    text = out.read_text()
+    rows = [*csv.DictReader(io.StringIO(text))] if ending == "csv" else [*map(json.loads, text.splitlines())]
+    images = [path.relative_to(ground.data / "val") for path in ground.paths]
+    assert [(row["model"], row["image"]) for row in rows] == [
+        (str(run), str(image)) for run in (ground.one, ground.two) for image in images
+    ]
+    for number, row in enumerate(rows):
+        index = number % len(images)
+        if index == 2:
+            assert row.pop("left_out") == "The image of 8 bytes is not an image that Pillow can read."
+            assert not any(row[key] for key in row.keys() - {"model", "image"})
+            continue
+        logits = ground.logits[Path(row["model"])][index]
+        best = [CLASSES[label] for label in logits.argsort(descending=True)[:5]]
+        assert [row["prediction"], *(row[f"prediction{place}"] for place in range(2, 6))] == best
+        assert row["truth"] == images[index].parent.name
+        assert int(row["correct"]) == (best[0] == row["truth"])
+        assert float(row["confidence"]) == pytest.approx(logits.softmax(0).max().item(), rel=1e-4)
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(ground.labels[index]))
+        assert float(row["loss"]) == pytest.approx(loss.item(), rel=1e-4)
+        assert not row["left_out"]
+
+
+def test_a_row_per_image_of_real_labels(evaluate, tmp_path: Path):
+    known = {1: "", 2: "n09193705|n04228054"}  # of timm's copy
+    for number in known:
+        path = tmp_path / "data" / "n01440764" / f"ILSVRC2012_val_{number:08d}.JPEG"
+        tiny.mottle(path.with_suffix(".png"), number).rename(path)
+    save_file(timm.create_model("test_efficientnet").state_dict(), tmp_path / "model.safetensors")
+    run, out = f"timm/test_efficientnet:{tmp_path / 'model.safetensors'}", tmp_path / "images.csv"
+    evaluate(run, "--data", tmp_path / "data", "--size", 48, "--real-labels", "--predictions", out)
+    for row, truth in zip(csv.DictReader(out.open()), known.values(), strict=True):
+        assert (row["truth"], row["left_out"]) == (truth, "" if truth else "no ReaL label")
+
+
+def test_names_that_are_no_utf_8_and_hold_what_a_table_is_made_of(evaluate, tmp_path: Path):
+    names = ("a,b", 'c"d', "e\nf")
+    paths = [tiny.mottle(tmp_path / "data" / name / "0.png", number) for number, name in enumerate(names)]
+    paths[0] = paths[0].rename(os.fsdecode(os.fsencode(paths[0].parent) + b"/caf\xe9.png"))
+    run = plain.save_run(tmp_path / "run", plain.network(3, [*paths, paths[0]], [0, 1, 2, 1]), names)
+    out = tmp_path / "images.csv"
+    evaluate(run, "--data", tmp_path / "data", "--predictions", out)
+    rows = [*csv.DictReader(io.StringIO(out.read_text(), newline=""))]
+    assert [row["truth"] for row in rows] == [*names]
+    assert rows[0]["image"] == "a,b/caf\\udce9.png"
+
+
 @pytest.mark.parametrize("swapped", [False, True])
 def test_a_comparison_is_that_of_scipy(ground: Ground, evaluate, swapped: bool):
     first, second = (ground.two, ground.one) if swapped else (ground.one, ground.two)
@@ -392,6 +445,7 @@ def test_no_data_and_no_model_are_usage_errors(ground: Ground, evaluate):
         (["-j", -1], 2),
         (["-b", "1.5"], 2),
         (["--json", "--csv"], 2),
+        (["--predictions", "images.parquet"], 2),
         (["--crop-pct", "0"], 2),
         (["--crop-pct", "1.5"], 2),
         (["--crop-pct", "nan"], 2),

@@ -56,12 +56,14 @@ class Form:
         as_json: Print JSON.
         as_csv: Print CSV.
         per_class: Write a table per class to this CSV file.
+        predictions: Write a row per image to this file (.csv, .jsonl).
         results_file: Write a CSV file with the columns of timm's.
     """
 
     as_json: AsJson = False
     as_csv: AsCsv = False
     per_class: Path | None = None
+    predictions: Path | None = None
     results_file: Path | None = None
 
     def check(self, settings: Settings) -> None:
@@ -70,7 +72,9 @@ class Form:
             raise UsageError("--json and --csv exclude each other.")
         if self.per_class and settings.real_labels:
             raise UsageError("--per-class needs one label per image, which ReaL labels are not.")
-        for path in filter(None, (self.per_class, self.results_file)):
+        if self.predictions and self.predictions.suffix.lower() not in (".csv", ".jsonl"):
+            raise UsageError(f"--predictions {self.predictions}: the file's name ends in .csv or .jsonl.")
+        for path in filter(None, (self.per_class, self.predictions, self.results_file)):
             if path.is_dir() or not next(folder for folder in path.absolute().parents if folder.exists()).is_dir():
                 raise FixEfficientNetError(f"{path} cannot be written: it is a folder, or what it is in is none.")
 
@@ -80,6 +84,9 @@ class Form:
 
         if self.per_class:
             _write(self.per_class, tables.as_csv(tables.per_class_rows(every)))
+        if self.predictions:
+            form = tables.as_csv if self.predictions.suffix.lower() == ".csv" else tables.as_json_lines
+            _write(self.predictions, form(tables.prediction_rows(every)))
         if self.results_file:
             best_first = sorted(every, key=lambda one: -one.evaluation.top1)
             _write(self.results_file, tables.as_csv([tables.timm_row(one) for one in best_first]))
@@ -408,6 +415,6 @@ def _evaluate(
 
 def _write(path: Path, text: str) -> None:
     try:
-        write_atomically(path, text.encode())
+        write_atomically(path, text.encode("utf-8", "backslashreplace"))  # a file's name may be no UTF-8
     except OSError as error:
         raise FixEfficientNetError(f"{path} cannot be written: {error.strerror}.") from error

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -69,6 +70,32 @@ def per_class_rows(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     return rows
 
 
+def prediction_rows(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    """One row per model and image, in the dataset's order; None where there is nothing to tell.
+
+    Classes are given by name, or by index where the dataset names none. "image" is the file's path in the split's
+    folder; "truth" joins several ReaL labels with |; "left_out" says why an image does not count.
+    """
+    rows = []
+    for one in measured:
+        names, found = one.dataset.classes, one.evaluation
+        for index, (prediction, correct) in enumerate(zip(found.predictions, found.correct, strict=True)):
+            image = one.dataset.image_name(index)
+            row: dict[str, Any] = {"model": one.loaded.name, "image": image, **_NO_PREDICTION}
+            if prediction:
+                truth, best = ([names[i] if names else str(i) for i in which] for which in prediction[:2])
+                row |= {"truth": "|".join(truth), **dict(zip(_PREDICTIONS, best, strict=False))}
+                row |= {"confidence": prediction.confidence, "correct": int(correct), "loss": prediction.loss}
+            else:
+                row["left_out"] = found.unreadable.get(index, "no ReaL label").removeprefix(f"{image}: ")
+            rows.append(row)
+    return rows
+
+
+_PREDICTIONS = ("prediction", *(f"prediction{place}" for place in range(2, 6)))
+_NO_PREDICTION = dict.fromkeys(("truth", "prediction", "confidence", "correct", "loss", *_PREDICTIONS[1:], "left_out"))
+
+
 def comparison(first: Measured, second: Measured, found: Comparison) -> dict[str, Any]:
     """A comparison as JSON values; differences in points, of the second less the first."""
     low, high = found.interval
@@ -94,6 +121,11 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return stream.getvalue()
+
+
+def as_json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as one JSON object a line."""
+    return "".join(f"{json.dumps(row)}\n" for row in rows)
 
 
 def from_csv(text: str) -> list[dict[str, Any]]:
