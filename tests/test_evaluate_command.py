@@ -21,6 +21,7 @@ import torch
 from conftest import Network
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
+from test_page import Read, assert_stands_alone
 
 import fixefficientnet
 from fixefficientnet.errors import EvaluationError
@@ -296,6 +297,26 @@ def test_a_comparison_is_that_of_scipy(ground: Ground, evaluate, swapped: bool):
     assert f"{second} against {first}: {pair['difference']:+.2f} points top-1 (95%: " in out
     assert f"p = {p:.2g}" in out
     assert f"correct in the first alone: {only_first}, in the second alone: {only_second}, of {len(pairs)} image" in out
+
+
+def test_a_page_to_look_at(ground: Ground, evaluate, tmp_path: Path):
+    data, out = tmp_path / "data", tmp_path / "deep" / "page.html"
+    copied(ground, data, {2: b"no image"})
+    evaluate("--compare", ground.one, ground.two, "--data", data, "--html", out)
+    found = Read(out.read_bytes())
+    assert_stands_alone(found)
+    kept = [index for index in range(len(ground.paths)) if index != 2]
+    digits = {run: plain.correct(ground.logits[run], ground.labels) for run in (ground.one, ground.two)}
+    for row, (run, correct) in zip(found.table("model"), digits.items(), strict=True):
+        share = 100 * sum(correct[index] == "1" for index in kept) / len(kept)
+        assert row[:3] == [str(run), "48", f"{share:.2f}"]
+        assert ("h2", f"{run} at 48 pixels") in found.headings
+        wrong = sum(correct[index] == "0" for index in kept)
+        assert ("h3", f"Misclassified images: {wrong}") in found.headings
+    mended = sum((digits[ground.one][index], digits[ground.two][index]) == ("0", "1") for index in kept)
+    assert f"Correct only now: {mended} image" in found.text
+    assert f"{ground.two} against {ground.one}, on the same images: " in found.text
+    assert "apple/2.png: The image of 8 bytes" in found.text
 
 
 def test_a_model_compared_with_itself(ground: Ground, evaluate):

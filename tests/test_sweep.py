@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from conftest import Network, lively, put_in_cache
 from PIL import Image
+from test_page import Read, assert_stands_alone
 from tiny import cli
 from torch import Tensor, nn
 from torchvision import transforms
@@ -194,7 +195,17 @@ def test_the_rows_are_what_evaluate_finds_and_what_a_forward_pass_costs(ground: 
 
 def test_what_it_writes_opens_and_what_it_says_names_it(ground: Ground, tmp_path: Path):
     said = sweep(ground, tmp_path / "deep" / "er", "32,64", "--crop-pct", "1")
-    assert {path.name for path in (tmp_path / "deep" / "er").iterdir()} == {"sweep.csv", "finished"} | FIGURES
+    assert {path.name for path in (tmp_path / "deep" / "er").iterdir()} == {
+        "sweep.csv",
+        "report.html",
+        "finished",
+    } | FIGURES
+    page = Read((tmp_path / "deep" / "er" / "report.html").read_bytes())
+    assert_stands_alone(page)
+    assert [row[1:3] for row in page.table("model")] == [
+        [str(row["size"]), f"{row['top1']:.2f}"] for row in rows_of(tmp_path / "deep" / "er")
+    ]
+    assert [tag for tag, _ in page.tags].count("circle") == 2
     with Image.open(tmp_path / "deep" / "er" / "sweep.png") as image:
         image.load()
     assert ET.parse(tmp_path / "deep" / "er" / "sweep.svg").getroot().tag.endswith("svg")

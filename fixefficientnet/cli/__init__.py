@@ -28,7 +28,7 @@ from fixefficientnet.errors import FixEfficientNetError, Interrupted, OptionErro
 from fixefficientnet.cli import zoo, evaluation, reproduce, deployment  # noqa: F401
 # isort: on
 
-_EXTRAS = dict.fromkeys(("accelerate", "matplotlib", "torchmetrics"), "evaluate")
+_EXTRAS = dict.fromkeys(("accelerate", "jinja2", "matplotlib", "torchmetrics"), "evaluate")
 _EXTRAS |= dict.fromkeys(("onnx", "onnxruntime", "onnxscript", "sympy"), "onnx")
 _EXTRAS |= dict.fromkeys(("nncf", "openvino"), "openvino")
 _WITHOUT_MODELS = (zoo.list_, zoo.info)

@@ -57,6 +57,7 @@ class Form:
         as_csv: Print CSV.
         per_class: Write a table per class to this CSV file.
         predictions: Write a row per image to this file (.csv, .jsonl).
+        html: Write a page to look at: figures, confused classes, misclassified images.
         results_file: Write a CSV file with the columns of timm's.
     """
 
@@ -64,6 +65,7 @@ class Form:
     as_csv: AsCsv = False
     per_class: Path | None = None
     predictions: Path | None = None
+    html: Path | None = None
     results_file: Path | None = None
 
     def check(self, settings: Settings) -> None:
@@ -74,19 +76,23 @@ class Form:
             raise UsageError("--per-class needs one label per image, which ReaL labels are not.")
         if self.predictions and self.predictions.suffix.lower() not in (".csv", ".jsonl"):
             raise UsageError(f"--predictions {self.predictions}: the file's name ends in .csv or .jsonl.")
-        for path in filter(None, (self.per_class, self.predictions, self.results_file)):
+        for path in filter(None, (self.per_class, self.predictions, self.html, self.results_file)):
             if path.is_dir() or not next(folder for folder in path.absolute().parents if folder.exists()).is_dir():
                 raise FixEfficientNetError(f"{path} cannot be written: it is a folder, or what it is in is none.")
 
-    def show(self, every: "list[Measured]", pair: dict[str, Any] | None) -> None:
+    def show(
+        self, every: "list[Measured]", compared: "tuple[Measured, Measured] | None", pair: dict[str, Any] | None
+    ) -> None:
         """Writes the files, and prints."""
-        from fixefficientnet.evaluation import tables
+        from fixefficientnet.evaluation import page, tables
 
         if self.per_class:
             _write(self.per_class, tables.as_csv(tables.per_class_rows(every)))
         if self.predictions:
             form = tables.as_csv if self.predictions.suffix.lower() == ".csv" else tables.as_json_lines
             _write(self.predictions, form(tables.prediction_rows(every)))
+        if self.html:
+            _write(self.html, page.render(page.of_evaluations(every, compared)))
         if self.results_file:
             best_first = sorted(every, key=lambda one: -one.evaluation.top1)
             _write(self.results_file, tables.as_csv([tables.timm_row(one) for one in best_first]))
@@ -136,13 +142,13 @@ def evaluate(
     accelerator = _accelerator(chosen)
     found = _evaluate_all(names, chosen, accelerator)
     every = list(found.values())
-    pair = None
+    compared, pair = None, None
     if compare:
-        first, second = (found[name] for name in compare)
+        first, second = compared = found[compare[0]], found[compare[1]]
         pair = tables.comparison(first, second, paired(first.evaluation.correct, second.evaluation.correct))
     if not accelerator.is_main_process:
         return
-    form.show(every, pair)
+    form.show(every, compared, pair)
     _name_images(every)
 
 
@@ -169,7 +175,7 @@ def sweep(
         statistics: Also show how the pooled activations move with the size.
         as_json: Print JSON.
         as_csv: Print CSV.
-        output: Folder for sweep.csv and figures (.png, .svg).
+        output: Folder for sweep.csv, report.html and figures (.png, .svg).
         overwrite: Evaluate finished sizes again.
     """
     if not models:
@@ -191,7 +197,7 @@ def sweep(
     rows = sweeping.sweep(sweeping.with_untuned(models), pixels, chosen, take)
     if not accelerator.is_main_process:
         return
-    written = sweeping.write(rows, output, statistics=statistics)
+    written = sweeping.write(rows, every, output, statistics=statistics)
     if as_json:
         print_json(rows)
     elif as_csv:
@@ -317,32 +323,9 @@ def _show(every: "list[Measured]", pair: "dict[str, Any] | None") -> None:
 
 
 def _conditions(every: "list[Measured]") -> str:
-    """On what, and how: a line for each that differs."""
-    from fixefficientnet.evaluation.evaluate import restriction
+    from fixefficientnet.evaluation.evaluate import conditions
 
-    models: dict[str, list[str]] = {}
-    policies = {one.dataset.upright for one in every}
-    for one in every:
-        line = _described(one) + (f"; {more}" if (more := restriction(one)) else "")
-        if len(policies) > 1:
-            line += "; turned upright" if one.dataset.upright else "; EXIF orientation ignored"
-        names = models.setdefault(line, [])
-        names += [one.loaded.name] * (one.loaded.name not in names)
-    lines = [f"{', '.join(names)}: {line}" if len(models) > 1 else line for line, names in models.items()]
-    return escape("\n".join(lines))
-
-
-def _described(one: "Measured") -> str:
-    found, test = one.evaluation, one.loaded.test
-    left_out = f" ({len(found.unreadable):,} more could not be read)" if found.unreadable else ""
-    crop = f"crop_pct {test.crop_pct:g}" + (f", {one.loaded.crop_mode}" if one.loaded.crop_mode != "center" else "")
-    words = (
-        (one.engine, "eager"),
-        (one.precision, "no"),
-        (f"{one.preprocessing} preprocessing", "exact preprocessing"),
-    )
-    how = "".join(f", {word}" for word, usual in words if word != usual)
-    return f"{found.images:,} images of {one.dataset.name}{left_out}; {crop}, {test.interpolation}{how}"
+    return escape("\n".join(conditions(every)))
 
 
 def _unreadable(one: "Measured") -> list[str]:
@@ -413,8 +396,10 @@ def _evaluate(
         return evaluate_model(loaded, settings, accelerator, dataset=dataset, progress=shown)
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: str | bytes) -> None:
+    if isinstance(content, str):
+        content = content.encode("utf-8", "backslashreplace")  # a file's name may be no UTF-8
     try:
-        write_atomically(path, text.encode("utf-8", "backslashreplace"))  # a file's name may be no UTF-8
+        write_atomically(path, content)
     except OSError as error:
         raise FixEfficientNetError(f"{path} cannot be written: {error.strerror}.") from error

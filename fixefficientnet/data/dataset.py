@@ -85,6 +85,10 @@ class ImageDataset:
             return {self.targets.get(int(label), int(label)) for _, label in self.source.samples}
         return set(self.targets.values()) or set(range(len(self.classes)))
 
+    def class_name(self, label: int) -> str:
+        """Name of a class, by the model's index; the index itself, where the dataset names none."""
+        return self.classes[label] if self.classes else str(label)
+
     def image_name(self, index: int) -> str:
         """The name of an image in messages: its file, or its index."""
         filename = None

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -286,7 +286,33 @@ def _filename(name: str, size: int, identity: dict[str, Any]) -> str:
     return f"{readable}-{size}-{digest[:16]}"
 
 
-def restriction(measured: Measured) -> str:
+def conditions(every: Sequence[Measured]) -> list[str]:
+    """On what models were evaluated, and how: a line for each that differs."""
+    models: dict[str, list[str]] = {}
+    policies = {one.dataset.upright for one in every}
+    for one in every:
+        line = _described(one) + (f"; {more}" if (more := _restriction(one)) else "")
+        if len(policies) > 1:
+            line += "; turned upright" if one.dataset.upright else "; EXIF orientation ignored"
+        names = models.setdefault(line, [])
+        names += [one.loaded.name] * (one.loaded.name not in names)
+    return [f"{', '.join(names)}: {line}" if len(models) > 1 else line for line, names in models.items()]
+
+
+def _described(one: Measured) -> str:
+    found, test = one.evaluation, one.loaded.test
+    left_out = f" ({len(found.unreadable):,} more could not be read)" if found.unreadable else ""
+    crop = f"crop_pct {test.crop_pct:g}" + (f", {one.loaded.crop_mode}" if one.loaded.crop_mode != "center" else "")
+    words = (
+        (one.engine, "eager"),
+        (one.precision, "no"),
+        (f"{one.preprocessing} preprocessing", "exact preprocessing"),
+    )
+    how = "".join(f", {word}" for word, usual in words if word != usual)
+    return f"{found.images:,} images of {one.dataset.name}{left_out}; {crop}, {test.interpolation}{how}"
+
+
+def _restriction(measured: Measured) -> str:
     """What an output must say of how the figures were taken; empty: nothing."""
     said = []
     if measured.subset:

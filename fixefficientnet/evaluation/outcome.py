@@ -181,14 +181,28 @@ class Evaluation:
             raise EvaluationError("None of the evaluated images has such a label.")
         return replace(self, predictions=predictions)
 
+    @property
+    def has_one_label_each(self) -> bool:
+        """Whether each image that was evaluated has one label, which ReaL labels need not be."""
+        return all(len(prediction.labels) == 1 for prediction in self.evaluated)
+
+    def confusion(self) -> Counter[tuple[int, int]]:
+        """How many images there are by label and top-1 prediction; those with one label each.
+
+        Raises:
+            EvaluationError: Images have more than one label each.
+        """
+        if not self.has_one_label_each:
+            raise EvaluationError("A table per class needs one label per image, which ReaL labels are not.")
+        return Counter((prediction.labels[0], prediction.top5[0]) for prediction in self.evaluated)
+
     def per_class(self) -> list[dict[str, Any]]:
         """One row per class that has images: counts, accuracy, interval, the most common wrong prediction.
 
         Raises:
             EvaluationError: Images have more than one label each.
         """
-        if any(len(prediction.labels) != 1 for prediction in self.evaluated):
-            raise EvaluationError("A table per class needs one label per image, which ReaL labels are not.")
+        confusion = self.confusion()
         from torchmetrics.functional.classification import multiclass_stat_scores
 
         labels = [prediction.labels[0] for prediction in self.evaluated]
@@ -204,10 +218,10 @@ class Evaluation:
         top5: Counter[int] = Counter()
         wrong: dict[int, Counter[int]] = {label: Counter() for label in labels}
         for prediction in self.evaluated:
-            (label,), (first, *_) = prediction.labels, prediction.top5
-            top5[label] += label in prediction.top5
+            top5[prediction.labels[0]] += prediction.labels[0] in prediction.top5
+        for (label, first), times in confusion.items():
             if first != label:
-                wrong[label][first] += 1
+                wrong[label][first] = times
         rows = []
         for label in sorted(wrong):
             correct, false, _, _, images = scores[number[label]]

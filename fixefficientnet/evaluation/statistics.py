@@ -78,6 +78,14 @@ class Comparison:
             tail += count
         return min(1.0, 2 * tail / (1 << trials))
 
+    def __str__(self) -> str:
+        """The comparison in words."""
+        low, high = self.interval
+        return (
+            f"{self.difference:+.2f} points top-1 (95%: {low:+.2f} to {high:+.2f}; {self.only_second:,} images correct "
+            f"in the second only, {self.only_first:,} in the first only; McNemar's exact test: p = {self.p:.2g})"
+        )
+
 
 def compare(first: str, second: str) -> Comparison:
     """Compares two evaluations of the same images.

@@ -7,10 +7,12 @@ from typing import Any
 
 from fixefficientnet._internal.files import write_atomically
 from fixefficientnet.errors import EvaluationError
-from fixefficientnet.evaluation import cost, figures, tables
+from fixefficientnet.evaluation import cost, figures, page, tables
 from fixefficientnet.evaluation.evaluate import Measured
 from fixefficientnet.evaluation.settings import Settings
 from fixefficientnet.models import LoadedModel, load
+
+PAGE = "report.html"
 
 
 def sizes_of(text: str) -> list[int]:
@@ -88,11 +90,12 @@ def best_size(rows: Sequence[Mapping[str, Any]]) -> int:
     return int(min(rows, key=lambda row: (-row["top1"], row["size"]))["size"])
 
 
-def write(rows: Sequence[Mapping[str, Any]], folder: Path, *, statistics: bool) -> list[str]:
-    """Writes the table of a sweep, and its figures.
+def write(rows: Sequence[Mapping[str, Any]], every: Sequence[Measured], folder: Path, *, statistics: bool) -> list[str]:
+    """Writes the table of a sweep, its figures and its page.
 
     Args:
         rows: What `sweep` gave.
+        every: The evaluations that they are of.
         folder: Where to write them.
         statistics: Whether the pooled activations are drawn too.
 
@@ -102,14 +105,15 @@ def write(rows: Sequence[Mapping[str, Any]], folder: Path, *, statistics: bool) 
     Raises:
         EvaluationError: A file cannot be written.
     """
-    try:
-        write_atomically(folder / "sweep.csv", tables.as_csv(rows).encode())
-    except OSError as error:
-        raise EvaluationError(f"{folder / 'sweep.csv'} cannot be written: {error.strerror}.") from error
+    for name, content in {"sweep.csv": tables.as_csv(rows).encode(), PAGE: page.render(page.of_sweep(every))}.items():
+        try:
+            write_atomically(folder / name, content)
+        except OSError as error:
+            raise EvaluationError(f"{folder / name} cannot be written: {error.strerror}.") from error
     for kind in figures.FORMATS:  # an earlier sweep's would not belong to the new table
         (folder / f"statistics.{kind}").unlink(missing_ok=True)
     drawn = {"sweep": figures.sweep(rows)} | ({"statistics": figures.activations(rows)} if statistics else {})
     for name, figure in drawn.items():
         for kind in figures.FORMATS:
             figures.save(figure, folder / f"{name}.{kind}", rows)
-    return ["sweep.csv", *(f"{name}.{kind}" for name in drawn for kind in figures.FORMATS)]
+    return ["sweep.csv", PAGE, *(f"{name}.{kind}" for name in drawn for kind in figures.FORMATS)]

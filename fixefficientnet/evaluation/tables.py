@@ -78,12 +78,12 @@ def prediction_rows(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     """
     rows = []
     for one in measured:
-        names, found = one.dataset.classes, one.evaluation
+        dataset, found = one.dataset, one.evaluation
         for index, (prediction, correct) in enumerate(zip(found.predictions, found.correct, strict=True)):
-            image = one.dataset.image_name(index)
+            image = dataset.image_name(index)
             row: dict[str, Any] = {"model": one.loaded.name, "image": image, **_NO_PREDICTION}
             if prediction:
-                truth, best = ([names[i] if names else str(i) for i in which] for which in prediction[:2])
+                truth, best = ([*map(dataset.class_name, which)] for which in prediction[:2])
                 row |= {"truth": "|".join(truth), **dict(zip(_PREDICTIONS, best, strict=False))}
                 row |= {"confidence": prediction.confidence, "correct": int(correct), "loss": prediction.loss}
             else:
