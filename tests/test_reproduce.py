@@ -24,6 +24,7 @@ import torch
 from conftest import ROOT, Network
 from filelock import FileLock
 from safetensors.torch import load_file
+from test_page import Read, assert_stands_alone
 from torch import nn
 
 import fixefficientnet
@@ -116,6 +117,7 @@ def test_a_run_leaves_what_it_measured(ground: Ground, tmp_path: Path, method: s
         "recipe.json",
         "report.json",
         "report.md",
+        "report.html",
         "log.jsonl",
     }
     names |= {"curve.png", "checkpoint", "evaluations", "tensorboard", ".lock", ".owner"}
@@ -147,6 +149,14 @@ def test_a_run_leaves_what_it_measured(ground: Ground, tmp_path: Path, method: s
         assert found[name]["top1"] == pytest.approx(100 * sum(correct) / len(correct)), name
         assert found[name]["size"] == size
     assert f"{found['tuned']['top1']:.2f}" in (folder / "report.md").read_text()
+    page = Read((folder / "report.html").read_bytes())
+    assert_stands_alone(page)
+    assert [row[1:3] for row in page.table("model")] == [
+        [str(one["size"]), f"{one['top1']:.2f}"] for one in found.values()
+    ]
+    wrong = {images.image_name(i) for i, digit in enumerate(correct) if not digit}
+    assert wrong <= set(page.images) and ("h3", f"Misclassified images: {len(wrong)}") in page.headings
+    assert Report.load(folder).findings[0] in page.text
 
     recipe = json.loads((folder / "recipe.json").read_text())["recipe"]
     assert tuned.recipe == recipe
@@ -395,6 +405,7 @@ def test_killed_runs_go_on_to_the_same_bytes(uninterrupted, ground: Ground, tmp_
     assert killed >= 3
     said = tiny.run(command, tmp_path / "said.txt")
     assert sha(folder) == sha(done)
+    assert (folder / "report.html").read_bytes() == (done / "report.html").read_bytes()
     assert not [path for path in folder.rglob(".*") if path.name not in (".lock", ".owner")], (
         "half-written files were left"
     )
@@ -742,7 +753,10 @@ def test_a_whole_shard_of_unreadable_images(ground: Ground, tmp_path: Path):
 def test_a_finished_run_whose_result_is_gone_is_done_again(ground: Ground, tmp_path: Path):
     command = ground.fixres("--method", "cached", out=tmp_path)
     tiny.run(command, tmp_path / "said.txt")
-    before = sha(tmp_path / "run")
+    before, page = sha(tmp_path / "run"), (tmp_path / "run" / "report.html").read_bytes()
+    (tmp_path / "run" / "report.html").unlink()
+    assert "finished already" in tiny.run(command, tmp_path / "said.txt")  # its page is drawn of what it measured
+    assert (tmp_path / "run" / "report.html").read_bytes() == page
     (tmp_path / "run" / "delta.safetensors").unlink()
     assert "finished already" not in tiny.run(command, tmp_path / "said.txt")
     assert sha(tmp_path / "run") == before

@@ -143,7 +143,7 @@ def _run_all(
     from fixefficientnet._internal import processes, requirements
 
     try:
-        requirements.need("accelerate", "matplotlib", "tensorboard", "torchmetrics")
+        requirements.need("accelerate", "jinja2", "matplotlib", "tensorboard", "torchmetrics")
     except ModuleNotFoundError as error:
         extra = "pip install 'fixefficientnet[reproduce]'"
         raise RunError(f"Fine-tuning needs {error.name}: {extra}") from None
@@ -160,7 +160,7 @@ def _run_all(
         folder = place.folder(subject, recipe)
         features = place.output / "features" if place.keep_features else None
         run(Job(subject, recipe, data, folder, checkpoint, features, options), accelerator)
-        out.print(escape(f"{folder}/report.md"), soft_wrap=True)
+        out.print(escape(f"{folder}/report.md, {folder}/report.html"), soft_wrap=True)
 
 
 def _print_plans(plans: "list[Plan]", throughput: float | None) -> None:

@@ -16,7 +16,7 @@ CHECKPOINT = Path("checkpoint", "state.safetensors")
 EVALUATIONS = "evaluations"
 PROGRESS = ("checkpoint", EVALUATIONS, "features", "log.jsonl", report.FILENAME)
 """What a run leaves once it has done something."""
-OURS = (*PROGRESS, "curve.png", DELTA, MODEL, probe.FILENAME, RECIPE, "report.md", "tensorboard")
+OURS = (*PROGRESS, "curve.png", DELTA, MODEL, probe.FILENAME, RECIPE, report.TEXT, report.PAGE, "tensorboard")
 """All that a run writes into its folder."""
 
 

@@ -1,4 +1,4 @@
-"""The report of a finished run: report.json, which nothing else parses; report.md and curve.png for people."""
+"""The report of a finished run: report.json, which nothing else parses; the others are for people."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,8 +9,9 @@ from typing import Any
 from fixefficientnet._internal import records
 from fixefficientnet._internal.files import write_atomically
 from fixefficientnet._internal.records import Count, Percent, Positive
+from fixefficientnet.data.dataset import ImageDataset
 from fixefficientnet.errors import MissingFileError, RunError
-from fixefficientnet.evaluation import figures
+from fixefficientnet.evaluation import figures, page
 from fixefficientnet.evaluation.outcome import Evaluation, Summary
 from fixefficientnet.evaluation.paper import IMAGENET, NOISE, Result, within_noise
 from fixefficientnet.evaluation.statistics import compare
@@ -18,6 +19,7 @@ from fixefficientnet.manifest import Accuracy, Variant
 from fixefficientnet.reproduce.recipe import Recipe
 
 FILENAME = "report.json"
+TEXT, PAGE = "report.md", "report.html"
 TITLES = {
     "base": "base, at its train size",
     "base_at_test": "base, at the test size",
@@ -209,13 +211,27 @@ class Report:
 
     def dump(self, folder: Path) -> None:
         """Writes report.md, then report.json, whose presence says that the run is complete."""
-        write_atomically(folder / "report.md", as_markdown(self).encode("utf-8", "replace"))
+        write_atomically(folder / TEXT, as_markdown(self).encode("utf-8", "replace"))
         write_atomically(folder / FILENAME, records.dumps(self))
+
+    @property
+    def title(self) -> str:
+        """What the run was."""
+        return f"{self.variant}: {'FixRes fine-tuning' if self.recipe.stage == 'fixres' else 'base stage'}"
 
     @property
     def gain(self) -> Gain | None:
         """What FixRes brought; None for a base stage."""
         return Gain.of(self.measured, self.paired)
+
+    @property
+    def findings(self) -> list[str]:
+        """The tuned network against each untuned figure on the same images, the best one first."""
+        gain, found = self.gain, []
+        for name in sorted(self.paired, key=lambda name: gain is None or name != gain.name):
+            best = ", the best untuned" if gain and name == gain.name else ""
+            found.append(f"against {TITLES[name]} ({self.measured[name].size}{best}): {self.paired[name]}")
+        return found
 
     def result(self, source: str) -> Result | None:
         """What stands beside the paper's tables; None for a base stage."""
@@ -245,8 +261,7 @@ def results(paths: Iterable[Path]) -> list[Result]:
 def as_markdown(report: Report) -> str:
     """The report as a page."""
     recipe = report.recipe
-    title = "FixRes fine-tuning" if recipe.stage == "fixres" else "base stage"
-    lines = [f"# {report.variant}: {title}", ""]
+    lines = [f"# {report.title}", ""]
     lines += ["| | size | top-1 | 95% interval | top-5 | loss | images |", "|---|---|---|---|---|---|---|"]
     for name, row in report.measured.items():
         lines.append(
@@ -256,9 +271,7 @@ def as_markdown(report: Report) -> str:
     if gain := report.gain:
         lines += ["", f"**{gain.warning}**"] if gain.warning else []
         lines += ["", "FixRes at the test size, on the same images:", ""]
-        for name in sorted(report.paired, key=lambda name: name != gain.name):
-            best = ", the best untuned" if name == gain.name else ""
-            lines.append(f"- against {TITLES[name]} ({report.measured[name].size}{best}): {report.paired[name]}")
+        lines += [f"- {finding}" for finding in report.findings]
     if report.paper:
         lines += ["", _beside_paper(report.paper)]
     elif recipe.stage == "fixres":
@@ -281,6 +294,39 @@ def as_markdown(report: Report) -> str:
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def as_html(report: Report, evaluations: Mapping[str, Evaluation], validation: ImageDataset) -> bytes:
+    """The report as a page with the images that are misclassified.
+
+    Args:
+        report: The report.
+        evaluations: The run's evaluations, by a name in `TITLES`.
+        validation: The images that the run was measured on.
+    """
+    lines = dict.fromkeys(UNTUNED, "untuned")
+    rows = {
+        name: page.Row(TITLES[name], found, validation, lines.get(name, "FixRes"))
+        for name, found in evaluations.items()
+    }
+    last, gain = list(rows.values())[-1], report.gain
+    about = [
+        f"Trained on {report.train_images:,} images of {report.train_data}; measured on {last.evaluation.images:,} of "
+        f"{report.validation_data}."
+    ]
+    findings = [f"FixRes at the test size, on the same images, {finding}." for finding in report.findings]
+    found = page.Page(
+        report.title,
+        about,
+        list(rows.values()),
+        [last],
+        compared=(rows[gain.name], last) if gain else None,
+        findings=findings + ([_beside_paper(report.paper)] if report.paper else []),
+        warning=gain.warning if gain else None,
+        lists=page.left_out(report.unreadable, report.unturned),
+        choices=records.to_json(report.recipe),
+    )
+    return page.render(found)
 
 
 def _beside_paper(paper: PaperFigures) -> str:

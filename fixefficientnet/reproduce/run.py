@@ -1,5 +1,6 @@
 """One fine-tuning run, from a network and images to a delta and a report."""
 
+import contextlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +18,15 @@ from fixefficientnet._internal import processes, records
 from fixefficientnet._internal.files import write_atomically
 from fixefficientnet.classes import turned_upright
 from fixefficientnet.data.dataset import VALIDATION_SHARE, ImageDataset, follow, open_dataset
-from fixefficientnet.errors import DataError, FixEfficientNetError, MissingFileError, NotFiniteError, RunError
+from fixefficientnet.errors import (
+    DataError,
+    EvaluationError,
+    FixEfficientNetError,
+    MissingFileError,
+    NotFiniteError,
+    RunError,
+)
+from fixefficientnet.evaluation import journal as journals
 from fixefficientnet.evaluation.journal import Journal
 from fixefficientnet.evaluation.loop import EvaluationLoop
 from fixefficientnet.evaluation.outcome import Evaluation
@@ -163,6 +172,7 @@ def _run(job: Job, accelerator: Accelerator) -> Report:
             identity = inputs.identity
             finished = session.on_main(lambda: _claim(session, job, identity))
             if finished is not None:
+                session.on_main(lambda: _draw_page(job.folder, finished, inputs.validation))
                 log.say(f"{job.folder} is finished already; --overwrite does it again.")
                 return finished
             return _tune(session, job, inputs, identity)
@@ -219,7 +229,7 @@ def _claim(session: Session, job: Job, identity: Identity) -> Report | None:
             + "\nChoose another folder with --experiment, or start anew in this one with --overwrite."
         )
     weights = [DELTA, probe.FILENAME] * (job.recipe.stage == "fixres") + [MODEL] * _keeps_network(job.recipe)
-    if all((folder / name).exists() for name in (report.FILENAME, "report.md", *weights)):
+    if all((folder / name).exists() for name in (report.FILENAME, report.TEXT, *weights)):
         return Report.load(folder)
     identity.dump(file)
     return None
@@ -307,9 +317,20 @@ def _finish(
         _save_network(folder, net.model, finished, inputs.train.part_of)
     title = f"{recipe.variant}, {recipe.stage} stage, {recipe.method}"
     report.curve(session.log.lines(), measured, folder / "curve.png", title)
+    page = report.as_html(finished, measurements.found, inputs.validation)
+    write_atomically(folder / report.PAGE, page)
     finished.dump(folder)
     shutil.rmtree(folder / "features", ignore_errors=True)
     return finished
+
+
+def _draw_page(folder: Path, finished: Report, validation: ImageDataset) -> None:
+    """Writes the page of a finished run where it is not there, from the evaluations that the run keeps."""
+    if (folder / report.PAGE).exists():
+        return
+    with contextlib.suppress(EvaluationError):  # these were deleted: the run is finished all the same
+        found = {name: journals.load(folder / EVALUATIONS / name) for name in finished.measured}
+        write_atomically(folder / report.PAGE, report.as_html(finished, found, validation))
 
 
 def _keeps_network(recipe: Recipe) -> bool:
