@@ -138,7 +138,7 @@ def render(page: Page) -> bytes:
     environment = Environment(
         autoescape=True, finalize=_inert, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    most = min(MISTAKES, MISTAKES_IN_ALL // max(1, len(page.detailed)))
+    most = max(1, min(MISTAKES, MISTAKES_IN_ALL // max(1, len(page.detailed))))
     html = environment.from_string(template).render(
         page=page,
         chart=_chart(page.rows),
@@ -154,7 +154,11 @@ def _inert(value: Any) -> Any:
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
     valid = value.encode("utf-8", "backslashreplace").decode()
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", valid)
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), valid)
+
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Control characters, and those that turn the direction of the text around them."""
 
 
 class _Names:
