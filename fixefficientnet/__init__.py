@@ -43,6 +43,7 @@ from fixefficientnet.manifest import find as info
 from fixefficientnet.timm_models import register_with_timm
 
 if TYPE_CHECKING:
+    from fixefficientnet.embedding import embed
     from fixefficientnet.evaluation.evaluate import evaluate
     from fixefficientnet.models import load
     from fixefficientnet.options import PredictionOptions
@@ -73,6 +74,7 @@ __all__ = [
     "Variant",
     "WeightsNotPublishedError",
     "create",
+    "embed",
     "evaluate",
     "info",
     "iter_predictions",
@@ -85,6 +87,7 @@ __all__ = [
 _LAZY = {
     "PredictionOptions": "options",
     "create": "zoo",
+    "embed": "embedding",
     "evaluate": "evaluation.evaluate",
     "iter_predictions": "prediction",
     "load": "models",

@@ -4,9 +4,9 @@ import contextlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from typing import TypedDict, Unpack
+from typing import TypedDict, TypeVar, Unpack
 
 import torch
 from PIL import Image
@@ -65,6 +65,7 @@ class PredictionKeywords(TypedDict, total=False):
     fast_preprocessing: bool
 
 
+Result = TypeVar("Result")
 OnError = Callable[[ImageSource, ImageError], None]
 _Drawn = tuple[ImageSource, torch.Tensor | ImageError | None]
 """An image, with its tensor or the reason why it has none; None: not preprocessed yet."""
@@ -113,13 +114,11 @@ def predict(
         FixEfficientNetError: The device cannot be used here, or lacks the precision; or as `create` raises.
         ModuleNotFoundError: The engine is not installed.
     """
-    if isinstance(images, Image.Image | str | bytes | os.PathLike):
-        images = [images]
-    elif hasattr(images, "read"):
-        raise TypeError("An open file is no image: give its path, or its bytes (file.read()).")
     chosen = PredictionOptions(device=None if device is None else str(device), **options)
     return list(
-        iter_predictions(images, model, chosen, pretrained=pretrained, on_error=on_error, on_message=on_message)
+        iter_predictions(
+            several(images), model, chosen, pretrained=pretrained, on_error=on_error, on_message=on_message
+        )
     )
 
 
@@ -150,113 +149,169 @@ def iter_predictions(
         ModuleNotFoundError: The engine is not installed.
     """
     options = options or PredictionOptions()
+    loaded = placed(model, options, pretrained)
+    passing = ImagePass.of(loaded, options, images)
+    forward: Forward = loaded.network
+    if options.engine != "eager":
+        threads, precision = passing.threads, options.mixed_precision
+        forward = engines.forward_of(
+            loaded, loaded.test, options.engine, threads=threads, precision=precision, on_message=on_message
+        )
+
+    def classify(usable: Sequence[ImageSource], inputs: torch.Tensor) -> list[Prediction]:
+        return _ranked(loaded, usable, passing.autocast(forward, inputs).float().softmax(dim=1), options.topk)
+
+    return passing.results(images, classify, on_error)
+
+
+def several(images: ImageSource | Iterable[ImageSource]) -> Iterable[ImageSource]:
+    """One image or several, as several.
+
+    Raises:
+        TypeError: It is an open file.
+    """
+    if isinstance(images, Image.Image | str | bytes | os.PathLike):
+        return [images]
+    if hasattr(images, "read"):
+        raise TypeError("An open file is no image: give its path, or its bytes (file.read()).")
+    return images
+
+
+def placed(
+    model: "str | nn.Module | LoadedModel", options: PredictionOptions, pretrained: Pretrained | None = None
+) -> LoadedModel:
+    """Opens a model if need be, and moves it to the device that the options ask for.
+
+    Args:
+        model: As in `predict`.
+        options: The options.
+        pretrained: As in `predict`.
+
+    Raises:
+        FixEfficientNetError: As `predict` raises.
+    """
     device: torch.device | str | None = options.device
     if device is None and not isinstance(model, str):
         network = model.network if isinstance(model, LoadedModel) else model
         device = next(network.parameters()).device
     device = engines.device_for(options.engine, device, options.mixed_precision)
-    loaded = _loaded(model, pretrained)
-    network = loaded.network.to(device)
-    batch_size = options.batch_size or (BATCH_SIZE if device.type == "cpu" else 16)
-    batches = math.ceil(len(images) / batch_size) if isinstance(images, Sized) else None
-    threads = 1 if options.engine == "compile" else options.threads or default_threads(network, batches)
-    forward: Forward = network
-    if options.engine != "eager":
-        precision = options.mixed_precision
-        forward = engines.forward_of(
-            loaded, loaded.test, options.engine, threads=threads, precision=precision, on_message=on_message
-        )
-    transform = loaded.transform(loaded.test, fast=options.fast_preprocessing)
-    autocast = {"no": None, "bf16": torch.bfloat16, "fp16": torch.half}[options.mixed_precision]
-    classifier = _Classifier(loaded, forward, transform, options.topk, autocast)
-    return _iterate(classifier, classifier.batches(images, batch_size), threads, on_error)
-
-
-def _loaded(model: "str | nn.Module | LoadedModel", pretrained: Pretrained | None) -> LoadedModel:
-    if isinstance(model, LoadedModel):
-        return model
     if isinstance(model, str):
-        return load(model) if pretrained is None else from_module(create(model, pretrained))
-    if not getattr(model, "num_classes", 0):
+        loaded = load(model) if pretrained is None else from_module(create(model, pretrained))
+    elif isinstance(model, LoadedModel):
+        loaded = model
+    elif not getattr(model, "num_classes", 0):
         raise UnsupportedModelError("This model gives features, not logits: build it with a classifier to predict.")
-    return from_module(model)
+    else:
+        loaded = from_module(model)
+    loaded.network.to(device)
+    return loaded
+
+
+def _ranked(
+    loaded: LoadedModel, images: Sequence[ImageSource], probabilities: torch.Tensor, topk: int
+) -> list[Prediction]:
+    """The most probable labels of each image, of float32 [N, classes]."""
+    best = probabilities.topk(min(topk, probabilities.shape[1]), dim=1)
+    names = loaded.labels
+    return [
+        Prediction(image, tuple(Label(i, names[i][0], names[i][1], p) for i, p in zip(indices, values, strict=True)))
+        for image, indices, values in zip(images, best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
-class _Classifier:
-    """Everything that turns a batch of images into predictions.
+class ImagePass:
+    """How images go through a network, in batches.
 
     Attributes:
-        loaded: The model.
-        forward: The model's forward pass, by the chosen engine.
+        network: The network.
         transform: The test-time transform.
-        topk: Number of labels per image.
-        autocast: The dtype of mixed precision; None: the model's own.
+        batch_size: Number of images per forward pass.
+        threads: Number of threads that compute a batch each.
+        dtype: The dtype of mixed precision; None: the network's own.
     """
 
-    loaded: LoadedModel
-    forward: Forward
+    network: nn.Module
     transform: TestTransform
-    topk: int
-    autocast: torch.dtype | None
+    batch_size: int
+    threads: int
+    dtype: torch.dtype | None
 
-    def batches(self, images: Iterable[ImageSource], size: int) -> Iterator[list[_Drawn]]:
+    @classmethod
+    def of(cls, loaded: LoadedModel, options: PredictionOptions, images: Iterable[ImageSource]) -> "ImagePass":
+        """The pass that options ask for."""
+        on_cpu = next(loaded.network.parameters()).device.type == "cpu"
+        batch_size = options.batch_size or (BATCH_SIZE if on_cpu else 16)
+        batches = math.ceil(len(images) / batch_size) if isinstance(images, Sized) else None
+        threads = 1 if options.engine == "compile" else options.threads or default_threads(loaded.network, batches)
+        transform = loaded.transform(loaded.test, fast=options.fast_preprocessing)
+        dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.half}[options.mixed_precision]
+        return cls(loaded.network, transform, batch_size, threads, dtype)
+
+    def autocast(self, forward: Callable[[torch.Tensor], Result], inputs: torch.Tensor) -> Result:
+        """A forward pass under autocast, which is entered here, as around a generator its caller would be under it."""
+        if not self.dtype:
+            return forward(inputs)
+        with torch.autocast(inputs.device.type, self.dtype):
+            return forward(inputs)
+
+    def results(
+        self,
+        images: Iterable[ImageSource],
+        compute: Callable[[Sequence[ImageSource], torch.Tensor], Iterable[Result]],
+        on_error: OnError | None,
+    ) -> Iterator[Result]:
+        """The results of images, in order; the network is in eval mode from the first one to the last.
+
+        Args:
+            images: The images.
+            compute: Gives the results of images from the network's inputs, float32 [N, 3, S, S]; called in threads.
+            on_error: Called with an image that cannot be used and the reason, instead of raising.
+        """
+
+        @torch.inference_mode()
+        def work(batch: list[_Drawn]) -> tuple[list[Result], list[tuple[ImageSource, ImageError]]]:
+            usable: list[tuple[ImageSource, torch.Tensor]] = []
+            failed: list[tuple[ImageSource, ImageError]] = []
+            for image, known in batch:
+                found = self._tensor(image) if known is None else known
+                if isinstance(found, ImageError):
+                    failed.append((image, found))
+                else:
+                    usable.append((image, found))
+            if not usable:
+                return [], failed
+            parameter = next(self.network.parameters())
+            inputs = torch.stack([tensor for _, tensor in usable]).to(parameter.device, parameter.dtype)
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+            return list(compute([image for image, _ in usable], inputs)), failed
+
+        done = map_in_threads(work, self._batches(images), self.threads)
+        return _in_order(self.network, done, on_error)
+
+    def _batches(self, images: Iterable[ImageSource]) -> Iterator[list[_Drawn]]:
         """Batches of images; a PIL image is preprocessed when drawn: its owner may close it, or draw into it, next."""
-        drawn = ((image, self.tensor(image) if isinstance(image, Image.Image) else None) for image in images)
-        while batch := list(itertools.islice(drawn, size)):
+        drawn = ((image, self._tensor(image) if isinstance(image, Image.Image) else None) for image in images)
+        while batch := list(itertools.islice(drawn, self.batch_size)):
             yield batch
 
-    def tensor(self, image: ImageSource) -> torch.Tensor | ImageError:
+    def _tensor(self, image: ImageSource) -> torch.Tensor | ImageError:
         """The network's input, float32 [3, S, S], or the reason why the image cannot be used."""
         try:
             return self.transform(open_image(image, upright=True))
         except ImageError as error:
             return error
 
-    @torch.inference_mode()
-    def __call__(self, batch: list[_Drawn]) -> tuple[list[Prediction], list[tuple[ImageSource, ImageError]]]:
-        """Predictions of the usable images of a batch, and the other images with the reasons."""
-        usable: list[tuple[ImageSource, torch.Tensor]] = []
-        failed: list[tuple[ImageSource, ImageError]] = []
-        for image, known in batch:
-            found = self.tensor(image) if known is None else known
-            if isinstance(found, ImageError):
-                failed.append((image, found))
-            else:
-                usable.append((image, found))
-        if not usable:
-            return [], failed
-        probabilities = self.probabilities(torch.stack([tensor for _, tensor in usable]))
-        best = probabilities.topk(min(self.topk, probabilities.shape[1]), dim=1)
-        names = self.loaded.labels
-        rows = zip(usable, best.indices.tolist(), best.values.tolist(), strict=True)
-        predictions = [
-            Prediction(
-                image, tuple(Label(i, names[i][0], names[i][1], p) for i, p in zip(indices, values, strict=True))
-            )
-            for (image, _), indices, values in rows
-        ]
-        return predictions, failed
 
-    def probabilities(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Softmax of a batch's logits: float32 [N, 3, S, S] → float32 [N, classes]."""
-        parameter = next(self.loaded.network.parameters())
-        inputs = inputs.to(parameter.device, parameter.dtype).contiguous(memory_format=torch.channels_last)
-        # entered here and not around the generator, whose caller would continue under autocast
-        autocast = torch.autocast(parameter.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
-        with autocast:
-            logits = self.forward(inputs)
-        return logits.float().softmax(dim=1)
-
-
-def _iterate(
-    classifier: _Classifier, batches: Iterator[list[_Drawn]], threads: int, on_error: OnError | None
-) -> Iterator[Prediction]:
-    done = map_in_threads(classifier, batches, threads)
-    with in_eval_mode(classifier.loaded.network), contextlib.closing(done):
-        for predictions, failed in done:
+def _in_order(
+    network: nn.Module,
+    done: Generator[tuple[list[Result], list[tuple[ImageSource, ImageError]]], None, None],
+    on_error: OnError | None,
+) -> Iterator[Result]:
+    with in_eval_mode(network), contextlib.closing(done):
+        for results, failed in done:
             for image, error in failed:
                 if on_error is None:
                     raise error
                 on_error(image, error)
-            yield from predictions
+            yield from results

@@ -1,5 +1,7 @@
 """Models of one's own classes by name: opened with their classes and preprocessing, and used to classify images."""
 
+import csv
+import io
 import json
 from pathlib import Path
 
@@ -105,3 +107,27 @@ def test_what_cannot_be_opened_is_one_error(tmp_path: Path):
         fixefficientnet.load(str(tmp_path))
     with pytest.raises(UnknownVariantError, match="hf-hub:ORG/NAME"):
         fixefficientnet.predict("image.jpg", "nothing")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".md"])
+def test_predictions_go_to_a_file(network: Network, run: Path, images: list[Path], tmp_path: Path, suffix: str):
+    (tmp_path / "broken.jpg").write_bytes(b"none")
+    target = tmp_path / f"predictions{suffix}"
+    out, _ = tiny.cli("predict", tmp_path / "broken.jpg", *images, "--model", run, "-o", target, status=1, columns=300)
+    assert out == f"{target}: {len(images)} images, {run}, 3 classes, test size 48\n"
+    text = target.read_text()
+    if suffix == ".csv":
+        rows = list(csv.DictReader(io.StringIO(text)))
+    elif suffix == ".jsonl":
+        rows = [json.loads(line) for line in text.splitlines()]
+    else:
+        cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+        rows = [dict(zip(cells[0], line, strict=True)) for line in cells[2:]]
+    assert [row["image"] for row in rows] == [str(image) for image in (tmp_path / "broken.jpg", *images)]
+    assert "cannot be read" in rows[0]["left_out"] or "is not an image" in rows[0]["left_out"]
+    for row, image in zip(rows[1:], images, strict=True):
+        names, probabilities = zip(*expected(network, image), strict=True)
+        assert (row["prediction"], row["prediction2"], row["prediction3"]) == names
+        found = [float(row[name]) for name in ("confidence", "confidence2", "confidence3")]
+        assert found == pytest.approx(list(probabilities), rel=1e-3, abs=1e-3)
+    assert "ends in .csv" in tiny.cli("predict", images[0], "--model", run, "-o", tmp_path / "x.txt", status=2)[1]

@@ -25,7 +25,7 @@ from fixefficientnet.errors import FixEfficientNetError, Interrupted, OptionErro
 
 # the modules add their commands, which stand in this order in --help
 # isort: off
-from fixefficientnet.cli import zoo, evaluation, reproduce, deployment  # noqa: F401
+from fixefficientnet.cli import zoo, prediction, evaluation, reproduce, deployment  # noqa: F401
 # isort: on
 
 _EXTRAS = dict.fromkeys(("accelerate", "jinja2", "matplotlib", "torchmetrics"), "evaluate")

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, fields, make_dataclass
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import cyclopts
@@ -15,7 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from fixefficientnet._internal import processes
+from fixefficientnet._internal.files import write_atomically
 from fixefficientnet._version import __version__
+from fixefficientnet.errors import FixEfficientNetError
 
 app = cyclopts.App(
     name="fixefficientnet",
@@ -163,3 +166,27 @@ def grid() -> Table:
     made.add_column(style="bold", no_wrap=True)
     made.add_column(overflow="fold")
     return made
+
+
+def check_writable(path: Path) -> None:
+    """Refuses a file that cannot be written, before anything is computed.
+
+    Raises:
+        FixEfficientNetError: It is a folder, or what it is in is none.
+    """
+    if path.is_dir() or not next(folder for folder in path.absolute().parents if folder.exists()).is_dir():
+        raise FixEfficientNetError(f"{path} cannot be written: it is a folder, or what it is in is none.")
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Writes what a command was asked to write.
+
+    Raises:
+        FixEfficientNetError: It cannot be written.
+    """
+    if isinstance(content, str):
+        content = content.encode("utf-8", "backslashreplace")  # a file's name may be no UTF-8
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise FixEfficientNetError(f"{path} cannot be written: {error.strerror}.") from error

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 from rich.markup import escape
 
-from fixefficientnet._internal.files import write_atomically
 from fixefficientnet.cli.app import (
     AsJson,
     Flags,
     Output,
     UsageError,
     app,
+    check_writable,
     err,
     flags,
     made,
@@ -24,6 +24,7 @@ from fixefficientnet.cli.app import (
     print_text,
     shortened,
     whole_number,
+    write_file,
 )
 from fixefficientnet.errors import FixEfficientNetError
 from fixefficientnet.evaluation.settings import Settings
@@ -77,8 +78,7 @@ class Form:
         if self.predictions and self.predictions.suffix.lower() not in (".csv", ".jsonl"):
             raise UsageError(f"--predictions {self.predictions}: the file's name ends in .csv or .jsonl.")
         for path in filter(None, (self.per_class, self.predictions, self.html, self.results_file)):
-            if path.is_dir() or not next(folder for folder in path.absolute().parents if folder.exists()).is_dir():
-                raise FixEfficientNetError(f"{path} cannot be written: it is a folder, or what it is in is none.")
+            check_writable(path)
 
     def show(
         self, every: "list[Measured]", compared: "tuple[Measured, Measured] | None", pair: dict[str, Any] | None
@@ -87,15 +87,15 @@ class Form:
         from fixefficientnet.evaluation import page, tables
 
         if self.per_class:
-            _write(self.per_class, tables.as_csv(tables.per_class_rows(every)))
+            write_file(self.per_class, tables.as_csv(tables.per_class_rows(every)))
         if self.predictions:
             form = tables.as_csv if self.predictions.suffix.lower() == ".csv" else tables.as_json_lines
-            _write(self.predictions, form(tables.prediction_rows(every)))
+            write_file(self.predictions, form(tables.prediction_rows(every)))
         if self.html:
-            _write(self.html, page.render(page.of_evaluations(every, compared)))
+            write_file(self.html, page.render(page.of_evaluations(every, compared)))
         if self.results_file:
             best_first = sorted(every, key=lambda one: -one.evaluation.top1)
-            _write(self.results_file, tables.as_csv([tables.timm_row(one) for one in best_first]))
+            write_file(self.results_file, tables.as_csv([tables.timm_row(one) for one in best_first]))
         rows = [tables.row(one) for one in every]
         if self.as_json:
             unreadable = [{"model": one.loaded.name, "images": _unreadable(one)} for one in every if _unreadable(one)]
@@ -394,12 +394,3 @@ def _evaluate(
         engines.exported(loaded, loaded.at(settings.size), settings.engine, say)
     with bar(title, len(dataset), err, say) as shown:
         return evaluate_model(loaded, settings, accelerator, dataset=dataset, progress=shown)
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    if isinstance(content, str):
-        content = content.encode("utf-8", "backslashreplace")  # a file's name may be no UTF-8
-    try:
-        write_atomically(path, content)
-    except OSError as error:
-        raise FixEfficientNetError(f"{path} cannot be written: {error.strerror}.") from error

@@ -128,6 +128,18 @@ def as_json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
     return "".join(f"{json.dumps(row)}\n" for row in rows)
 
 
+def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows that have the same keys, as a table in Markdown; shares with three digits."""
+
+    def cell(value: Any) -> str:
+        text = "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+        return " ".join(text.split()).replace("|", "\\|")
+
+    keys = list(rows[0]) if rows else []
+    lines = [keys, ["---"] * len(keys), *([cell(row[key]) for key in keys] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def from_csv(text: str) -> list[dict[str, Any]]:
     """The inverse of `as_csv`: numbers as numbers, an empty field as None."""
     rows = csv.DictReader(io.StringIO(text))
