@@ -81,7 +81,7 @@ def predict(
     on_message: Callable[[str], None] | None = None,
     **options: Unpack[PredictionKeywords],
 ) -> list[Prediction]:
-    """Classifies images; each is turned upright by its EXIF orientation first.
+    """Classifies images as a person sees them: upright by their EXIF orientation, in sRGB by their colour profile.
 
     Args:
         images: One image or several: PIL images, paths, or encoded files' bytes.
@@ -298,7 +298,7 @@ class ImagePass:
     def _tensor(self, image: ImageSource) -> torch.Tensor | ImageError:
         """The network's input, float32 [3, S, S], or the reason why the image cannot be used."""
         try:
-            return self.transform(open_image(image, upright=True))
+            return self.transform(open_image(image, upright=True, srgb=True))
         except ImageError as error:
             return error
 

@@ -19,6 +19,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from fixefficientnet import manifest
+from fixefficientnet._internal.colours import to_srgb
+from fixefficientnet._internal.heif import open_heif
 from fixefficientnet.errors import ImageError
 from fixefficientnet.manifest import TestTime
 
@@ -228,17 +230,18 @@ def preprocess(name: str) -> Preprocess:
     return Preprocess.of(manifest.find(name).test)
 
 
-def open_image(image: ImageSource, *, upright: bool = False) -> Image.Image:
+def open_image(image: ImageSource, *, upright: bool = False, srgb: bool = False) -> Image.Image:
     """Opens an image as RGB: the first frame, alpha dropped, 16-bit values scaled to 8.
 
     Args:
         image: A PIL image of any mode, a path, or an encoded file's bytes.
         upright: Whether to turn the image as its EXIF orientation says.
+        srgb: Whether to convert its colours to sRGB as its colour profile says.
 
     Raises:
         TypeError: The image is none of these.
-        ImageError: The image is missing, not an image, truncated, or above Pillow's own limit of
-            `PIL.Image.MAX_IMAGE_PIXELS` (89,478,485) pixels; raise that limit to allow more.
+        ImageError: The image is missing, not an image, truncated, of a kind that needs another package, or above
+            Pillow's own limit of `PIL.Image.MAX_IMAGE_PIXELS` (89,478,485) pixels; raise that limit to allow more.
     """
     try:
         opened = image if isinstance(image, Image.Image) else _open(image)
@@ -250,7 +253,7 @@ def open_image(image: ImageSource, *, upright: bool = False) -> Image.Image:
             )
         if not (opened.width and opened.height):
             raise ImageError(f"{_name(image)} has no pixels.")
-        return _rgb(_upright(opened) if upright else opened, opened.format)
+        return _rgb(_upright(opened) if upright else opened, opened.format, srgb=srgb)
     except UnidentifiedImageError:
         raise ImageError(f"{_name(image)} is not an image that Pillow can read.") from None
     except Image.DecompressionBombError as error:
@@ -274,9 +277,15 @@ def orientation(image: Image.Image) -> int:
 def _open(image: str | os.PathLike[str] | bytes) -> Image.Image:
     if not isinstance(image, str | bytes | os.PathLike):
         raise TypeError(f"An image is a PIL image, a path or an encoded file's bytes, not {type(image).__name__}.")
-    with _WARNINGS, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked right after
-        return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+    try:
+        with _WARNINGS, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked right after
+            return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+    except UnidentifiedImageError:
+        opened = open_heif(image, _name(image))
+        if opened is None:
+            raise
+        return opened
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -305,13 +314,15 @@ _ORIENTED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 """Where Pillow looks for an orientation: an image that was turned must have none."""
 
 
-def _rgb(image: Image.Image, kind: str | None) -> Image.Image:
+def _rgb(image: Image.Image, kind: str | None, *, srgb: bool = False) -> Image.Image:
     """RGB as Pillow converts, except for 16-bit values, which Pillow clips at 255: that leaves a white image."""
     if image.mode.startswith("I;16"):
         image = _of_bytes(np.asarray(image) >> 8, image)
     # 32 bits wide, of which files fill 16; older releases of Pillow open PNG files of 16 bits so
     elif image.mode == "I" and ((values := np.asarray(image)).max() > 255 or kind == "PNG"):
         image = _of_bytes(np.clip(values, 0, 65535) >> 8, image)
+    if srgb:
+        image = to_srgb(image)
     if image.mode == "RGB":
         image.load()
         return image  # to convert would copy all pixels
