@@ -2,11 +2,12 @@
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from timm.data import ImageNetInfo, RealLabelsImagenet
+from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset
 
 from fixefficientnet._internal.checkpoint_file import listed
 from fixefficientnet.errors import DataError
@@ -31,11 +32,16 @@ def turned_upright(num_classes: int) -> bool:
     return num_classes != IMAGENET
 
 
-@functools.cache
 def imagenet_order() -> tuple[str, ...]:
     """The WordNet ids of ImageNet-1k's classes, in their order."""
-    info = ImageNetInfo("imagenet-1k")
-    return tuple(info.index_to_label_name(index) for index in range(IMAGENET))
+    return wordnet_order(IMAGENET)
+
+
+@functools.cache
+def wordnet_order(num_classes: int) -> tuple[str, ...]:
+    """The WordNet ids of the classes, in their order, of timm's subset of ImageNet of so many; empty: there is none."""
+    subset = infer_imagenet_subset({"num_classes": num_classes})
+    return tuple(ImageNetInfo(subset).label_names()) if subset else ()  # type: ignore[no-untyped-call]
 
 
 @functools.lru_cache(maxsize=4)
@@ -47,39 +53,127 @@ def labels(num_classes: int) -> list[tuple[str | None, str]]:
     return [(info.index_to_label_name(i), info.index_to_description(i)) for i in range(num_classes)]
 
 
-def mapping(
-    names: tuple[str, ...], num_classes: int | None, dataset: str, *, numbered: bool = False
-) -> tuple[tuple[str, ...], dict[int, int]]:
-    """Maps a dataset's classes to a model's.
+@dataclass(frozen=True, slots=True)
+class Numbering:
+    """A dataset's classes in a model's order.
+
+    Attributes:
+        names: Names of the classes, by the model's index; empty where neither names them.
+        targets: Map from the dataset's index to the model's; empty if the two are the same.
+        said: What an output must say of how they were found; empty where they have the model's own names.
+    """
+
+    names: tuple[str, ...]
+    targets: dict[int, int]
+    said: str = ""
+
+
+def numbering(names: tuple[str, ...], num_classes: int | None, dataset: str, *, numbered: bool = False) -> Numbering:
+    """Finds a dataset's classes among those of a model that does not name its own.
+
+    Their order is never guessed: it is ImageNet's where the model has ImageNet's number of classes, and the dataset's
+    own, which the output says, of no other model than one of as many classes.
 
     Args:
         names: Names of the dataset's classes, by its own index; some of the model's classes may be missing.
         num_classes: Number of the model's classes; None: as many as the dataset has.
         dataset: The dataset's name, for messages.
-        numbered: Whether names that are numbers from 0 to 999 may be those of ImageNet's classes.
-
-    Returns:
-        Class names by the model's index; and a map from the dataset's index to the model's, which is empty if the
-        two are the same.
+        numbered: Whether names that are numbers below `num_classes` are the model's classes of these numbers.
 
     Raises:
-        DataError: The dataset has WordNet ids that are not ImageNet-1k's, or another number of classes than the model.
+        DataError: The dataset has classes that are not ImageNet's, or another number of classes than the model.
     """
-    if num_classes == IMAGENET and are_wordnet_ids(names):
-        order = imagenet_order()
-        if unknown := sorted(set(names) - set(order)):
-            raise DataError(f"{dataset} has classes that are none of ImageNet-1k's: {listed(unknown)}.")
-        return order, {index: order.index(name) for index, name in enumerate(names)}
-    in_range = names and all(name.isdecimal() and int(name) < IMAGENET for name in names)
-    if numbered and num_classes == IMAGENET and in_range:
-        return imagenet_order(), {index: int(name) for index, name in enumerate(names)}  # ImageNet-V2 has 0 to 999
-    if num_classes is not None and names and len(names) != num_classes:
+    if not names:
+        return Numbering((), {}, "labels taken as the numbers of the model's classes")
+    if num_classes is None:
+        return Numbering(names, {})
+    order = wordnet_order(num_classes)
+    if order and are_wordnet_ids(names):
+        known = {name: index for index, name in enumerate(order)}
+        if unknown := sorted(set(names) - known.keys()):
+            which = "ImageNet-1k's" if num_classes == IMAGENET else f"the {num_classes} of the model"
+            raise DataError(f"{dataset} has classes that are none of {which}: {listed(unknown)}.")
+        return Numbering(order, {index: known[name] for index, name in enumerate(names)})
+    numbers = [int(name) for name in names if name.isdecimal() and int(name) < num_classes]
+    if len(numbers) == len(names) and numbered:  # ImageNet-V2 has 0 to 999
+        whose = "ImageNet's" if num_classes == IMAGENET else "the model's"
+        in_order = imagenet_order() if num_classes == IMAGENET else tuple(map(str, range(num_classes)))
+        return Numbering(in_order, dict(enumerate(numbers)), f"class names taken as the numbers of {whose} classes")
+    if numbers == [*range(num_classes)]:
+        return Numbering(names, {})
+    if num_classes == IMAGENET:
+        return _by_imagenets_names(names, dataset)
+    if len(names) != num_classes:
+        raise DataError(f"{dataset} has {len(names)} classes, the model has {num_classes}. {_TRAIN_ONE}")
+    return Numbering(names, {}, "classes taken in the dataset's order, as the model does not name its own")
+
+
+_TRAIN_ONE = (
+    "The model must be one for these classes (`python -m fixefficientnet.reproduce --stage base` trains one); for "
+    "ImageNet's 1000, name the folders by WordNet ids."
+)
+
+
+def are_imagenets(names: Sequence[str]) -> bool:
+    """Whether names are those of ImageNet-1k's 1000 classes, in their order: WordNet ids, or words.
+
+    Of words, some may be unknown or mean several classes (crane), if most are those of their place and none is that of
+    another place only.
+    """
+    found = [_imagenets_names().get(_plain(name), frozenset()) for name in names]
+    in_place = sum(there == {index} for index, there in enumerate(found))
+    fits = all(index in there or not there for index, there in enumerate(found))
+    return len(names) == IMAGENET and fits and in_place > IMAGENET / 2
+
+
+def _by_imagenets_names(names: tuple[str, ...], dataset: str) -> Numbering:
+    order, said = imagenet_order(), "class names taken as ImageNet's names"
+    if are_imagenets(names):
+        return Numbering(order, {}, said)
+    twins = {plain for plain, count in Counter(map(_plain, names)).items() if count > 1}  # Cardigan and cardigan
+    spelling = {name: _spaced(name) if _plain(name) in twins else _plain(name) for name in names}
+    found = {name: _imagenets_names().get(spelling[name], frozenset()) for name in names}
+    sure = {index for there in found.values() if len(there) == 1 for index in there}
+    # a name of several classes is that of the one which no other name has
+    left = {name: there if len(there) == 1 else there - sure for name, there in found.items()}
+    problems = []
+    if unknown := [name for name, there in found.items() if not there]:
+        problems.append(f"ImageNet has no class {listed(unknown)}.")
+    several = [name for name, there in left.items() if found[name] and len(there) != 1]
+    problems += [f"{name} is {' or '.join(order[i] for i in sorted(found[name]))}." for name in several]
+    targets = {index: next(iter(left[name]), -1) for index, name in enumerate(names)}
+    if not problems and len(set(targets.values())) < len(names):
+        same = Counter(targets.values()).most_common(1)[0][0]
+        alike = [name for index, name in enumerate(names) if targets[index] == same]
+        problems.append(f"{' and '.join(alike)} are one class, {order[same]}.")
+    if problems:
         raise DataError(
-            f"{dataset} has {len(names)} classes, the model has {num_classes}. The model must be one for these classes "
-            "(`python -m fixefficientnet.reproduce --stage base` trains one); for ImageNet's 1000, name the folders by "
-            "WordNet ids."
+            f"{dataset} has {len(names)} classes, the model has {IMAGENET}. {' '.join(problems[:4])} {_TRAIN_ONE}"
         )
-    return names, {}
+    return Numbering(order, targets, said)
+
+
+@functools.cache
+def _imagenets_names() -> dict[str, frozenset[int]]:
+    """The classes that a name may mean: a WordNet id, one of the words of its synset, or all of them with commas.
+
+    Names are as ImageNet has them, with capitals; and `_plain`, which may mean more.
+    """
+    info, found = ImageNetInfo("imagenet-1k"), dict[str, set[int]]()
+    for index, wordnet_id in enumerate(imagenet_order()):
+        words = info.index_to_description(index)
+        for name in (wordnet_id, words, *words.split(", ")):
+            for spelling in (name, _plain(name)):
+                found.setdefault(spelling, set()).add(index)
+    return {name: frozenset(there) for name, there in found.items()}
+
+
+def _spaced(name: str) -> str:
+    return name.replace("_", " ").strip()
+
+
+def _plain(name: str) -> str:
+    return _spaced(name).casefold()
 
 
 def by_name(names: Sequence[str], order: Sequence[str], dataset: str, owner: str) -> dict[int, int]:

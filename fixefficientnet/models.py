@@ -156,10 +156,10 @@ class LoadedModel:
         """Number of the classifier's classes."""
         return int(cast(Any, self.network).num_classes)
 
-    @property
+    @cached_property
     def own_classes(self) -> tuple[str, ...]:
         """Names of the classes where they are not ImageNet's; empty if the weights do not tell them."""
-        return () if self.classes == classes.imagenet_order() else self.classes
+        return () if classes.are_imagenets(self.classes) else self.classes
 
     @property
     def labels(self) -> Sequence[tuple[str | None, str]]:

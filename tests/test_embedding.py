@@ -50,7 +50,7 @@ def test_features_and_logits_are_of_one_pass(network: Network, images: list[Path
     found = fixefficientnet.embed(images, str(run), PredictionOptions(batch_size=2, threads=threads))
     features, logits = expected(network, images)
     assert found.images == images
-    assert (found.features.dtype, found.features.shape) == (np.float32, features.shape)
+    assert (str(found.features.dtype), found.features.shape) == ("float32", features.shape)
     np.testing.assert_allclose(found.features, features, rtol=1e-4, atol=1e-4 * np.abs(features).max())
     np.testing.assert_allclose(found.logits, logits, rtol=1e-4, atol=1e-4 * np.abs(logits).max())
 

@@ -123,7 +123,7 @@ def test_the_table_fits_80_columns(ground: Ground, evaluate):
 
 def test_json(ground: Ground, evaluate):
     found = json.loads(evaluate(ground.one, ground.two, "--data", ground.data, "--json")[0])
-    assert set(found) == {"results", "comparison", "unreadable", "unturned"}
+    assert set(found) == {"results", "comparison", "unreadable", "unturned", "left_out"}
     assert (found["comparison"], found["unreadable"], found["unturned"]) == (None, [], [])
     assert [row["model"] for row in found["results"]] == [str(ground.one), str(ground.two)]
     for row, run in zip(found["results"], (ground.one, ground.two), strict=True):

@@ -54,7 +54,7 @@ def cli(*arguments: object, status: int = 0, columns: int = 80) -> tuple[str, st
     from fixefficientnet.cli.app import out as console
 
     console.width = columns  # the environment's COLUMNS decides it but once
-    out, err, ended = io.StringIO(), io.StringIO(), None
+    out, err, ended = io.TextIOWrapper(io.BytesIO(), "utf-8", newline=""), io.StringIO(), None  # strict, as a pipe is
     with (
         mock.patch.object(sys, "argv", ["fixefficientnet", *map(str, arguments)]),
         mock.patch.dict(os.environ, COLUMNS=str(columns), NO_COLOR="1"),
@@ -69,7 +69,8 @@ def cli(*arguments: object, status: int = 0, columns: int = 80) -> tuple[str, st
             if state := sys.modules.get("accelerate.state"):  # the command would have ended its process
                 state.AcceleratorState._reset_state(reset_partial_state=True)
     assert ended == status, err.getvalue()
-    return out.getvalue(), err.getvalue()
+    out.flush()
+    return out.buffer.getvalue().decode(), err.getvalue()
 
 
 def _command(module: str, arguments: list[str], environment: dict[str, str], said: str) -> None:

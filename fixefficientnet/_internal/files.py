@@ -61,6 +61,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes text in UTF-8 as `write_atomically` does; what is no text in file names is escaped."""
+    write_atomically(path, text.encode("utf-8", "backslashreplace"))
+
+
 def remove_partial(folder: Path) -> None:
     """Removes what killed processes were writing in a folder and below; for one that nobody else writes in."""
     for path in folder.rglob(f".*{_SUFFIX}"):

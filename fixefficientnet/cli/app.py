@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fixefficientnet._internal import processes
-from fixefficientnet._internal.files import write_atomically
+from fixefficientnet._internal.files import write_atomically, write_text
 from fixefficientnet._version import __version__
 from fixefficientnet.errors import FixEfficientNetError
 
@@ -100,10 +100,14 @@ class UsageError(Exception):
 
 
 def show_what_can_be_shown() -> None:
-    """Shows a question mark for each letter that a terminal's encoding lacks, where Python would end with an error."""
+    """Shows a question mark for each letter that a terminal's encoding lacks, where Python would end with an error.
+
+    UTF-8 lacks the bytes of file names that are no text, which it escapes.
+    """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
-            stream.reconfigure(errors="replace")
+        if isinstance(stream, io.TextIOWrapper):
+            utf8 = stream.encoding.lower().replace("-", "") == "utf8"
+            stream.reconfigure(errors="backslashreplace" if utf8 else "replace")
 
 
 def print_text(text: str, end: str = "\n") -> None:
@@ -184,9 +188,10 @@ def write_file(path: Path, content: str | bytes) -> None:
     Raises:
         FixEfficientNetError: It cannot be written.
     """
-    if isinstance(content, str):
-        content = content.encode("utf-8", "backslashreplace")  # a file's name may be no UTF-8
     try:
-        write_atomically(path, content)
+        if isinstance(content, str):
+            write_text(path, content)
+        else:
+            write_atomically(path, content)
     except OSError as error:
         raise FixEfficientNetError(f"{path} cannot be written: {error.strerror}.") from error

@@ -100,7 +100,9 @@ class Form:
         if self.as_json:
             unreadable = [{"model": one.loaded.name, "images": _unreadable(one)} for one in every if _unreadable(one)]
             unturned = [{"model": one.loaded.name, "images": one.unturned} for one in every if one.unturned]
-            print_json({"results": rows, "comparison": pair, "unreadable": unreadable, "unturned": unturned})
+            left_out = list(dict.fromkeys(name for one in every for name in one.dataset.left_out))
+            found = {"results": rows, "comparison": pair, "unreadable": unreadable, "unturned": unturned}
+            print_json(found | {"left_out": left_out})
         elif self.as_csv:
             print_text(tables.as_csv(rows), end="")
         else:
@@ -333,7 +335,9 @@ def _unreadable(one: "Measured") -> list[str]:
 
 
 def _name_images(every: "list[Measured]") -> None:
-    """Names the images that do not count, and those whose EXIF orientation was ignored."""
+    """Names what does not count: files that are no images, unreadable images; and those that were not turned."""
+    for names, one in {one.dataset.left_out: one for one in every}.items():
+        _list_some(f"left out of {one.dataset.name} by the endings of their names", names)
     unreadable = {tuple(_unreadable(one)): one for one in every}
     for reasons, one in unreadable.items():
         _list_some(f"of {len(one.dataset):,} images could not be read and do not count", reasons)

@@ -27,6 +27,7 @@ from fixefficientnet.cli.app import (
     print_json,
     write_file,
 )
+from fixefficientnet.data.files import below, is_image
 from fixefficientnet.errors import ImageError
 from fixefficientnet.options import PredictionOptions
 
@@ -43,8 +44,6 @@ else:
 
 _FORMATS = {".csv": "as_csv", ".jsonl": "as_json_lines", ".md": "as_markdown"}
 """The function of `evaluation.tables` for each ending of a file."""
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
-IMAGE_SUFFIXES |= {".jfif", ".avif", ".jp2"}
 
 
 def _no_option(kind: type, image: str) -> None:
@@ -209,17 +208,17 @@ def _images(images: Sequence[str], report: Any) -> Iterator["ImageSource"]:
             else:
                 report(image, ImageError("Nothing came on stdin."))
         elif os.path.isdir(image) or (glob.has_magic(image) and not os.path.exists(image)):
-            pattern = os.path.join(glob.escape(image), "**", "*") if os.path.isdir(image) else image
-            files = [file for file in sorted(glob.glob(pattern, recursive=True)) if _is_image(file)]
+            try:
+                there = below(image) if os.path.isdir(image) else glob.glob(image, recursive=True)
+                files = sorted(file for file in there if is_image(file) and not os.path.isdir(file))
+            except OSError as error:
+                report(image, ImageError(f"{error.filename} cannot be read: {error.strerror}."))
+                continue
             if not files:
                 report(image, ImageError(f"There are no images in {image} (files ending in .jpg, .png, .webp, …)."))
             yield from map(os.path.normpath, files)
         else:
             yield image
-
-
-def _is_image(file: str) -> bool:
-    return Path(file).suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(file)
 
 
 def _shown(image: "ImageSource") -> str:

@@ -5,7 +5,6 @@ Images are addressed by their index, and an image that cannot be read is named, 
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,22 +12,17 @@ from typing import Any
 
 from PIL import Image
 from timm.data import create_dataset
-from timm.utils import natural_key
 
 from fixefficientnet import classes
 from fixefficientnet._internal import compat, requirements
-from fixefficientnet._internal.checkpoint_file import listed
+from fixefficientnet.data import folders
+from fixefficientnet.data.folders import SYNONYMS, VALIDATION, Exclusion, ImageFiles
 from fixefficientnet.data.tar_shards import TarShards
 from fixefficientnet.errors import DataError, ImageError
 from fixefficientnet.preprocessing import open_image
 
-TRAIN, VALIDATION = "train", "validation"
-_SYNONYMS = {
-    TRAIN: ("train", "training"),
-    VALIDATION: ("val", "valid", "validation", "eval", "evaluation"),
-}
-VALIDATION_SHARE = 0.2
-"""Share of each class's images that validates where a folder has no splits."""
+_ESCAPE = "surrogateescape"
+"""How Python keeps the bytes of file names that are no UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +30,14 @@ class ImageDataset:
     """A dataset's split with random access.
 
     Attributes:
-        source: timm's reader, or a torchvision dataset.
+        source: The images and their labels by index: files of a folder, tar files, timm's reader, or a torchvision
+            dataset.
         classes: Names of the classes, by the model's index; empty where the dataset names none.
         targets: Map from the dataset's class index to the model's; empty if they are the same.
         name: Name of the split in messages: its folder, or "hfds/name (validation)".
         upright: Whether images are turned as their EXIF orientation says.
         part_of: Fingerprint of the folder that `automatic_split` made this a part of; None for other datasets.
+        numbering: What an output must say of how the classes were found; empty: they have the model's own names.
     """
 
     source: Any
@@ -50,6 +46,7 @@ class ImageDataset:
     name: str
     upright: bool = False
     part_of: str | None = None
+    numbering: str = ""
 
     def __len__(self) -> int:
         return len(self.source)
@@ -73,6 +70,16 @@ class ImageDataset:
     def imagenet(self) -> bool:
         """Whether the classes are named by WordNet ids, as ImageNet's are."""
         return classes.are_wordnet_ids(self.classes)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names of the files beside the images that are none by their endings."""
+        return self.source.left_out if isinstance(self.source, ImageFiles) else ()
+
+    @property
+    def excluded(self) -> int | None:
+        """Number of images that were left out because it was asked for; None: it was not."""
+        return self.source.excluded if isinstance(self.source, ImageFiles) else None
 
     @property
     def files(self) -> bool:
@@ -103,14 +110,14 @@ class ImageDataset:
 
     def fingerprint(self) -> str:
         """sha256 over length, classes, labels and file names, as far as the source tells them; not over the pixels."""
-        digest = hashlib.sha256(f"{len(self)} {self.classes} {sorted(self.targets.items())}".encode())
+        digest = hashlib.sha256(f"{len(self)} {self.classes} {sorted(self.targets.items())}".encode("utf-8", _ESCAPE))
         if hasattr(self.source, "samples") and hasattr(self.source, "filename"):
             for index, (_, label) in enumerate(self.source.samples):
-                digest.update(f"{self.image_name(index)}\0{label}\0".encode("utf-8", "surrogateescape"))
+                digest.update(f"{self.image_name(index)}\0{label}\0".encode("utf-8", _ESCAPE))
         else:  # a name is all that there is to tell one from another, or Hugging Face's own fingerprint
             known = compat.dataset_fingerprint(getattr(self.source, "dataset", None))
             labels = [int(label) for label in getattr(self.source, "targets", ())]
-            digest.update(f"{known or self.name} {labels}".encode())
+            digest.update(f"{known or self.name} {labels}".encode("utf-8", _ESCAPE))
         return digest.hexdigest()
 
 
@@ -121,6 +128,8 @@ def open_dataset(
     root: str | None = None,
     num_classes: int | None = None,
     numbered: bool = False,
+    labels: str | None = None,
+    exclude: Sequence[str] = (),
 ) -> ImageDataset:
     """Opens one split of a dataset.
 
@@ -132,9 +141,12 @@ def open_dataset(
         split: "train" or "validation", which finds training/, val/ and the like too; or the exact name of another.
             None: "validation", or the folder itself where it holds the classes' folders.
         root: Folder that a named dataset lies in or is cached in, as timm's `root`.
-        num_classes: Number of the model's classes. With 1000, classes named by WordNet ids are mapped to ImageNet's,
-            and some may be missing. None: as many as the dataset has.
-        numbered: Whether classes named by numbers from 0 to 999, as ImageNet-V2's are, are mapped to ImageNet's too.
+        num_classes: Number of the model's classes. With 1000, classes named by WordNet ids or as ImageNet names them
+            are mapped to ImageNet's, and some may be missing. None: as many as the dataset has.
+        numbered: Whether classes named by numbers below `num_classes`, as ImageNet-V2's are, are the model's classes
+            of these numbers.
+        labels: File that tells the classes of images in one folder, see `labels.read`.
+        exclude: Images of folders to leave out, see `Exclusion.of`.
 
     Raises:
         DataError: There is no such folder or split, or no image in it or in a class; or its classes are not the
@@ -143,29 +155,38 @@ def open_dataset(
     kind, _, name = data.partition("/")
     kind = kind.lower()
     may_be_whole, part_of, split = split is None, None, split or VALIDATION
-    if kind == "tfds":
-        raise DataError(f"{data} is a stream, but images are needed by index: use a folder, hfds/ or wds/.")
-    if kind in ("hfds", "hfids", "torch"):
-        source = _named("hfds" if kind == "hfids" else kind, name, split, root)
-        title = f"{data} ({split})"
-    elif kind == "wds":
-        source = TarShards(Path(root or name).expanduser(), _SYNONYMS.get(split, (split,)))
+    if kind in ("tfds", "hfds", "hfids", "torch", "wds"):
+        if labels or exclude:
+            raise DataError(f"--labels and --exclude are for images in folders, and {data} is none.")
+        source = _named(kind, name, split, root)
         title = f"{data} ({split})"
     else:
-        whole = Path(data).expanduser()
-        folder = _split_folder(whole, split, may_be_whole=may_be_whole)
-        title = str(folder)
-        source = _open_folder(folder)
-        if folder == whole and not may_be_whole:
-            part_of = ImageDataset(source, class_names(source), {}, title).fingerprint()
-            which = _synonym_of(split)
-            source.samples = automatic_split(source.samples, folder)[which]
-            title = f"{folder} (automatic {which} split)"
+        try:
+            source, title, part_of = _in_folder(Path(data).expanduser(), split, may_be_whole, labels, exclude)
+        except OSError as error:
+            raise DataError(f"{error.filename} cannot be read: {error.strerror}.") from error
     if not len(source):
-        raise DataError(f"{title} holds no images.")
-    names = class_names(source)
-    order, targets = classes.mapping(names, num_classes, title, numbered=numbered)
-    return ImageDataset(source, order, targets, title, part_of=part_of)
+        raise DataError(f"{title} holds no images{' but excluded ones' if getattr(source, 'excluded', 0) else ''}.")
+    order = classes.numbering(class_names(source), num_classes, title, numbered=numbered or bool(labels))
+    return ImageDataset(source, order.names, order.targets, title, part_of=part_of, numbering=order.said)
+
+
+def _in_folder(
+    whole: Path, split: str, may_be_whole: bool, labels: str | None, exclude: Sequence[str]
+) -> tuple[ImageFiles, str, str | None]:
+    """Images of a folder, their name, and the fingerprint of the folder where they are an automatic split of it."""
+    folder = folders.split_folder(whole, split, may_be_whole=may_be_whole, labelled=bool(labels))
+    exclusion = Exclusion.of(exclude, whole)
+    title, part_of = str(folder), None
+    if labels:
+        return folders.open_labelled(folder, Path(labels).expanduser(), exclusion), title, None
+    source = folders.open_classes(folder)
+    if folder == whole and not may_be_whole:
+        part_of = ImageDataset(source, source.classes, {}, title).fingerprint()
+        which = folders.synonym_of(split)
+        source = replace(source, samples=folders.automatic_split(source.samples, folder)[which])
+        title = f"{folder} (automatic {which} split)"
+    return folders.without(source, exclusion), title, part_of
 
 
 def follow(dataset: ImageDataset, order: tuple[str, ...], owner: str) -> ImageDataset:
@@ -186,8 +207,13 @@ def follow(dataset: ImageDataset, order: tuple[str, ...], owner: str) -> ImageDa
 
 
 def _named(kind: str, name: str, split: str, root: str | None) -> Any:
+    if kind == "tfds":
+        raise DataError(f"tfds/{name} is a stream, but images are needed by index: use a folder, hfds/ or wds/.")
+    if kind == "wds":
+        return TarShards(Path(root or name).expanduser(), SYNONYMS.get(split, (split,)))
     if kind == "torch" and root is None:
         raise DataError(f"torch/{name} needs the folder that it lies in: give it with --data-root.")
+    kind = "hfds" if kind == "hfids" else kind
     try:
         dataset = create_dataset(f"{kind}/{name}", root=root, split=split, download=False)
     except ImportError as error:
@@ -201,107 +227,9 @@ def _named(kind: str, name: str, split: str, root: str | None) -> Any:
     return getattr(dataset, "reader", dataset)
 
 
-def _split_folder(folder: Path, split: str, *, may_be_whole: bool) -> Path:
-    if not folder.is_dir():
-        or_whole = ", or of classes' folders" if may_be_whole else ""
-        raise DataError(f"There is no folder {folder}. --data takes one with {split}/ in it{or_whole}.")
-    candidates = _SYNONYMS.get(split, (split,))
-    for name in candidates:
-        if (folder / name).is_dir():
-            return folder / name
-    there = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    splits = [name for name in there if name in {"test", *_SYNONYMS[TRAIN], *_SYNONYMS[VALIDATION]}]
-    holds_classes = any(path.is_dir() for name in splits for path in (folder / name).iterdir())
-    if may_be_whole and there and not holds_classes:
-        return folder
-    nested = (path.is_dir() for name in there for path in (folder / name).iterdir())
-    if _synonym_of(split) and there and not splits and not any(nested):
-        return folder
-    raise DataError(
-        f"{folder} has no folder {candidates[0]}/ (nor {', '.join(candidates[1:]) or 'another name for it'}). "
-        f"It has: {listed(there) or 'no folder at all'}."
-    )
-
-
-def automatic_split(samples: Sequence[tuple[str, int]], folder: Path) -> dict[str, list[tuple[str, int]]]:
-    """Splits a folder of classes into training and validation images.
-
-    About `VALIDATION_SHARE` of each class's images validates, at least one, and at least one trains. The sha256 of an
-    image's name with its class's folder decides, so that the split is the same in every run and on every machine, and
-    images that are added later move no other one.
-
-    Args:
-        samples: Path and class of each image.
-        folder: The folder that the classes' folders are in.
-
-    Raises:
-        DataError: A class has one image only.
-    """
-    classes: dict[int, list[str]] = {}
-    for path, label in samples:
-        classes.setdefault(label, []).append(path)
-    validation: set[str] = set()
-    for paths in classes.values():
-        if len(paths) < 2:
-            raise DataError(
-                f"{folder} has no train/ and val/, and its class {Path(paths[0]).parent.name} has one image: splitting "
-                "it needs two."
-            )
-        drawn = sorted((_draw(Path(path).relative_to(folder).as_posix()), path) for path in paths)
-        inside = sum(number < VALIDATION_SHARE for number, _ in drawn)
-        validation.update(path for _, path in drawn[: min(max(1, inside), len(drawn) - 1)])
-    return {
-        TRAIN: [sample for sample in samples if sample[0] not in validation],
-        VALIDATION: [sample for sample in samples if sample[0] in validation],
-    }
-
-
-def _draw(name: str) -> float:
-    """A number in [0, 1) that is a function of a name."""
-    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def _synonym_of(split: str) -> str:
-    """TRAIN or VALIDATION, if a split's name means one of them; else empty."""
-    return next((name for name, synonyms in _SYNONYMS.items() if split in synonyms), "")
-
-
-def _open_folder(folder: Path) -> Any:
-    """timm's reader for a folder of classes, numbered in timm's order.
-
-    timm numbers each innermost folder with an image in it, so an empty class, a stray image or a folder within a
-    class would silently shift the others; and it leaves the order of names that differ in case or leading
-    zeros alone ("Fox", "fox") to chance.
-    """
-    try:
-        source = create_dataset("", root=str(folder), split="", search_split=False).reader
-    except (RuntimeError, AssertionError) as error:
-        raise DataError(f"{folder} holds no images: {error}") from error
-    folders = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
-    found = {os.path.dirname(path): path for path, _ in source.samples}  # noqa: PTH120 - a million of them
-    for parent, path in sorted(found.items()):
-        if Path(parent).parent != folder or Path(parent).name not in folders:
-            raise DataError(
-                f"{path} is in no class's folder. {folder} takes one folder per class, with images directly in it."
-            )
-    if empty := sorted(folders - {Path(parent).name for parent in found}):
-        raise DataError(f"The class {empty[0]} has no images in {folder / empty[0]}: add some, or remove the folder.")
-    number = {name: index for index, name in enumerate(sorted(folders, key=_in_order))}
-    of_folder = {parent: number[Path(parent).name] for parent in found}
-    samples = [(path, of_folder[os.path.dirname(path)]) for path, _ in source.samples]  # noqa: PTH120
-    source.samples = sorted(samples, key=lambda sample: _in_order(sample[0]))
-    source.class_to_idx = number
-    return source
-
-
-def _in_order(name: str) -> tuple[list[str | int], str]:
-    return natural_key(name), name  # type: ignore[no-untyped-call]
-
-
 def class_names(source: Any) -> tuple[str, ...]:
     """A source's own names of its classes, by its own index; empty if it has none."""
     numbers = getattr(source, "class_to_idx", None)
-    if numbers:
+    if numbers and not hasattr(source, "wnids"):  # torchvision's ImageNet has several names for a class
         return tuple(str(name) for name, _ in sorted(numbers.items(), key=lambda item: item[1]))
-    return tuple(str(name) for name in getattr(source, "classes", ()))
+    return tuple(map(str, getattr(source, "wnids", None) or getattr(source, "classes", None) or ()))

@@ -10,8 +10,7 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from timm.data import get_img_extensions
-
+from fixefficientnet.data.files import SUFFIXES
 from fixefficientnet.errors import DataError
 
 
@@ -61,7 +60,6 @@ class TarShards:
         return [(name, label) for *_, label, name in self._samples]
 
     def _index(self, number: int, path: Path) -> None:
-        suffixes: set[str] = get_img_extensions(as_set=True)  # type: ignore[no-untyped-call]
         images: dict[str, tarfile.TarInfo] = {}
         labels: dict[str, int] = {}
         with tarfile.open(path, "r:") as tar:
@@ -71,7 +69,7 @@ class TarShards:
                 key, suffix = f"{folder}/{base}", f".{kind.lower()}"
                 if not member.isfile():
                     continue
-                if suffix in suffixes:
+                if suffix in SUFFIXES:
                     images[key] = member
                 elif suffix in (".cls", ".json") and (file := tar.extractfile(member)):
                     text = file.read()

@@ -20,11 +20,10 @@ from fixefficientnet.classes import (
     IMAGENET,
     SUBSET,
     Subset,
-    are_wordnet_ids,
     real_labels,
     turned_upright,
 )
-from fixefficientnet.data.dataset import VALIDATION, ImageDataset, class_names, follow, open_dataset
+from fixefficientnet.data.dataset import VALIDATION, ImageDataset, follow, open_dataset
 from fixefficientnet.errors import EvaluationError
 from fixefficientnet.evaluation.activations import PooledActivations
 from fixefficientnet.evaluation.journal import Journal
@@ -84,16 +83,17 @@ def evaluate(model: str | os.PathLike[str] | nn.Module, data: str | os.PathLike[
             ("timm/resnet50.a1_in1k"); or a model of `create`'s or timm's. A module is moved to the device.
         data: A folder with val/ or of classes' folders, or "hfds/NAME" and the like, as timm opens it.
         **settings: Other fields of `fixefficientnet.evaluation.settings.Settings`: split, size, crop_pct, device,
-            mixed_precision, batch_size, workers, threads, restrict_classes, real_labels, data_root, folder, resume,
-            engine, upright, fast_preprocessing.
+            mixed_precision, batch_size, workers, threads, restrict_classes, real_labels, data_root, labels, exclude,
+            folder, resume, engine, upright, fast_preprocessing.
 
     Raises:
         UnknownVariantError: No variant has this name.
         DataError: The dataset cannot be used: no images, other classes than the model's, labels out of range.
         EvaluationError: The model cannot be used: NaN, a size that it does not take.
     """
-    if settings.get("device") is not None:
-        settings["device"] = str(settings["device"])
+    for name, as_text in (("device", str), ("labels", os.fspath)):
+        if settings.get(name) is not None:
+            settings[name] = as_text(settings[name])
     chosen = Settings(os.fspath(data), **settings)
     loaded = from_module(model) if isinstance(model, nn.Module) else load(os.fspath(model))
     with processes.accelerating(chosen.usual_device, chosen.mixed_precision) as accelerator:
@@ -103,10 +103,22 @@ def evaluate(model: str | os.PathLike[str] | nn.Module, data: str | os.PathLike[
 def dataset_for(loaded: LoadedModel, settings: Settings) -> ImageDataset:
     """The dataset, its classes numbered as the model's, its images upright or not as for the model."""
     own = loaded.own_classes
-    number = None if own else loaded.num_classes
-    dataset = open_dataset(settings.data, settings.split, root=settings.data_root, num_classes=number, numbered=True)
-    if loaded.part_of and settings.split is None and dataset.fingerprint() == loaded.part_of:
-        dataset = open_dataset(settings.data, VALIDATION, num_classes=number)  # the rest trained the model
+
+    def opened(split: str | None, exclude: tuple[str, ...]) -> ImageDataset:
+        return open_dataset(
+            settings.data,
+            split,
+            root=settings.data_root,
+            num_classes=None if own else loaded.num_classes,
+            numbered=not own,
+            labels=settings.labels,
+            exclude=exclude,
+        )
+
+    split = settings.split
+    if loaded.part_of and split is None and opened(None, ()).fingerprint() == loaded.part_of:
+        split = VALIDATION  # the rest trained the model
+    dataset = opened(split, settings.exclude)
     upright = loaded.upright if settings.upright is None else settings.upright
     dataset = replace(dataset, upright=turned_upright(loaded.num_classes) if upright is None else upright)
     return follow(dataset, own, loaded.name)
@@ -301,7 +313,9 @@ def conditions(every: Sequence[Measured]) -> list[str]:
 
 def _described(one: Measured) -> str:
     found, test = one.evaluation, one.loaded.test
-    left_out = f" ({len(found.unreadable):,} more could not be read)" if found.unreadable else ""
+    counted = ((len(found.unreadable) or None, "more could not be read"), (one.dataset.excluded, "excluded"))
+    left_out = "; ".join(f"{count:,} {what}" for count, what in counted if count is not None)
+    left_out = f" ({left_out})" if left_out else ""
     crop = f"crop_pct {test.crop_pct:g}" + (f", {one.loaded.crop_mode}" if one.loaded.crop_mode != "center" else "")
     words = (
         (one.engine, "eager"),
@@ -320,6 +334,6 @@ def _restriction(measured: Measured) -> str:
     if measured.real_labels:
         without = len(measured.dataset) - measured.evaluation.images - len(measured.evaluation.unreadable)
         said.append(f"ReaL labels (images without any, which do not count: {without:,})")
-    if measured.dataset.imagenet and not are_wordnet_ids(class_names(measured.dataset.source)):
-        said.append("class names taken as the numbers of ImageNet's classes")
+    if measured.dataset.numbering:
+        said.append(measured.dataset.numbering)
     return "; ".join(said)

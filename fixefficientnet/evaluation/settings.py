@@ -16,6 +16,8 @@ class Settings(Checked):
     Attributes:
         data: A folder with val/, or of classes' folders; or hfds/NAME, torch/NAME, wds/NAME.
         data_root: Folder that a named dataset lies or is cached in.
+        labels: File that tells the classes of the images of one folder: CSV of file and label, or ImageNet's own.
+        exclude: Images to leave out: a glob pattern, or a text file of paths; may be repeated.
         split: Split of the dataset. Default: validation, or the whole folder.
         crop_pct: Share of the resized image that the crop keeps. Default: the model's.
         restrict_classes: Restrict logits to the classes of the dataset. Default: where these are 200 of ImageNet's.
@@ -40,6 +42,8 @@ class Settings(Checked):
 
     data: str
     data_root: str | None = None
+    labels: str | None = None
+    exclude: tuple[str, ...] = ()
     split: str | None = None
     crop_pct: Share | None = None
     restrict_classes: bool | None = None

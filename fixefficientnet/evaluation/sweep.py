@@ -105,7 +105,8 @@ def write(rows: Sequence[Mapping[str, Any]], every: Sequence[Measured], folder: 
     Raises:
         EvaluationError: A file cannot be written.
     """
-    for name, content in {"sweep.csv": tables.as_csv(rows).encode(), PAGE: page.render(page.of_sweep(every))}.items():
+    csv = tables.as_csv(rows).encode("utf-8", "backslashreplace")
+    for name, content in {"sweep.csv": csv, PAGE: page.render(page.of_sweep(every))}.items():
         try:
             write_atomically(folder / name, content)
         except OSError as error:

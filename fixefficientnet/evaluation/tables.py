@@ -33,6 +33,8 @@ def row(measured: Measured) -> dict[str, Any]:
         "precision": measured.precision,
         "preprocessing": measured.preprocessing,
         "upright": measured.dataset.upright,
+        "left_out": len(measured.dataset.left_out),
+        "excluded": measured.dataset.excluded,
         "seconds": found.seconds,
         "images_per_second": found.rate,
     }

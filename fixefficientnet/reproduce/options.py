@@ -13,12 +13,16 @@ class Data:
     Attributes:
         data: A folder with train/ and val/, one folder per class in each, or with the classes' folders alone, of which
             a fifth of the images validates; or hfds/NAME, torch/NAME, wds/NAME.
+        labels: File that tells the classes of the validation images, where these lie in one folder.
+        exclude: Images to leave out: a glob pattern, or a text file of paths; may be repeated.
         data_root: Folder that a named dataset lies or is cached in, such as wds/ shards.
         train_split: Split to train on.
         val_split: Split to measure on.
     """
 
     data: str
+    labels: str | None = None
+    exclude: tuple[str, ...] = ()
     data_root: str | None = None
     train_split: str = "train"
     val_split: str = "validation"

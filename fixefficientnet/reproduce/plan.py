@@ -72,7 +72,8 @@ def plan_runs(recipes: Sequence[Recipe], data: Data | None, devices: int = 1, va
     images, num_classes = IMAGENET, 1000
     if data is not None:
         train, validation = (
-            open_dataset(data.data, split, root=data.data_root) for split in (data.train_split, data.val_split)
+            open_dataset(data.data, split, root=data.data_root, labels=labels, exclude=data.exclude)
+            for split, labels in ((data.train_split, None), (data.val_split, data.labels))
         )
         images = len(train), len(validation)
         num_classes = 1000 if train.imagenet else len(train.classes) or 1000

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fixefficientnet._internal import records
-from fixefficientnet._internal.files import write_atomically
+from fixefficientnet._internal.files import write_atomically, write_text
 from fixefficientnet._internal.records import Count, Percent, Positive
 from fixefficientnet.data.dataset import ImageDataset
 from fixefficientnet.errors import MissingFileError, RunError
@@ -169,6 +169,8 @@ class Report:
         paired: The tuned network against the untuned one, by a name in `UNTUNED`; empty for a base stage.
         paper: The paper's figures; None where it has none.
         delta_sha256: sha256 of delta.safetensors; None for a base stage.
+        left_out: The files beside the images that are none by their endings, each with its split.
+        excluded: Number of images, of both splits, that were left out because it was asked for.
     """
 
     variant: str
@@ -186,6 +188,8 @@ class Report:
     paired: Mapping[str, PairedTest]
     paper: PaperFigures | None
     delta_sha256: str | None = None
+    left_out: tuple[str, ...] = ()
+    excluded: Count = 0
 
     @classmethod
     def load(cls, path: Path) -> "Report":
@@ -211,7 +215,7 @@ class Report:
 
     def dump(self, folder: Path) -> None:
         """Writes report.md, then report.json, whose presence says that the run is complete."""
-        write_atomically(folder / TEXT, as_markdown(self).encode("utf-8", "replace"))
+        write_text(folder / TEXT, as_markdown(self))
         write_atomically(folder / FILENAME, records.dumps(self))
 
     @property
@@ -282,6 +286,11 @@ def as_markdown(report: Report) -> str:
     if report.unturned:
         lines += ["", f"Images with an EXIF orientation: {len(report.unturned)}, not turned (`--upright` turns them):"]
         lines += [f"- {name}" for name in report.unturned[:20]]
+    if report.excluded:
+        lines += ["", f"Images that were excluded (`--exclude`): {report.excluded:,}."]
+    if report.left_out:
+        lines += ["", f"Files that were left out by the endings of their names: {len(report.left_out):,}:"]
+        lines += [f"- {name}" for name in report.left_out[:20]]
     lines += [
         "",
         f"Forward passes through the backbone: {report.forwards:,} images "

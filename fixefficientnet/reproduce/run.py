@@ -15,9 +15,11 @@ from torch import nn
 
 from fixefficientnet import delta
 from fixefficientnet._internal import processes, records
+from fixefficientnet._internal.checkpoint_file import listed
 from fixefficientnet._internal.files import write_atomically
-from fixefficientnet.classes import turned_upright
-from fixefficientnet.data.dataset import VALIDATION_SHARE, ImageDataset, follow, open_dataset
+from fixefficientnet.classes import IMAGENET, are_imagenets, turned_upright
+from fixefficientnet.data.dataset import ImageDataset, follow, open_dataset
+from fixefficientnet.data.folders import VALIDATION_SHARE
 from fixefficientnet.errors import (
     DataError,
     EvaluationError,
@@ -184,17 +186,23 @@ def _run(job: Job, accelerator: Accelerator) -> Report:
 def _open(job: Job) -> _Inputs:
     data, recipe = job.data, job.recipe
 
-    def opened(split: str, num_classes: int | None) -> ImageDataset:
-        return open_dataset(data.data, split, root=data.data_root, num_classes=num_classes)
+    def opened(split: str, num_classes: int | None, labels: str | None = None) -> ImageDataset:
+        root, exclude = data.data_root, data.exclude
+        return open_dataset(data.data, split, root=root, num_classes=num_classes, labels=labels, exclude=exclude)
 
-    expected = 1000 if job.checkpoint is None and recipe.stage == "fixres" else None
+    described = Description.load(job.checkpoint) if job.checkpoint else None
+    named = described.classes if described else ()
+    tuned = recipe.stage == "fixres"  # and measured untuned: the classes must be the network's
+    expected = IMAGENET if tuned and (job.checkpoint is None or are_imagenets(named)) else None
     train = opened(data.train_split, expected)
-    if expected is None and train.imagenet:
-        expected = 1000
+    if expected is None and (train.imagenet or (tuned and not named)):
+        expected = IMAGENET if train.imagenet else len(train.classes) or None
         train = opened(data.train_split, expected)
-    validation = opened(data.val_split, expected if train.imagenet else None)
+    if tuned and not train.imagenet:
+        train = follow(train, named, str(job.checkpoint))
+    validation = opened(data.val_split, expected if train.imagenet else None, data.labels)
     validation = follow(validation, train.classes, train.name)
-    num_classes = len(train.classes) or expected or 1000
+    num_classes = len(train.classes) or expected or IMAGENET
     weights: str | Path = job.checkpoint or recipe.weights
     model = network.load(job.subject, weights, num_classes=num_classes, seed=recipe.seed)
     found = int(getattr(model, "num_classes", num_classes))
@@ -305,6 +313,8 @@ def _finish(
         forwards=forwards,
         unreadable=tuple(sorted(set().union(*session.unreadable.values()))),
         unturned=tuple(sorted(set().union(*session.unturned.values()))),
+        left_out=tuple(f"{one.name}: {name}" for one in (inputs.train, inputs.validation) for name in one.left_out),
+        excluded=(inputs.train.excluded or 0) + (inputs.validation.excluded or 0),
         measured=measured,
         paired=PairedTest.all_of(measurements.found),
         paper=PaperFigures.beside(variant, recipe, measured, classes),
@@ -394,6 +404,14 @@ def _introduce(session: Session, net: Network, recipe: Recipe, train: ImageDatas
         session.log.say(
             f"no train/ and val/: about {VALIDATION_SHARE:.0%} of each class's images validate, the same in each run"
         )
+    if train.numbering:
+        session.log.say(train.numbering)
+    for images in (train, validation):
+        if images.excluded is not None:
+            session.log.say(f"{images.name}: {images.excluded:,} excluded")
+        if images.left_out:
+            some = f"{len(images.left_out):,} left out by the endings of their names: {listed(images.left_out)}"
+            session.log.say(f"{images.name}: {some}")
     count = sum(tensor.numel() for tensor in net.moving.values())
     names = ", ".join(net.moving) if len(net.moving) <= 6 else f"{len(net.moving)} tensors"
     session.log.say(f"changes {count:,} values: {names}")

@@ -1,0 +1,36 @@
+"""Which files of a folder are images, and which are nobody's. Imports no torch."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .heic .heif .hif .avif .jp2 .ppm .pgm .pbm".split()
+)
+"""Endings of images, in any case. What an image is, its bytes say."""
+_LITTER = frozenset(("@eadir", "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini"))
+"""What file managers and network storage leave in folders, besides hidden files."""
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is one of the images, by the ending of its name."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES  # noqa: PTH122 - of a million names
+
+
+def entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
+    """What lies in a folder, in no order; not what is hidden (`.ipynb_checkpoints`), or left by other programs."""
+    with os.scandir(folder) as found:
+        return [one for one in found if not (one.name.startswith(".") or one.name.lower() in _LITTER)]
+
+
+def below(folder: str | os.PathLike[str], _above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
+    """Paths of all files in a folder and its folders, in no order, but for what `entries` leaves out."""
+    status = Path(folder).stat()
+    here = status.st_dev, status.st_ino
+    if here in _above:  # a link to a folder that it lies in
+        return
+    for one in entries(folder):
+        if one.is_dir():
+            yield from below(one.path, _above | {here})
+        else:
+            yield one.path
