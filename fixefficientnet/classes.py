@@ -94,7 +94,7 @@ def numbering(names: tuple[str, ...], num_classes: int | None, dataset: str, *, 
             which = "ImageNet-1k's" if num_classes == IMAGENET else f"the {num_classes} of the model"
             raise DataError(f"{dataset} has classes that are none of {which}: {listed(unknown)}.")
         return Numbering(order, {index: known[name] for index, name in enumerate(names)})
-    numbers = [int(name) for name in names if name.isdecimal() and int(name) < num_classes]
+    numbers = [int(name) for name in names if re.fullmatch(r"\d{1,9}", name) and int(name) < num_classes]
     if len(numbers) == len(names) and numbered:  # ImageNet-V2 has 0 to 999
         whose = "ImageNet's" if num_classes == IMAGENET else "the model's"
         in_order = imagenet_order() if num_classes == IMAGENET else tuple(map(str, range(num_classes)))

@@ -125,6 +125,8 @@ def test_what_is_excluded_is_counted_and_another_evaluation(nameless: str, tmp_p
         images = open_dataset(str(data), None, exclude=[*map(str, given)])
         assert len(images) == left
         assert (images.fingerprint() == open_dataset(str(data), None).fingerprint()) == (left == 15)
+    with pytest.raises(DataError, match=r"--exclude lost\.txt: there is no such file"):
+        open_dataset(str(data), None, exclude=["lost.txt"])
     with pytest.raises(DataError, match="holds no images but excluded ones"):
         open_dataset(str(data), None, exclude=["*.jpg"])
     with pytest.raises(DataError, match="--exclude are for images in folders"):
@@ -326,6 +328,7 @@ WRONG = {
     "row 2 is 'a.jpg,b,c'": f"{NAMES[0]},{IDS[0]}\na.jpg,b,c\n",
     "has no column named label": csv_of([*zip(NAMES, IDS, strict=True)], "file,x").replace("\n", ",1\n"),
     "holds no labels": "\n",
+    "has a label of 5,000 letters": csv_of([(NAMES[0], "7" * 5000)]),
     "is no text file": "a\0b",
     "has numbers alone": "".join(f"{one}\n" for one in TRUTH),
     "44 labels of files that are not there: ILSVRC2012_val_00000007": f"{IDS[0]}\n" * 50,

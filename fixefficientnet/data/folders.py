@@ -1,6 +1,7 @@
 """Images in files: a folder per class, or one folder with a file of labels; which of them are left out."""
 
 import fnmatch
+import glob
 import hashlib
 import os
 import re
@@ -76,12 +77,14 @@ class Exclusion:
             data: The data folder.
 
         Raises:
-            DataError: A text file cannot be read.
+            DataError: A text file is not there, or cannot be read.
         """
         patterns, names = [], set()
         for one in given:
             if os.path.isfile(one) and not files.is_image(one):
                 names |= {labels.normal(line) for line in labels.lines(Path(one)) if line.strip()}
+            elif not (glob.has_magic(one) or files.is_image(one)):
+                raise DataError(f"--exclude {one}: there is no such file, and it is no pattern and no image's name.")
             else:
                 patterns.append(fnmatch.translate(one if "/" in one else f"*/{one}"))
         return cls(re.compile("|".join(patterns)) if patterns else None, frozenset(names), str(data))

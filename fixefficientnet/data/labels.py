@@ -14,6 +14,8 @@ _LABEL = {"label", "labels", "class", "class_name", "category", "target", "synse
 """What columns are called in a header, in any case."""
 _BOXES = re.compile(r"(n\d{8})( \d+){4}.*")
 """A label of ImageNet's with boxes, as in LOC_val_solution.csv."""
+_LONGEST = 255
+"""Most letters of a label: as many as a folder's name may have."""
 
 
 def lines(file: Path) -> list[str]:
@@ -127,7 +129,10 @@ def _rows(file: Path) -> list[tuple[str, str]]:
         if len(row) != width:
             shown = (separator or " ").join(row)
             raise DataError(f"{file} takes an image and its label in each line; row {number} is {shown!r}.")
-    return [(row[name], _BOXES.sub(r"\1", row[label].strip())) for row in rows]
+    found = [(row[name], _BOXES.sub(r"\1", row[label].strip())) for row in rows]
+    if (longest := max((len(label) for _, label in found), default=0)) > _LONGEST:
+        raise DataError(f"{file} has a label of {longest:,} letters.")
+    return found
 
 
 def _of_imagenet(file: Path, labels: list[str]) -> list[tuple[str, str]]:

@@ -116,7 +116,7 @@ def dataset_for(loaded: LoadedModel, settings: Settings) -> ImageDataset:
         )
 
     split = settings.split
-    if loaded.part_of and split is None and opened(None, ()).fingerprint() == loaded.part_of:
+    if loaded.part_of and split is None and not settings.labels and opened(None, ()).fingerprint() == loaded.part_of:
         split = VALIDATION  # the rest trained the model
     dataset = opened(split, settings.exclude)
     upright = loaded.upright if settings.upright is None else settings.upright

@@ -198,16 +198,16 @@ def _open(job: Job) -> _Inputs:
     if expected is None and (train.imagenet or (tuned and not named)):
         expected = IMAGENET if train.imagenet else len(train.classes) or None
         train = opened(data.train_split, expected)
-    if tuned and not train.imagenet:
-        train = follow(train, named, str(job.checkpoint))
     validation = opened(data.val_split, expected if train.imagenet else None, data.labels)
-    validation = follow(validation, train.classes, train.name)
     num_classes = len(train.classes) or expected or IMAGENET
     weights: str | Path = job.checkpoint or recipe.weights
     model = network.load(job.subject, weights, num_classes=num_classes, seed=recipe.seed)
     found = int(getattr(model, "num_classes", num_classes))
     if found != num_classes:
         raise DataError(f"{train.name} has {num_classes} classes, the network of {weights} {found}.")
+    if tuned and not train.imagenet:
+        train = follow(train, named, str(job.checkpoint))
+    validation = follow(validation, train.classes, train.name)
     upright = turned_upright(num_classes) if recipe.upright is None else recipe.upright
     train, validation = replace(train, upright=upright), replace(validation, upright=upright)
     return _Inputs(train, validation, model, replace(recipe, upright=upright))
