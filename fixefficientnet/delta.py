@@ -1,4 +1,4 @@
-"""The FixRes delta: the classifier and the last batch norm before pooling, all that FixRes changes.
+"""The FixRes delta: the classifier and the last norm before it, all that FixRes changes.
 
 A small safetensors file. Its tensors are those two modules', by their timm state-dict names, float32
 (`num_batches_tracked` is left out: it has no effect at test time). Its metadata has one key, `fixefficientnet-delta`:
@@ -33,26 +33,31 @@ from fixefficientnet.manifest import Sha256, TestTime
 
 FORMAT = "fixefficientnet-delta"
 FORMAT_VERSION: Final = 2
-_SHORTCUTS = ("downsample", "shortcut")
+_ASIDE = ("downsample", "shortcut", "attn_pool")
+"""Parts of a network that its features are added to, or pass beside."""
 _DAMAGED = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError, RecursionError)
-_SPATIAL_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Names of the two modules that FixRes tunes.
+    """Names of the modules that FixRes tunes.
 
     Attributes:
-        norm: The last batch norm before pooling.
+        norm: The last norm, see `find_head`; None where there is none.
         classifier: The final linear layer.
     """
 
-    norm: str
+    norm: str | None
     classifier: str
+
+    def __str__(self) -> str:
+        """Their names, for people."""
+        return f"{self.norm} and {self.classifier}" if self.norm else self.classifier
 
     def select(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The head's own tensors out of a state dict, by name."""
-        prefixes = (f"{self.norm}.", f"{self.classifier}.")
+        prefixes = tuple(f"{module}." for module in (self.norm, self.classifier) if module)
         return {
             name: tensor
             for name, tensor in sorted(tensors.items())
@@ -108,30 +113,46 @@ class _Metadata(Description):
 
 
 def find_head(model: nn.Module) -> Head:
-    """Finds the classifier and the last batch norm before pooling of any timm CNN.
+    """Finds the classifier and the last norm before it, of any timm classifier.
 
-    The norm is the last one in module order before the pooling, outside shortcut branches. Where
-    several branches are added or joined right before the pooling (RepVGG, Inception, PNASNet), it is
-    that of the last branch.
+    The norm is the last batch norm over feature maps before the pooling (or what a network has in its place, such as
+    group norm), unless a norm outside all blocks follows it there, as in MaxViT. Where there is no batch norm, it is
+    the last norm of all, before the pooling or behind it: the layer norm of transformers and of ConvNeXt. "Last" is by
+    module order, without shortcut branches. Where several branches are added or joined right before the pooling
+    (RepVGG, Inception, PNASNet), it is that of the last branch.
 
     Args:
         model: A timm model; its weights may be on the meta device.
 
     Raises:
-        UnsupportedModelError: There is no classifier, or more than one, or no batch norm over feature maps
-            before the pooling (models that use layer norm, for one).
+        UnsupportedModelError: There is no classifier, or more than one.
     """
-    what = type(model).__name__
     classifier = find_classifier(model)
-    norm = ""
+    batch_norm: str | None = None
+    last: str | None = None
+    pooled = False
     for name, module in model.named_modules():
-        if name == classifier or name.rpartition(".")[2] == "global_pool":
+        parts = name.split(".")
+        if name == classifier:
             break
-        if isinstance(module, _SPATIAL_NORMS) and not any(part in _SHORTCUTS for part in name.split(".")):
-            norm = name
-    if not norm:
-        raise UnsupportedModelError(f"{what} has no batch norm before its pooling: no statistics for FixRes to move.")
-    return Head(norm, classifier)
+        pooled = pooled or parts[-1] == "global_pool"
+        if not _is_norm(module) or any(part in _ASIDE for part in parts):
+            continue
+        last = name
+        in_its_place = isinstance(module, _BATCH_NORMS) or parts[-1].startswith("bn")
+        outside_blocks = not any(part.isdecimal() for part in parts)
+        if not pooled and (in_its_place or (batch_norm and outside_blocks)):
+            batch_norm = name
+    return Head(batch_norm or last, classifier)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm with weights, of feature maps or of features; of PyTorch's or timm's many kinds."""
+    if isinstance(module, nn.BatchNorm1d):  # over pooled features
+        return False
+    return isinstance(module, _BATCH_NORMS) or (
+        "Norm" in type(module).__name__ and isinstance(getattr(module, "weight", None), nn.Parameter)
+    )
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -385,8 +406,8 @@ def merge(tensors: Mapping[str, Tensor], delta: Delta, head: Head) -> dict[str, 
     found = fingerprint(replaced)
     if found != delta.fingerprint:
         raise DeltaMismatchError(
-            f"The delta for {delta.variant} was tuned from another backbone than this one: its {head.norm} and "
-            f"{head.classifier} have the fingerprint {found[:16]}…, expected is {delta.fingerprint[:16]}…. "
+            f"The delta for {delta.variant} was tuned from another backbone than this one: its {head} "
+            f"{'have' if head.norm else 'has'} the fingerprint {found[:16]}…, expected is {delta.fingerprint[:16]}…. "
             f"Use the original weights of {delta.backbone}, of the revision that the delta was tuned from."
         )
     return {**tensors, **delta.tensors}
@@ -424,15 +445,22 @@ def find_classifier(model: nn.Module) -> str:
     """
     configured = getattr(model, "pretrained_cfg", {}).get("classifier")
     modules = dict(model.named_modules())
-    if isinstance(configured, tuple | list):
-        present = [name for name in configured if isinstance(modules.get(name), nn.Linear | nn.Conv2d)]
-        if len(present) > 1:
-            raise UnsupportedModelError(f"{type(model).__name__} has more than one classifier: {', '.join(present)}.")
-        configured = next(iter(present), None)
-    if configured and isinstance(modules.get(configured), nn.Linear | nn.Conv2d):
-        return str(configured)
     get_classifier = getattr(model, "get_classifier", None)
     module = get_classifier() if callable(get_classifier) else None
+    if isinstance(configured, tuple | list):
+        configured = [name for name in configured if isinstance(modules.get(name), nn.Linear | nn.Conv2d)]
+    several = max(
+        (each for each in (configured, module) if isinstance(each, tuple | list | nn.ModuleList)), key=len, default=()
+    )
+    if len(several) > 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has {len(several)} classifiers, whose logits it joins (a distilled network, for "
+            "one). FixRes tunes networks of one: choose another."
+        )
+    if isinstance(configured, list):
+        configured = next(iter(configured), None)
+    if configured and isinstance(modules.get(configured), nn.Linear | nn.Conv2d):
+        return str(configured)
     for name, candidate in modules.items():
         if candidate is module and isinstance(candidate, nn.Linear | nn.Conv2d):
             return str(name)

@@ -25,7 +25,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
 from fixefficientnet import classes, delta, manifest, zoo
-from fixefficientnet._internal import checkpoint_file, records
+from fixefficientnet._internal import checkpoint_file, input_size, records
 from fixefficientnet._internal.checkpoint_file import listed
 from fixefficientnet._internal.meta_device import without_weights
 from fixefficientnet._internal.records import AboveZero, Share
@@ -84,6 +84,11 @@ class Description:
     upright: bool = False
     part_of: str | None = None
 
+    @property
+    def size(self) -> int:
+        """The size that the weights are for, in pixels: that of the stage's training."""
+        return self.train_size if self.stage == "base" else self.test_size
+
     @classmethod
     def load(cls, path: Path) -> "Description | None":
         """Reads the description of a model.safetensors; None for a file that has none.
@@ -135,6 +140,8 @@ class LoadedModel:
         own_weights: Whether the weights are others than those that `timm_name` stands for.
         upright: Whether images are turned as their EXIF orientation says; None if the weights do not tell.
         part_of: Fingerprint of the folder of which an automatic split trained the model; None if none did.
+        saved: The network at the size of its saved weights, which timm resizes for others (see `for_size`); None where
+            it takes any size, or is used as it was given.
     """
 
     name: str
@@ -150,6 +157,7 @@ class LoadedModel:
     own_weights: bool = False
     upright: bool | None = None
     part_of: str | None = None
+    saved: nn.Module | None = None
 
     @property
     def num_classes(self) -> int:
@@ -198,6 +206,14 @@ class LoadedModel:
             size=self.test.size if size is None else size,
             crop_pct=self.test.crop_pct if crop_pct is None else crop_pct,
         )
+
+    def for_size(self, size: int) -> "LoadedModel":
+        """The model with its network built for images of a size, in pixels, where it takes those of one size only.
+
+        Raises:
+            UnsupportedModelError: The network cannot take this size.
+        """
+        return replace(self, network=input_size.at_size(self.saved, size)) if self.saved else self
 
     def transform(self, test: TestTime, *, fast: bool = False) -> TestTransform:
         """The transform for a preprocessing: `Preprocess`, or timm's for what that does not know.
@@ -359,9 +375,10 @@ def _of_its_own(path: Path) -> LoadedModel | None:
     if described is None:
         in_repository = path.name == MODEL and (path.parent / CONFIG).is_file()
         return _of_repository(f"local-dir:{path.parent}") if in_repository else None
+    network = from_checkpoint(described.backbone.partition(".")[0], path, described.size)
     return LoadedModel(
         name=str(path),
-        network=from_checkpoint(described.backbone.partition(".")[0], path),
+        network=network,
         test=described.test,
         timm_name=described.backbone,
         train_size=described.train_size,
@@ -370,7 +387,8 @@ def _of_its_own(path: Path) -> LoadedModel | None:
         own_weights=True,
         upright=described.upright,
         part_of=described.part_of,
-    )
+        saved=network,
+    ).for_size(described.test.size)
 
 
 def _of_delta(name: str, path: Path, tuned: Delta) -> LoadedModel:
@@ -378,11 +396,12 @@ def _of_delta(name: str, path: Path, tuned: Delta) -> LoadedModel:
         loaded = _of_variant(name, manifest.find(tuned.variant), str(path))
         return replace(loaded, train_size=_train_size(path, tuned, loaded), upright=_upright(tuned))
     loaded = _of_timm(f"{TIMM}{tuned.backbone}")
-    delta.apply(loaded.network, tuned)
+    delta.apply(loaded.saved or loaded.network, tuned)
+    test = delta.test_time(tuned, loaded.test)
     return replace(
-        loaded,
+        loaded.for_size(test.size),
         name=name,
-        test=delta.test_time(tuned, loaded.test),
+        test=test,
         train_size=_train_size(path, tuned, loaded),
         tuned=True,
         untuned=f"{TIMM}{tuned.backbone}",
@@ -427,7 +446,8 @@ def _of_timm(name: str) -> LoadedModel:
     described = _described_by_timm(name, model)
     tag = cast(dict[str, Any], model.pretrained_cfg).get("tag")
     full = f"{architecture}.{tag}" if tag and "." not in known else known
-    return replace(described, timm_name=full, own_weights=bool(file))
+    described = replace(described, timm_name=full, own_weights=bool(file), saved=model)
+    return described.for_size(described.test.size)
 
 
 def _described_by_timm(name: str, model: nn.Module) -> LoadedModel:
@@ -447,12 +467,14 @@ def _described_by_timm(name: str, model: nn.Module) -> LoadedModel:
     )
 
 
-def from_checkpoint(architecture: str, path: Path) -> nn.Module:
+def from_checkpoint(architecture: str, path: Path, size: int | None = None) -> nn.Module:
     """Builds a timm network with as many classes as a checkpoint of it has, in eval mode.
 
     Args:
         architecture: timm's name of the network; with a tag, the model's preprocessing is the tag's.
         path: The checkpoint, as a training script saved it (see `checkpoint_file.read_trained`).
+        size: The size that the checkpoint is for, where its network takes images of one size only, in pixels; None:
+            the network's usual one.
 
     Raises:
         MissingFileError: There is no such file.
@@ -464,7 +486,7 @@ def from_checkpoint(architecture: str, path: Path) -> nn.Module:
             f"{path} is of the network {architecture!r}, which timm {timm.__version__} does not have."
         )
     try:
-        model = without_weights(architecture)
+        model = without_weights(architecture, num_classes=1)  # some have none by default
     except RuntimeError as error:  # a tag that is none
         raise CheckpointError(f"timm {timm.__version__} has no {architecture}: {error}") from error
     found = checkpoint_file.read_trained(path, model.state_dict())
@@ -477,7 +499,8 @@ def from_checkpoint(architecture: str, path: Path) -> nn.Module:
             f"{path} has no {name}.weight, so it is no checkpoint of {architecture}. The names in it begin with "
             f"{listed(dict.fromkeys(key.partition('.')[0] for key in tensors))}."
         )
-    model = timm.create_model(architecture, pretrained=False, num_classes=len(weight))
+    kwargs = input_size.arguments(architecture, size)
+    model = timm.create_model(architecture, pretrained=False, num_classes=len(weight), **kwargs)
     wanted = model.state_dict()
     wrong = [
         key
@@ -488,6 +511,7 @@ def from_checkpoint(architecture: str, path: Path) -> nn.Module:
     if wrong:
         raise CheckpointError(
             f"{path} is no checkpoint of {architecture}: {listed(wrong)} missing, too many, or of another shape."
+            + (f" Was it trained at another size than {own} pixels?" if (own := input_size.of(model)) else "")
         )
     model.load_state_dict(tensors, strict=False)
     return model.eval()

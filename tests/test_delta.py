@@ -61,20 +61,70 @@ def test_head_of_every_variant_is_the_zoos(key: str):
     assert delta.find_head(fixefficientnet.create(key, device="meta")) == zoo.HEAD
 
 
-@pytest.mark.parametrize("name", ["repvit_m0_9", "levit_128s"])
+@pytest.mark.parametrize("name", ["repvit_m0_9", "efficientvit_m0"])
 def test_head_norm_is_never_one_after_the_pooling(name: str):
     """These pool without a module of that name, and have batch norms over pooled features or tokens."""
     model = meta_device.without_weights(name)
     try:
-        norm = model.get_submodule(delta.find_head(model).norm)
+        norm = model.get_submodule(delta.find_head(model).norm or "")
     except UnsupportedModelError:
         return
     assert isinstance(norm, torch.nn.BatchNorm2d)
 
 
-@pytest.mark.parametrize(("name", "said"), [("convnext_atto", "no batch norm"), ("vgg11", "no batch norm")])
-def test_models_without_batch_norm_are_refused(name: str, said: str):
-    with pytest.raises(UnsupportedModelError, match=said):
+OTHER_NORMS = {
+    "convnext_atto": "head.norm",
+    "vit_tiny_patch16_224": "norm",
+    "vit_base_patch16_rpn_224": "fc_norm",
+    "deit3_small_patch16_224": "norm",
+    "beit_base_patch16_224": "fc_norm",
+    "eva02_tiny_patch14_336": "fc_norm",
+    "swin_tiny_patch4_window7_224": "norm",
+    "swinv2_cr_tiny_224": "stages.3.blocks.1.norm3",
+    "maxvit_pico_rw_256": "norm",
+    "mixer_s32_224": "norm",
+    "pvt_v2_b0": "stages.3.norm",
+    "gcvit_xxtiny": "stages.3.norm",
+    "caformer_s18": "head.fc.norm",
+    "poolformer_s12": "head.norm",
+    "xcit_nano_12_p16_224": "norm",
+    "test_efficientnet_gn": "bn2",
+    "test_efficientnet_evos": "bn2",
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), OTHER_NORMS.items())
+def test_all_that_reaches_the_classifier_passes_the_last_norm(name: str, expected: str):
+    """Against gradients of a forward pass: none get past the norm's output; and no other norm comes after it."""
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    model: Network = meta_device.without_weights(name).eval().requires_grad_(False)
+    head = delta.find_head(model)
+    assert head.norm == expected
+    assert head.classifier == model.pretrained_cfg["classifier"]
+    called, reached = [], []
+    for path, module in model.named_modules():
+        if "Norm" in type(module).__name__ and hasattr(module, "weight"):
+            module.register_forward_hook(lambda module, i, o, path=path: called.append(path))
+    model.get_submodule(head.norm).register_forward_hook(lambda module, i, o: o.detach())
+    model.get_submodule(head.classifier).register_forward_pre_hook(lambda module, i: reached.append(i[0]))
+    with torch.device("meta"):
+        model(torch.empty(1, *model.pretrained_cfg["input_size"], requires_grad=True))
+    assert called[-1] == head.norm
+    assert [features.requires_grad for features in reached] == [False]
+
+
+@pytest.mark.parametrize("name", ["vgg11", "nf_resnet26"])
+def test_a_network_without_norm_has_a_classifier_alone(name: str):
+    model: Network = meta_device.without_weights(name)
+    head = delta.find_head(model)
+    assert (head.norm, head.classifier) == (None, model.pretrained_cfg["classifier"])
+    assert set(head.select(model.state_dict())) == {f"{head.classifier}.weight", f"{head.classifier}.bias"}
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "levit_128s"])
+def test_networks_of_two_classifiers_are_refused(name: str):
+    with pytest.raises(UnsupportedModelError, match="has 2 classifiers, whose logits it joins"):
         delta.find_head(meta_device.without_weights(name))
 
 
@@ -97,7 +147,7 @@ def tuned() -> delta.Delta:
     return delta.extract(model, base=base, variant="tiny", backbone="test_efficientnet", recipe={"lr": 0.1, "a": [1]})
 
 
-@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet", "resnet18"])
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet", "resnet18", "test_convnext", "test_vit"])
 def test_extract_save_load_apply_gives_the_tuned_model(name: str, tmp_path: Path):
     model = tiny(name)
     base = {k: t.clone() for k, t in model.state_dict().items()}

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fixefficientnet._internal import input_size
 from fixefficientnet._internal.meta_device import without_weights
 
 
@@ -18,7 +19,17 @@ def gmacs_of(model: nn.Module, size: int) -> float:
 
 
 def gmacs(architecture: str, sizes: Iterable[int], num_classes: int = 1000) -> dict[int, float]:
-    """The same of a timm network by name, at several sizes."""
-    model = without_weights(architecture, num_classes=num_classes).eval().requires_grad_(False)
-    with torch.device("meta"):
-        return {size: gmacs_of(model, size) for size in sizes}
+    """The same of a timm network by name, at several sizes.
+
+    Raises:
+        UnsupportedModelError: The network cannot take one of the sizes; names the nearest ones that it takes.
+    """
+    found: dict[int, float] = {}
+    model: nn.Module | None = None
+    for size in sizes:
+        kwargs = input_size.arguments(architecture, size)
+        with input_size.explained(architecture, size), torch.device("meta"):
+            if model is None or kwargs:
+                model = without_weights(architecture, num_classes=num_classes, **kwargs).eval().requires_grad_(False)
+            found[size] = gmacs_of(model, size)
+    return found

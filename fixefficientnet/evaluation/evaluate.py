@@ -144,6 +144,7 @@ def evaluate_model(
     engines.check(settings.engine, accelerator.device, accelerator.mixed_precision)
     dataset = dataset or dataset_for(loaded, settings)
     test = loaded.at(settings.size, settings.crop_pct)
+    loaded = loaded.for_size(test.size)
     transform = loaded.transform(test, fast=settings.fast_preprocessing)
     subset = _subset(dataset, loaded, settings.restrict_classes)
     labels = _real_labels(dataset, loaded) if settings.real_labels else None

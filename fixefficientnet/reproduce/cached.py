@@ -2,6 +2,9 @@
 
 One pass estimates the statistics of the head norm at the test size, exactly. One pass computes the pooled features of
 each view, with that norm in place. Then the classifier trains on the features.
+
+A norm without statistics (layer norm) has nothing to estimate. Its weight and bias are not tuned here: where it is the
+last thing before the linear classifier, the classifier alone can become all that both could.
 """
 
 import contextlib
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 from fixefficientnet import delta
 from fixefficientnet.data.dataset import ImageDataset
 from fixefficientnet.data.loading import Batch
-from fixefficientnet.errors import DataError, RunError
+from fixefficientnet.errors import DataError, RunError, UnsupportedModelError
 from fixefficientnet.preprocessing import Views
 from fixefficientnet.reproduce.checkpoints import Checkpoints, Position
 from fixefficientnet.reproduce.network import Network, TrainingState, optimizer_of
@@ -80,7 +83,7 @@ def tune(
     """
     network.model.eval()
     with session.stoppable():
-        if recipe.moves_statistics:
+        if network.statistics:
             _estimate_statistics(session, network, dataset, recipe, folder)
         if recipe.trains_classifier:
             with contextlib.ExitStack() as locks:
@@ -94,7 +97,7 @@ def tune(
             with torch.no_grad():
                 for tensor in network.moving.values():
                     tensor.copy_(cast(Tensor, broadcast(tensor.detach().clone())))
-    return forwards(recipe, len(dataset))
+    return forwards(network, recipe, len(dataset))
 
 
 def _features_of(
@@ -112,9 +115,9 @@ def _features_of(
     return _compute_features(session, network, dataset, recipe, place, f"{split} features".strip().capitalize())
 
 
-def forwards(recipe: Recipe, dataset: int) -> int:
+def forwards(network: Network, recipe: Recipe, dataset: int) -> int:
     """Number of images that go forward through the backbone."""
-    statistics = min(recipe.statistics_images or dataset, dataset) if recipe.moves_statistics else 0
+    statistics = min(recipe.statistics_images or dataset, dataset) if network.statistics else 0
     return statistics + (recipe.views * dataset if recipe.trains_classifier else 0)
 
 
@@ -132,7 +135,8 @@ def _chosen(recipe: Recipe, length: int) -> list[int]:
 def _estimate_statistics(
     session: Session, network: Network, dataset: ImageDataset, recipe: Recipe, folder: Path
 ) -> None:
-    channels = cast(Tensor, network.norm.running_mean).numel()
+    norm: Any = network.norm
+    channels = norm.running_mean.numel()
     sums: Shard = {}
 
     def take(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -150,7 +154,7 @@ def _estimate_statistics(
     key = _key(network, dataset, recipe, "statistics", chosen=chosen if len(chosen) < len(dataset) else None)
     place = folder / f"statistics-{key}"
     transform = Views(1, cast(Any, transform_of(recipe)))
-    hook = network.norm.register_forward_pre_hook(take)
+    hook = norm.register_forward_pre_hook(take)
     with session.locked(place):
         try:
             images = _Subset(dataset, chosen)
@@ -167,8 +171,8 @@ def _estimate_statistics(
     variance = (total["squares"] / count - mean.square()).clamp_min(0) * (count / max(1.0, count - 1))
     if not (torch.isfinite(mean).all() and torch.isfinite(variance).all()):
         raise RunError("The statistics of the head norm are NaN or infinite: look for broken weights.")
-    cast(Tensor, network.norm.running_mean).copy_(mean)
-    cast(Tensor, network.norm.running_var).copy_(variance)
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance)
 
 
 def _sum(total: Shard, part: Shard) -> Shard:
@@ -199,15 +203,22 @@ def _compute_features(
     path = place / "features.bin"
     session.on_main(lambda: _allocate(path, feature_bytes(recipe, len(dataset), channels)))
     features = np.memmap(path, dtype=recipe.feature_dtype, mode="r+", shape=shape)
-    pooled: list[Tensor] = []
+    seen: list[tuple[Tensor, Tensor]] = []
 
-    def take(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        pooled.append(inputs[0].flatten(1).float())
+    def take(module: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
+        seen.append((inputs[0].flatten(1).float(), logits.flatten(1).float()))
 
     def forward(batch: Batch) -> Shard:
-        pooled.clear()
-        _forward(session, network, batch.inputs)
-        values = pooled[0].view(len(batch.targets), recipe.views, channels).cpu().numpy().astype(recipe.feature_dtype)
+        seen.clear()
+        logits = _forward(session, network, batch.inputs)
+        (pooled, classified), *more = seen
+        same = classified.shape == logits.shape and classified.allclose(logits, 0, 0, equal_nan=True)
+        if more or pooled.shape != (len(logits), channels) or not same:
+            raise UnsupportedModelError(
+                f"The logits of {recipe.backbone} are not what its {network.head.classifier} makes of one vector of "
+                "features per image, so features cannot be cached: use --method online."
+            )
+        values = pooled.view(len(batch.targets), recipe.views, channels).cpu().numpy().astype(recipe.feature_dtype)
         if not np.isfinite(values).all():
             raise RunError(
                 f"The features of {dataset.image_name(int(batch.indices[0]))} or one after it are NaN or infinite in "
@@ -222,7 +233,7 @@ def _compute_features(
         return np.ascontiguousarray(written[number * recipe.shard : (number + 1) * recipe.shard])
 
     transform = Views(recipe.views, cast(Any, transform_of(recipe)))
-    hook = network.classifier.register_forward_pre_hook(take)
+    hook = network.classifier.register_forward_hook(take)
     try:
         shards = ShardPass(
             session, title, dataset, transform, recipe, place, forward, _join, rows=rows, flush=features.flush
@@ -331,11 +342,12 @@ def _train_classifier(
 
 
 @torch.inference_mode()
-def _forward(session: Session, network: Network, inputs: Tensor) -> None:
-    """Runs the whole network, whose hooks take what is wanted; inputs: float32 [n, views, 3, S, S]."""
+def _forward(session: Session, network: Network, inputs: Tensor) -> Tensor:
+    """Runs the whole network, whose hooks take what is wanted; float32 [n, views, 3, S, S] → [n x views, classes]."""
     dataset = inputs.flatten(0, 1).to(session.accelerator.device, non_blocking=True)
     with session.accelerator.autocast():
-        network.model(dataset.contiguous(memory_format=torch.channels_last))
+        logits: Tensor = network.model(dataset.contiguous(memory_format=torch.channels_last))
+    return logits.float()
 
 
 def _key(network: Network, dataset: ImageDataset, recipe: Recipe, kind: str, **more: Any) -> str:

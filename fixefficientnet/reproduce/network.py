@@ -1,7 +1,7 @@
-"""The network of a run: where its weights come from, what is frozen, what changes."""
+"""The network of a run: where its weights come from, at which size, what is frozen, what changes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fixefficientnet import delta, models, zoo
+from fixefficientnet._internal import input_size, meta_device
 from fixefficientnet.delta import Head
-from fixefficientnet.errors import RunError, UnsupportedModelError
+from fixefficientnet.errors import RecipeError, RunError, UnsupportedModelError
 from fixefficientnet.reproduce.recipe import Recipe, Subject
 
 
@@ -21,8 +22,8 @@ class Network:
 
     Attributes:
         model: The whole network.
-        head: Names of the classifier and of the last batch norm before pooling.
-        norm: The last batch norm before pooling.
+        head: Names of the classifier and of the last norm before it.
+        norm: The last norm before the classifier; None where there is none.
         classifier: The final linear layer.
         trained: Parameters that gradients change, by state-dict name.
         statistics: State-dict names of the running statistics that change.
@@ -30,7 +31,7 @@ class Network:
 
     model: nn.Module
     head: Head
-    norm: nn.Module
+    norm: nn.Module | None
     classifier: nn.Module
     trained: dict[str, nn.Parameter]
     statistics: tuple[str, ...]
@@ -41,12 +42,21 @@ class Network:
         buffers = {name: self.model.get_buffer(name) for name in self.statistics}
         return dict(sorted({**self.trained, **buffers}.items()))
 
+    @property
+    def described(self) -> str:
+        """The head that was found, for people."""
+        classifier = f"{self.head.classifier} ({type(self.classifier).__name__})"
+        if self.norm is None:
+            return f"{classifier} alone, as there is no norm"
+        keeps = "" if _keeps_statistics(self.norm) else ", no statistics"
+        return f"{self.head.norm} ({type(self.norm).__name__}{keeps}) and {classifier}"
+
     def train(self, recipe: Recipe) -> None:
         """Puts what moves in train mode; what is frozen stays in eval mode."""
         self.model.eval()
         if recipe.stage == "base" and recipe.tune == "all":
             self.model.train()
-        elif recipe.stage == "fixres" and recipe.moves_statistics:
+        elif self.norm and self.statistics:
             self.norm.train()
 
 
@@ -65,8 +75,8 @@ class TrainingState:
     scaler: Any = None
 
 
-def load(subject: Subject, weights: str | Path, *, num_classes: int, seed: int) -> nn.Module:
-    """Builds the network.
+def load(subject: Subject, weights: str | Path, *, num_classes: int, seed: int, size: int) -> nn.Module:
+    """Builds the network, at the size that its weights are for.
 
     Args:
         subject: The network to build.
@@ -74,6 +84,7 @@ def load(subject: Subject, weights: str | Path, *, num_classes: int, seed: int) 
         num_classes: Number of classes; a classifier that comes with no weights for them starts at zero, so that
             training begins with equal probabilities. A checkpoint file decides the number itself.
         seed: Seed of what starts at random.
+        size: Train size, in pixels: that of random weights, and of a checkpoint that does not tell its own.
 
     Raises:
         MissingFileError: There is no such checkpoint.
@@ -82,9 +93,12 @@ def load(subject: Subject, weights: str | Path, *, num_classes: int, seed: int) 
     """
     torch.manual_seed(seed)
     if isinstance(weights, Path):
-        return models.from_checkpoint(_architecture(subject), weights)
+        described = models.Description.load(weights)
+        return models.from_checkpoint(_architecture(subject), weights, described.size if described else size)
     if weights == "random":
-        return zoo.zero_classifier(timm.create_model(_architecture(subject), pretrained=False, num_classes=num_classes))
+        kwargs = input_size.arguments(_architecture(subject), size)
+        model = timm.create_model(_architecture(subject), pretrained=False, num_classes=num_classes, **kwargs)
+        return zoo.zero_classifier(model)
     if subject.variant:
         return zoo.create(subject.variant.key, "backbone", num_classes=num_classes)
     try:
@@ -102,13 +116,13 @@ def prepare(model: nn.Module, recipe: Recipe) -> Network:
     """Freezes what the recipe does not change.
 
     Raises:
-        UnsupportedModelError: The network has no classifier, or no batch norm before its pooling.
+        UnsupportedModelError: The network has no classifier, or several, or nothing of what the recipe tunes.
     """
     if getattr(model, "training", False):
         model.eval()
     head = delta.find_head(model)
     modules = dict(model.named_modules())
-    norm, classifier = modules[head.norm], modules[head.classifier]
+    norm, classifier = modules[head.norm] if head.norm else None, modules[head.classifier]
     model.requires_grad_(False)
     names: list[str] = []
     if recipe.stage == "base" and recipe.tune == "all":
@@ -117,20 +131,61 @@ def prepare(model: nn.Module, recipe: Recipe) -> Network:
     else:
         if recipe.trains_classifier:
             names += [f"{head.classifier}.{name}" for name, _ in classifier.named_parameters()]
-        if recipe.method == "online" and recipe.tune in ("all", "bn") and recipe.stage == "fixres":
+        if norm and recipe.method == "online" and recipe.tune in ("all", "bn") and recipe.stage == "fixres":
             names += [f"{head.norm}.{name}" for name, _ in norm.named_parameters()]
-        moves = recipe.stage == "fixres" and recipe.moves_statistics
+        moves = recipe.stage == "fixres" and recipe.moves_statistics and norm and _keeps_statistics(norm)
         statistics = [f"{head.norm}.{name}" for name in ("running_mean", "running_var") if moves]
-    if statistics and norm.running_mean is None:
-        raise UnsupportedModelError(f"{type(model).__name__}: its {head.norm} keeps no running statistics.")
+    if not names and not statistics:
+        lacks = f"its norm, {head.norm}, keeps no statistics" if norm else "it has no norm"
+        raise UnsupportedModelError(
+            f"{recipe.backbone}: {lacks}, so tune {recipe.tune} has nothing to change. Take --tune all or classifier."
+        )
+    if recipe.sync_bn and not (norm and _keeps_statistics(norm)):
+        raise RecipeError(f"sync_bn synchronises a batch norm's statistics, and {recipe.backbone} keeps none.")
     parameters = dict(model.named_parameters())
     trained = {name: parameters[name] for name in sorted(names)}
     for parameter in trained.values():
         parameter.requires_grad_()
     if recipe.stage == "fixres" and recipe.mixed_precision != "no":
-        _in_float32(norm)
-        _in_float32(classifier)
+        for module in filter(None, (norm, classifier)):
+            _in_float32(module)
     return Network(model, head, norm, classifier, trained, tuple(statistics))
+
+
+def without_weights(recipe: Recipe, num_classes: int) -> Network:
+    """The network of a recipe on the meta device, which has shapes and no values, for the size of its stage.
+
+    Raises:
+        UnsupportedModelError: It has no head that the recipe can tune, or cannot take the size.
+    """
+    architecture, size = recipe.backbone.partition(".")[0], recipe.work_size
+    with input_size.explained(architecture, size):
+        kwargs = input_size.arguments(architecture, size)
+        model = meta_device.without_weights(architecture, num_classes=num_classes, **kwargs)
+    with torch.device("meta"):
+        return prepare(model, replace(recipe, mixed_precision="no"))  # the meta device has no autocast
+
+
+def check_single_image(network: Network, recipe: Recipe) -> None:
+    """Refuses a step of one image that leaves a batch norm in train mode one value per channel.
+
+    Args:
+        network: The network, on the meta device.
+        recipe: The recipe, which trains on images.
+
+    Raises:
+        RecipeError: It does.
+    """
+    network.train(recipe)
+    try:
+        network.model(torch.empty(1, 3, recipe.work_size, recipe.work_size, device="meta"))
+    except ValueError as error:  # torch's own words for it
+        raise RecipeError(
+            f"One image per step and process, at {recipe.work_size} pixels, leaves a batch norm of {recipe.backbone} "
+            "one value per channel, which has no variance: take a larger --batch-size or size"
+            + (", or --method cached." if recipe.stage == "fixres" else ".")
+        ) from error
+    network.model.eval()
 
 
 def optimizer_of(network: Network, recipe: Recipe) -> torch.optim.SGD:
@@ -157,6 +212,11 @@ def compile_frozen(network: Network) -> None:
 
 def _architecture(subject: Subject) -> str:
     return subject.backbone.partition(".")[0]
+
+
+def _keeps_statistics(norm: nn.Module) -> bool:
+    """Whether a norm has running statistics, as batch norm does; layer norm and group norm have none."""
+    return getattr(norm, "running_mean", None) is not None
 
 
 def _in_float32(module: nn.Module) -> None:

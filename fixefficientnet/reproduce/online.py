@@ -1,4 +1,4 @@
-"""Fine-tuning as in the paper: a forward pass per image and epoch, the head norm in train mode.
+"""Fine-tuning as in the paper: a forward pass per image and epoch, the head norm in train mode where it is batch norm.
 
 The base stage, where the whole network trains, runs here too.
 """

@@ -1,7 +1,7 @@
 """What a run would take, without running it: on torch's meta device, which computes shapes only."""
 
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fixefficientnet._internal import compat, meta_device
+from fixefficientnet._internal import compat
 from fixefficientnet.data.dataset import open_dataset
-from fixefficientnet.evaluation.cost import gmacs_of
+from fixefficientnet.evaluation import cost
 from fixefficientnet.reproduce import cached, network, online
 from fixefficientnet.reproduce.options import Data
 from fixefficientnet.reproduce.recipe import Recipe
@@ -26,6 +26,7 @@ class Plan:
 
     Attributes:
         recipe: The recipe.
+        head: The norm and the classifier that were found, for people.
         images: Number of images to train on, and to measure on.
         moving: Number of values of each tensor that changes, by state-dict name; running statistics too.
         gradients: Number of values that gradients train.
@@ -41,6 +42,7 @@ class Plan:
     """
 
     recipe: Recipe
+    head: str
     images: tuple[int, int]
     moving: dict[str, int]
     gradients: int
@@ -99,23 +101,23 @@ def plan(
         val_interval: Number of epochs between two validations; 0: none.
 
     Raises:
-        UnsupportedModelError: The network has no classifier, or no batch norm before its pooling.
+        UnsupportedModelError: The network has no head that the recipe can tune, or cannot take one of its sizes.
+        RecipeError: The batch cannot be shared out, or leaves a batch norm one value per channel.
     """
     train, validation = images
-    recipe = replace(recipe, mixed_precision="no")  # the meta device has no autocast; memory is stated in float32
-    model = meta_device.without_weights(recipe.backbone.partition(".")[0], num_classes=num_classes)
-    with torch.device("meta"):
-        net = network.prepare(model, recipe)
-    base = recipe.stage == "base"
-    work_size = recipe.train_size if base else recipe.test_size
-    gmacs = {size: gmacs_of(net.model, size) for size in {recipe.train_size, work_size}}
+    work_size = recipe.work_size
+    net = network.without_weights(recipe, num_classes)
+    gmacs = cost.gmacs(recipe.backbone.partition(".")[0], {recipe.train_size, work_size}, num_classes)
     epoch_images = 1
     if recipe.method == "online":
         steps, size = online.steps_of_epoch(recipe, train, devices)
-        forwards = recipe.epochs * steps * size
         epoch_images = size // devices
+        forwards = recipe.epochs * steps * size
+        if epoch_images == 1:
+            network.check_single_image(net, recipe)
     else:
-        forwards = cached.forwards(recipe, train)
+        forwards = cached.forwards(net, recipe, train)
+    base = recipe.stage == "base"
     measured = [recipe.train_size] if base else [recipe.train_size, recipe.test_size, recipe.test_size]
     between = (recipe.epochs - 1) // val_interval if val_interval else 0
     if recipe.method == "cached":  # on features of one pass
@@ -127,6 +129,7 @@ def plan(
     stores = recipe.method == "cached" and recipe.trains_classifier
     return Plan(
         recipe=recipe,
+        head=net.described,
         images=images,
         moving={name: tensor.numel() for name, tensor in net.moving.items()},
         gradients=sum(parameter.numel() for parameter in net.trained.values()),
@@ -186,6 +189,7 @@ def describe(plan: Plan, gmacs_per_second: float | None) -> dict[str, str]:
         f"(8 x {recipe.base_lr:g} x {recipe.batch_size} / 512), {decay}",
         "optimizer": f"SGD, momentum {recipe.momentum:g}, weight decay {recipe.weight_decay:g}, "
         f"label smoothing {recipe.label_smoothing:g}",
+        "head": plan.head,
         "moves": tensors,
         "values": f"{sum(plan.moving.values()):,} change, {plan.gradients:,} of them by gradients; the network has "
         f"{plan.parameters:,} parameters",

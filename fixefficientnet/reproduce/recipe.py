@@ -111,8 +111,13 @@ class Recipe:
         return replace(self.test, size=self.train_size, crop_pct=self.base_crop_pct)
 
     @property
+    def work_size(self) -> int:
+        """Size that the stage trains at, in pixels."""
+        return self.train_size if self.stage == "base" else self.test_size
+
+    @property
     def moves_statistics(self) -> bool:
-        """Whether the head norm's running statistics change."""
+        """Whether the head norm's running statistics change, where it keeps any."""
         return self.tune != "classifier"
 
     @property

@@ -14,7 +14,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from fixefficientnet import delta
-from fixefficientnet._internal import processes, records
+from fixefficientnet._internal import input_size, processes, records
 from fixefficientnet._internal.checkpoint_file import listed
 from fixefficientnet._internal.files import write_atomically
 from fixefficientnet.classes import IMAGENET, are_imagenets, turned_upright
@@ -28,6 +28,7 @@ from fixefficientnet.errors import (
     NotFiniteError,
     RunError,
 )
+from fixefficientnet.evaluation import cost
 from fixefficientnet.evaluation import journal as journals
 from fixefficientnet.evaluation.journal import Journal
 from fixefficientnet.evaluation.loop import EvaluationLoop
@@ -75,10 +76,19 @@ class Job:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What a job opens: both splits, numbered as the network's classes, the network, and the recipe on these."""
+    """What a job opens.
+
+    Attributes:
+        train: The split to train on, numbered as the network's classes.
+        validation: The split to measure on, numbered alike.
+        untuned: The network, for images of the train size.
+        model: The network, for images of the size that the stage trains at; often the same one.
+        recipe: The recipe on these.
+    """
 
     train: ImageDataset
     validation: ImageDataset
+    untuned: nn.Module
     model: nn.Module
     recipe: Recipe
 
@@ -169,7 +179,7 @@ def _run(job: Job, accelerator: Accelerator) -> Report:
     session = Session(accelerator, job.folder, log, workers, job.options.max_unreadable)
     with session.locked(job.folder):
         try:
-            inputs = session.together(lambda: _open(job))
+            inputs = session.together(lambda: _open(job, session.world))
             job = replace(job, recipe=inputs.recipe)
             identity = inputs.identity
             finished = session.on_main(lambda: _claim(session, job, identity))
@@ -183,7 +193,7 @@ def _run(job: Job, accelerator: Accelerator) -> Report:
             accelerator.free_memory()
 
 
-def _open(job: Job) -> _Inputs:
+def _open(job: Job, world: int) -> _Inputs:
     data, recipe = job.data, job.recipe
 
     def opened(split: str, num_classes: int | None, labels: str | None = None) -> ImageDataset:
@@ -201,16 +211,22 @@ def _open(job: Job) -> _Inputs:
     validation = opened(data.val_split, expected if train.imagenet else None, data.labels)
     num_classes = len(train.classes) or expected or IMAGENET
     weights: str | Path = job.checkpoint or recipe.weights
-    model = network.load(job.subject, weights, num_classes=num_classes, seed=recipe.seed)
+    size = recipe.train_size
+    model = network.load(job.subject, weights, num_classes=num_classes, seed=recipe.seed, size=size)
     found = int(getattr(model, "num_classes", num_classes))
     if found != num_classes:
         raise DataError(f"{train.name} has {num_classes} classes, the network of {weights} {found}.")
     if tuned and not train.imagenet:
         train = follow(train, named, str(job.checkpoint))
     validation = follow(validation, train.classes, train.name)
+    # what it cannot do is said before anything is trained
+    cost.gmacs(recipe.backbone.partition(".")[0], {size, recipe.work_size}, num_classes)
+    if recipe.method == "online" and online.steps_of_epoch(recipe, len(train), world)[1] == world:
+        network.check_single_image(network.without_weights(recipe, num_classes), recipe)
     upright = turned_upright(num_classes) if recipe.upright is None else recipe.upright
     train, validation = replace(train, upright=upright), replace(validation, upright=upright)
-    return _Inputs(train, validation, model, replace(recipe, upright=upright))
+    untuned, model = (input_size.at_size(model, each) for each in (size, recipe.work_size))
+    return _Inputs(train, validation, untuned, model, replace(recipe, upright=upright))
 
 
 def _claim(session: Session, job: Job, identity: Identity) -> Report | None:
@@ -251,15 +267,21 @@ def _checkpoints(session: Session, job: Job, identity: Identity) -> Checkpoints:
 
 def _tune(session: Session, job: Job, inputs: _Inputs, identity: Identity) -> Report:
     recipe, train, validation = job.recipe, inputs.train, inputs.validation
-    model = inputs.model.to(session.accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    net = network.prepare(model, recipe)
+
+    def prepared(model: nn.Module) -> Network:
+        placed = model.to(session.accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return network.prepare(placed, recipe)
+
+    net = prepared(inputs.model)
+    model = net.model
     original = {name: tensor.detach().clone() for name, tensor in net.head.select(model.state_dict()).items()}
     _introduce(session, net, recipe, train, validation)
     if job.options.compile:
         network.compile_frozen(net)
     measurements = Measurements(session, net, validation, recipe)
     if recipe.stage == "fixres":
-        measurements.take("base", recipe.base)
+        untuned = model if inputs.untuned is inputs.model else prepared(inputs.untuned).model
+        measurements.take("base", recipe.base, untuned)
         measurements.take("base_at_test", recipe.test)
     checkpoints, interval = _checkpoints(session, job, identity), job.options.val_interval
     test = recipe.test if recipe.stage == "fixres" else replace(recipe.base, crop_pct=recipe.crop_pct)
@@ -394,9 +416,8 @@ def _save_network(folder: Path, model: nn.Module, finished: Report, part_of: str
 
 
 def _introduce(session: Session, net: Network, recipe: Recipe, train: ImageDataset, validation: ImageDataset) -> None:
-    size = recipe.train_size if recipe.stage == "base" else recipe.test_size
     session.log.say(
-        f"{recipe.variant}: {recipe.stage} stage, {recipe.method}, tune {recipe.tune}, at {size} pixels; "
+        f"{recipe.variant}: {recipe.stage} stage, {recipe.method}, tune {recipe.tune}, at {recipe.work_size} pixels; "
         f"{len(train):,} images to train on, {len(validation):,} to measure on; {session.world} "
         f"{'process' if session.world == 1 else 'processes'} on {session.accelerator.device.type}"
     )
@@ -412,6 +433,7 @@ def _introduce(session: Session, net: Network, recipe: Recipe, train: ImageDatas
         if images.left_out:
             some = f"{len(images.left_out):,} left out by the endings of their names: {listed(images.left_out)}"
             session.log.say(f"{images.name}: {some}")
+    session.log.say(f"head: {net.described}")
     count = sum(tensor.numel() for tensor in net.moving.values())
     names = ", ".join(net.moving) if len(net.moving) <= 6 else f"{len(net.moving)} tensors"
     session.log.say(f"changes {count:,} values: {names}")
@@ -428,16 +450,17 @@ class Measurements:
         self._session, self._net, self._dataset, self._recipe = session, net, dataset, recipe
         self.found: dict[str, Evaluation] = {}
 
-    def take(self, name: str, test: TestTime) -> None:
+    def take(self, name: str, test: TestTime, model: nn.Module | None = None) -> None:
         """Evaluates the network as it is now, as far as that is not done yet.
 
         Args:
             name: A name in `report.TITLES`.
             test: The test-time preprocessing.
+            model: The network, where it is another one: for images of another size.
         """
         session = self._session
         journal = Journal(session.folder / EVALUATIONS / name, session.rank)
-        found = self.found[name] = self._evaluate(f"{report.TITLES[name]} ({test.size})", test, journal)
+        found = self.found[name] = self._evaluate(f"{report.TITLES[name]} ({test.size})", test, journal, model)
         low, high = found.interval
         with session.alike():
             session.count_unreadable(self._dataset.name, list(found.unreadable.values()), len(self._dataset))
@@ -454,11 +477,13 @@ class Measurements:
         except NotFiniteError:  # the next step's loss will say so
             return None
 
-    def _evaluate(self, title: str, test: TestTime, journal: Journal | None) -> Evaluation:
+    def _evaluate(
+        self, title: str, test: TestTime, journal: Journal | None, model: nn.Module | None = None
+    ) -> Evaluation:
         session, recipe = self._session, self._recipe
         with session.log.bar(title, len(self._dataset)) as bar:
             return EvaluationLoop(
-                self._net.model,
+                model or self._net.model,
                 self._dataset,
                 test,
                 batch_size=recipe.forward_batch,

@@ -137,6 +137,7 @@ def export(
     requirements.need(*formats.PACKAGES.get(kind, ()))
     test = loaded.at(options.size)
     options = replace(options, size=test.size)
+    loaded = loaded.for_size(test.size)
     images: Calibration | None = None
     if calibration is not None:
         if kind not in int8.PACKAGES or options.half or options.dynamic_size:
