@@ -63,7 +63,7 @@ class PublishError(FixEfficientNetError, ValueError):
 
 
 class UnsupportedModelError(FixEfficientNetError, ValueError):
-    """FixRes does not know where to find the classifier or the last batch norm of this model."""
+    """FixRes cannot tune this model so: no classifier, or several; no norm of that kind; a size that it cannot take."""
 
 
 class ImageError(FixEfficientNetError, ValueError):

@@ -32,7 +32,7 @@ class Start:
 
     Attributes:
         all: All 18 variants of the paper.
-        backbone: Any CNN of timm instead of a variant, by its timm name.
+        backbone: Any classifier of timm instead of a variant, by its timm name.
         checkpoint: Weights of your own to start from: the folder of a run, a .safetensors or a .pth.
         no_pretrained: Start from random weights (base stage).
     """
@@ -98,7 +98,7 @@ def reproduce(
     options: Annotated[OptionFlags, Parameter(name="*", group="Run")] = OptionFlags(),  # noqa: B008
     estimate: Annotated[Estimate, Parameter(name="*", group="Estimate")] = Estimate(),
 ) -> None:
-    """Fine-tune a network's classifier and last batch norm at its test size (FixRes).
+    """Fine-tune a network's classifier and last norm at its test size (FixRes).
 
     The same command continues a killed run. On several devices:
 

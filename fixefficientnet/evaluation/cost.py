@@ -28,8 +28,9 @@ def gmacs(architecture: str, sizes: Iterable[int], num_classes: int = 1000) -> d
     model: nn.Module | None = None
     for size in sizes:
         kwargs = input_size.arguments(architecture, size)
-        with input_size.explained(architecture, size), torch.device("meta"):
+        with input_size.explained(architecture, size):
             if model is None or kwargs:
                 model = without_weights(architecture, num_classes=num_classes, **kwargs).eval().requires_grad_(False)
-            found[size] = gmacs_of(model, size)
+            with torch.device("meta"):
+                found[size] = gmacs_of(model, size)
     return found

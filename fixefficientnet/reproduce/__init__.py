@@ -1,4 +1,4 @@
-"""FixRes fine-tuning: a network's classifier and last batch norm, tuned at the test size.
+"""FixRes fine-tuning: a network's classifier and last norm, tuned at the test size.
 
 `python -m fixefficientnet.reproduce b2 --data IMAGENET`, or `run` from Python.
 

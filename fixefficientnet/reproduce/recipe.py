@@ -35,7 +35,7 @@ class Recipe:
         method: "online" (the paper's), or "cached": features are computed once (fixres stage only).
         tune: What changes: "all" (statistics, weight and bias of the head norm, and the classifier; cached: not the
             norm's weight and bias; base stage: the whole network), "classifier" alone, "bn" (the norm alone), or
-            "bn-stats" (the norm's running statistics alone).
+            "bn-stats" (the norm's running statistics alone). A norm without statistics has none to change.
         test_size: Size that the network is tuned for, in pixels.
         train_size: Size that the network was trained at, in pixels.
         crop_pct: Share of the resized shorter side that the crop keeps at test time.
