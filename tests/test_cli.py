@@ -1,3 +1,5 @@
+import contextlib
+import io
 import json
 import os
 import re
@@ -5,8 +7,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import tiny
 from conftest import ROOT
 
 from fixefficientnet import manifest
@@ -14,17 +18,9 @@ from fixefficientnet import manifest
 EXAMPLES = ROOT / "examples"
 
 
-def cli(*arguments: str | Path, stdin: bytes | None = None, status: int = 0, cwd: Path = ROOT) -> tuple[str, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "fixefficientnet", *map(str, arguments)],
-        input=stdin or b"",
-        cwd=cwd,
-        env=os.environ | {"COLUMNS": "80", "NO_COLOR": "1"},
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == status, done.stderr.decode()
-    return done.stdout.decode(), done.stderr.decode()
+def cli(*arguments: str | Path, stdin: bytes = b"", status: int = 0, cwd: Path = ROOT) -> tuple[str, str]:
+    with contextlib.chdir(cwd), mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin))):
+        return tiny.cli(*arguments, status=status)
 
 
 def test_list_fits_80_columns_and_has_every_variant():

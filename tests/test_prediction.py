@@ -239,6 +239,7 @@ def test_keywords_are_the_fields_of_the_options():
     assert PredictionKeywords.__annotations__.keys() == fields - {"device"}
 
 
+@pytest.mark.slow  # tiny networks are predicted with each engine in test_engines.py
 @pytest.mark.parametrize("engine", ["onnx", "openvino"])
 def test_engines_see_what_eager_sees(
     lite0: "ZooModel", engine: Literal["onnx", "openvino"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
