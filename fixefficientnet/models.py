@@ -491,7 +491,7 @@ def from_checkpoint(architecture: str, path: Path, size: int | None = None) -> n
         raise CheckpointError(f"timm {timm.__version__} has no {architecture}: {error}") from error
     found = checkpoint_file.read_trained(path, model.state_dict())
     if found.taken:
-        _logger.info("%s: took %s.", path, found.taken)
+        _logger.info("%s: took %s", path, found.taken)
     tensors, name = found.tensors, delta.find_classifier(model)
     weight = tensors.get(f"{name}.weight")
     if weight is None or weight.ndim == 0:

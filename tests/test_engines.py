@@ -281,3 +281,16 @@ def test_what_an_engine_cannot_is_one_error(
         _, err = cli(*arguments, "--engine", engine, status=1)
         assert f"pip install 'fixefficientnet[{extra}]'" in err
     assert not [*kept.rglob("*.onnx")]
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    run: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", "/proc/nowhere")  # read-only for root, too
+    paths, _ = images(data)
+    said: list[str] = []
+    for _ in range(2):
+        found = fixefficientnet.predict(paths[:3], str(run), engine="onnx", on_message=said.append)
+        assert len(found) == 3
+    assert [text.startswith("/proc/nowhere cannot be written") for text in said] == [True, False]
+    assert "HF_ASSETS_CACHE, or HF_HOME, names another place" in said[0]

@@ -145,7 +145,7 @@ def export(
     The number of images is free. Preprocessing is in the file's metadata, labels are beside it.
 
     Args:
-        model: A variant (b4_ns; b4_ns:backbone, b4_ns:FILE), a run's folder or file, or timm/NAME.
+        model: A variant (b4_ns; b4_ns:backbone, b4_ns:FILE), or any other model that `predict` takes.
         output: The file: .onnx, .xml, .pt2 or .pt.
         format: Format of the file. Default: by the ending.
         options: Options of an export.

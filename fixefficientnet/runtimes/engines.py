@@ -4,9 +4,13 @@ Exported files are kept (in huggingface_hub's assets cache), named by a hash of 
 the exporter's versions: the same model is exported once.
 """
 
+import atexit
 import contextlib
+import functools
 import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -93,9 +97,7 @@ def exported(loaded: "LoadedModel", test: TestTime, engine: str, on_message: OnM
     identity = {"engine": engine, "size": test.size, "exporter": EXPORTER, **loaded.identity}
     identity |= {package: requirements.version(package) for package in deciding}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-    folder = cached_assets_path(
-        "fixefficientnet", namespace="exports", subfolder=digest, assets_dir=constants.HF_ASSETS_CACHE
-    )
+    folder = _folder(digest, on_message)
     path = folder / f"model-{test.size}{formats.SUFFIXES[engine]}"
     if not path.is_file():
         from fixefficientnet.runtimes import exporting
@@ -107,6 +109,34 @@ def exported(loaded: "LoadedModel", test: TestTime, engine: str, on_message: OnM
                     on_message(f"{loaded.name}: exporting for {engine} at {test.size} pixels; kept for the next time")
                 exporting.export(replace(loaded, test=test), path)
     return path
+
+
+def _folder(digest: str, on_message: OnMessage | None) -> Path:
+    """Where an exported file is kept: in the Hub's cache, or for this process alone where that cannot be written."""
+    try:
+        folder = cached_assets_path(
+            "fixefficientnet", namespace="exports", subfolder=digest, assets_dir=constants.HF_ASSETS_CACHE
+        )
+        if os.access(folder, os.W_OK) or any(folder.iterdir()):
+            return folder
+        reason = "it is read-only"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    folder = _temporary() / digest
+    if on_message and not folder.is_dir():
+        on_message(
+            f"{constants.HF_ASSETS_CACHE} cannot be written ({reason}): exported files are kept for this process only. "
+            "HF_ASSETS_CACHE, or HF_HOME, names another place."
+        )
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@functools.cache
+def _temporary() -> Path:
+    folder = tempfile.TemporaryDirectory(prefix="fixefficientnet-exports-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
 def forward_of(
