@@ -127,8 +127,8 @@ def ours(given: dict[str, Any]) -> dict[str, Any]:
         checkpoints = Checkpoints(Path(place) / "state.safetensors", {}, 1000, 600)
         before = machine.forget_peak()
         start = machine.settled(given["device"])
-        forwards = online.tune(session, net, images, recipe, checkpoints)
-        return found(given, forwards, start, before)
+        tuned = online.tune(session, net, images, recipe, checkpoints)
+        return found(given, tuned.forwards, start, before)
 
 
 def found(given: dict[str, Any], images: int, start: float, before: float) -> dict[str, Any]:

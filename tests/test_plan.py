@@ -88,7 +88,10 @@ def test_images_and_work():
     assert plan.plan(recipe_of(name, **small, **part), images=images, num_classes=7).forwards == 100
 
     base = plan.plan(recipe_of(name, **small, stage="base", epochs=2), images=images, num_classes=7)
-    assert base.total_gmacs == pytest.approx((2 * 10 * 96 * 3 + 200) * macs[32])  # backward: twice the forward
+    # backward: twice the forward; each epoch is validated, and the best one evaluated
+    assert base.total_gmacs == pytest.approx((2 * 10 * 96 * 3 + 300) * macs[32])
+    averaged = plan.plan(recipe_of(name, **small, stage="base", model_ema_decay=0.9), images=images, num_classes=7)
+    assert averaged.memory - base.memory == sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
 class Peak(TorchDispatchMode):

@@ -218,6 +218,14 @@ def test_what_a_choice_of_tune_moves():
         assert (recipe.moves_statistics, recipe.trains_classifier) == moves
 
 
+def test_json_of_fixres_has_no_fields_of_the_base_stage():
+    """So that deltas and runs from before there were such fields are as they would be now."""
+    base, fixres = (records.to_json(resolve("b0", stage=stage)) for stage in ("base", "fixres"))
+    assert base.keys() - fixres.keys() == {"warmup_epochs", "model_ema_decay", "patience"}
+    with pytest.raises(RecipeError, match=r"Of the base stage alone: warmup_epochs, patience\."):
+        resolve("b0", warmup_epochs=0, patience=3)
+
+
 def test_differences_name_the_field_and_both_values():
     one, other = resolve("b0"), resolve("b0", base_lr=0.5, seed=3)
     assert recipes.differences(one, one) == []

@@ -283,19 +283,18 @@ def test_base_stage_moves_everything_and_classifier_alone_if_asked(ground: Groun
 def test_training_of_new_classes_begins_with_equal_probabilities(ground: Ground, tmp_path: Path, network: list[str]):
     place = ["--data", str(ground.images), "--output", str(tmp_path), "--experiment", "base", "--stage", "base"]
     tiny.run([*network, *place, *SIZES, *SMALL, "--epochs", "1"], tmp_path / "said.txt")
-    first, *others = map(json.loads, (tmp_path / "base" / "log.jsonl").read_text().splitlines())
-    assert first["loss"] == pytest.approx(math.log(3), rel=1e-6)
-    assert others[-1]["loss"] != first["loss"]
+    lines = map(json.loads, (tmp_path / "base" / "log.jsonl").read_text().splitlines())
+    first, *others = [line["loss"] for line in lines if "loss" in line]
+    assert first == pytest.approx(math.log(3), rel=1e-6)
+    assert others[-1] != first
 
 
-@pytest.mark.parametrize("stage", ["online", "cached", "base"])
-def test_accuracy_between_epochs_is_that_of_a_run_of_so_many(ground: Ground, tmp_path: Path, stage: str):
-    more = ["--stage", "base"] if stage == "base" else ["--method", stage]
-    more += ["--schedule", "step", "--base-lr", "0.05"]  # which is the same however many epochs follow
+@pytest.mark.parametrize("method", ["online", "cached"])
+def test_accuracy_between_epochs_is_that_of_a_run_of_so_many(ground: Ground, tmp_path: Path, method: str):
+    more = ["--method", method, "--schedule", "step", "--base-lr", "0.05"]  # the same however many epochs follow
     for epochs in ("1", "2", "3"):
         tiny.run(ground.fixres(*more, "--epochs", epochs, out=tmp_path, experiment=epochs), tmp_path / "said.txt")
-    last = "trained" if stage == "base" else "tuned"
-    ends = [report(tmp_path / epochs)["measured"][last]["top1"] for epochs in ("1", "2")]
+    ends = [report(tmp_path / epochs)["measured"]["tuned"]["top1"] for epochs in ("1", "2")]
     assert validated(tmp_path / "3") == pytest.approx(ends)
     assert validated(tmp_path / "1") == []
 
@@ -911,18 +910,6 @@ def test_features_of_both_splits_are_kept_apart(tmp_path: Path):
     shutil.rmtree(tmp_path / "features")
     tiny.cli("reproduce", *cached, *more, "anew")
     assert sha(tmp_path / "after") == sha(tmp_path / "anew")
-
-
-def test_validation_leaves_dropout_as_it_is(tmp_path: Path):
-    data = tiny.make_data(tmp_path / "data", train=4, val=2)
-    place = ["--backbone", "rexnet_100", "--data", data, "--output", tmp_path, "--stage", "base", "--no-pretrained"]
-    small = ["--train-size", "32", "--batch-size", "6", "--epochs", "3", "-j", "0"]
-    for interval in ("0", "1"):
-        tiny.cli("reproduce", *place, *small, "--val-interval", interval, "--experiment", interval)
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("0", "1"))
-    network: Network = timm.create_model("rexnet_100")
-    assert network.head.drop.p > 0
-    assert differing(one, other) == set()
 
 
 def test_a_state_saved_twice_leaves_the_last_good_one(tmp_path: Path):

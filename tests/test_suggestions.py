@@ -14,6 +14,7 @@ from fixefficientnet.cli import suggestions
         (["eval", "lite0"], 'Did you mean "evaluate"'),
         (["reproduce", "lite0", "--lr", "1e-3"], "There is no option --lr. Did you mean --base-lr?"),
         (["reproduce", "lite0", "--img-size=96"], "Did you mean --test-size (base stage: --train-size)?"),
+        (["reproduce", "lite0", "--model-ema"], "There is no option --model-ema. Did you mean --model-ema-decay?"),
         (["reproduce", "lite0", "--set", "lr=1"], "Each field of a recipe is an option itself"),
         (["reproduce", "lite0", "--resume"], "The command that began a run continues it."),
         (["reproduce", "lite0", "--val-split", "x"], "--data is missing."),

@@ -27,6 +27,8 @@ Reader = Callable[[Any, str, Error], Any]
 
 _DEFAULT_TEXTS = {bool: "true or false", int: "a whole number", float: "a number", str: "a non-empty string"}
 _NUMBERS = ("no items", "one", "two", "three", "four")
+LEFT_OUT_IF_NONE = types.MappingProxyType({"left out if None": True})
+"""Metadata of a field that is not in the JSON where it is None: JSON from before there was one stays as it is."""
 _LONGEST = 100
 """Most characters of a wrong value that an error message repeats."""
 
@@ -109,7 +111,9 @@ def check(record: Any, error: Error, where: str = "") -> None:
 def to_json(value: Any) -> Any:
     """A record as JSON values: objects for records, lists for tuples, strings for paths."""
     if dataclasses.is_dataclass(value):
-        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        items = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        kept = [(field.name, item) for field, item in items if item is not None or field.metadata != LEFT_OUT_IF_NONE]
+        return {name: to_json(item) for name, item in kept}
     if isinstance(value, Mapping):
         return {key: to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -21,6 +21,9 @@ _OPTIONS = {
     "--backbone": ("--model", "--arch"),
     "--data": ("--data-dir", "--data-path", "--dataset"),
     "--tune": ("--freeze",),
+    "--model-ema-decay": ("--model-ema", "--ema", "--ema-decay", "--model-ema-warmup"),
+    "--patience": ("--early-stopping", "--early-stopping-patience"),
+    "--warmup-epochs": ("--warmup", "--warmup-steps", "--warmup-ratio"),
 }
 """Options of `reproduce`, and what timm's and other training scripts call them."""
 

@@ -15,13 +15,13 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fixefficientnet._internal.files import write_atomically
 from fixefficientnet.errors import CheckpointError, RunError
-from fixefficientnet.reproduce.network import TrainingState
+from fixefficientnet.reproduce.network import Best, TrainingState
 
-_MODEL, _MOMENTUM = "model.", "momentum."
+_MODEL, _MOMENTUM, _AVERAGE, _BEST = "model.", "momentum.", "average.", "best."
 
 
 @dataclass(slots=True)
@@ -93,6 +93,9 @@ class Checkpoints:
             buffer = state.optimizer.state.get(tensor, {}).get("momentum_buffer") if state.optimizer else None
             if buffer is not None:
                 tensors[_MOMENTUM + name] = buffer
+        tensors |= {_AVERAGE + name: tensor for name, tensor in state.averaged.items()}
+        best = state.best or Best()
+        tensors |= {_BEST + name: tensor for name, tensor in best.tensors.items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         metadata = {
             "identity": json.dumps(self.identity, sort_keys=True),
@@ -101,6 +104,8 @@ class Checkpoints:
             "unreadable": json.dumps(sorted(self.unreadable)),
             "unturned": json.dumps(sorted(self.unturned)),
         }
+        if best.tensors:
+            metadata["best"] = json.dumps([best.epoch, best.top1])
         if self.path.exists():
             write_atomically(self._previous, self.path.read_bytes())
         self._unconfirmed = True
@@ -150,16 +155,25 @@ class Checkpoints:
             position = Position(*json.loads(metadata["position"]))
             saved_scaler = json.loads(metadata["scaler"])
             unreadable, unturned = json.loads(metadata["unreadable"]), json.loads(metadata["unturned"])
+            epoch, top1 = json.loads(metadata.get("best", "[0, -1]"))
         except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{self.path} is damaged ({error}). Delete it to start anew.") from error
-        expected = {_MODEL + name: tensor.shape for name, tensor in moving.items()}
-        if {name: t.shape for name, t in tensors.items() if name.startswith(_MODEL)} != expected:
+        saved = {
+            prefix: {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+            for prefix in (_MODEL, _MOMENTUM, _AVERAGE, _BEST)
+        }
+        ours = {_MODEL: moving, _AVERAGE: state.averaged, _BEST: moving if state.best and epoch else {}}
+        if any(_shapes(saved[prefix]) != _shapes(expected) for prefix, expected in ours.items()):
             raise CheckpointError(f"{self.path} holds other tensors than this run changes. Delete it to start anew.")
         with torch.no_grad():
             for name, tensor in moving.items():
-                tensor.copy_(tensors[_MODEL + name])
-                if state.optimizer and isinstance(tensor, nn.Parameter) and _MOMENTUM + name in tensors:
-                    state.optimizer.state[tensor]["momentum_buffer"] = tensors[_MOMENTUM + name].to(tensor.device)
+                tensor.copy_(saved[_MODEL][name])
+                if state.optimizer and isinstance(tensor, nn.Parameter) and name in saved[_MOMENTUM]:
+                    state.optimizer.state[tensor]["momentum_buffer"] = saved[_MOMENTUM][name].to(tensor.device)
+            for name, tensor in state.averaged.items():
+                tensor.copy_(saved[_AVERAGE][name])
+        if state.best:
+            state.best.epoch, state.best.top1, state.best.tensors = epoch, top1, saved[_BEST]
         if state.scaler is not None and saved_scaler:
             state.scaler.load_state_dict(saved_scaler)
         self.unreadable, self.unturned = unreadable, unturned
@@ -176,3 +190,7 @@ class Checkpoints:
                 return identity
         except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{self.path} is damaged ({error}). Delete it to start anew.") from error
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}

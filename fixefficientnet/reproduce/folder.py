@@ -16,7 +16,9 @@ CHECKPOINT = Path("checkpoint", "state.safetensors")
 EVALUATIONS = "evaluations"
 PROGRESS = ("checkpoint", EVALUATIONS, "features", "log.jsonl", report.FILENAME)
 """What a run leaves once it has done something."""
-OURS = (*PROGRESS, "curve.png", DELTA, MODEL, probe.FILENAME, RECIPE, report.TEXT, report.PAGE, "tensorboard")
+LAST = "last.safetensors"
+"""The network after the last epoch of a base stage, where that is not the best one, which `MODEL` holds."""
+OURS = (*PROGRESS, "curve.png", DELTA, MODEL, LAST, probe.FILENAME, RECIPE, report.TEXT, report.PAGE, "tensorboard")
 """All that a run writes into its folder."""
 
 

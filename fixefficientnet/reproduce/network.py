@@ -1,12 +1,13 @@
 """The network of a run: where its weights come from, at which size, what is frozen, what changes."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from fixefficientnet import delta, models, zoo
@@ -60,6 +61,35 @@ class Network:
             self.norm.train()
 
 
+@dataclass
+class Best:
+    """The weights of the highest validation accuracy so far; of equals, the earliest.
+
+    Attributes:
+        epoch: Number of epochs that were finished then; 0: nothing was validated yet.
+        top1: That accuracy, in per cent.
+        tensors: The weights, by state-dict name, on the CPU.
+        latest: The last accuracy that was offered; None: there was none, as the logits were not finite.
+    """
+
+    epoch: int = 0
+    top1: float = -1.0
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    latest: float | None = None
+
+    def offer(self, epoch: int, top1: float | None, tensors: Mapping[str, Tensor]) -> None:
+        """Takes weights over if they are better than all before."""
+        self.latest = top1
+        if top1 is not None and top1 > self.top1:
+            self.epoch, self.top1, self.tensors = epoch, top1, copied(tensors)
+
+    @torch.no_grad()
+    def put_into(self, network: Network) -> None:
+        """Gives a network the best weights, if there are any."""
+        for name, tensor in network.moving.items() if self.tensors else ():
+            tensor.copy_(self.tensors[name])
+
+
 @dataclass(frozen=True)
 class TrainingState:
     """All that a step of training changes.
@@ -68,11 +98,31 @@ class TrainingState:
         network: The network; its `moving` tensors change.
         optimizer: The optimizer; None where no gradient flows.
         scaler: The gradient scaler of fp16; None elsewhere.
+        average: The moving average of the network; None where none is kept.
+        best: The best weights so far; None where validation does not decide which are kept.
     """
 
     network: Network
     optimizer: torch.optim.SGD | None
     scaler: Any = None
+    average: ModelEmaV3 | None = None
+    best: Best | None = None
+
+    @property
+    def averaged(self) -> dict[str, Tensor]:
+        """The tensors of the average that the run changes, by state-dict name; none without one."""
+        tensors = self.average.module.state_dict() if self.average else {}
+        return {name: tensors[name] for name in self.network.moving} if tensors else {}
+
+    @property
+    def validated(self) -> nn.Module:
+        """The network whose accuracy counts: the average, where one is kept."""
+        return self.average.module if self.average else self.network.model
+
+    @property
+    def result(self) -> dict[str, Tensor]:
+        """The tensors of the validated network that the run changes, by state-dict name."""
+        return self.averaged or self.network.moving
 
 
 def load(subject: Subject, weights: str | Path, *, num_classes: int, seed: int, size: int) -> nn.Module:
@@ -186,6 +236,17 @@ def check_single_image(network: Network, recipe: Recipe) -> None:
             + (", or --method cached." if recipe.stage == "fixres" else ".")
         ) from error
     network.model.eval()
+
+
+def average_of(network: Network, recipe: Recipe) -> ModelEmaV3 | None:
+    """timm's moving average of the network, before it is wrapped; None where the recipe has none."""
+    decay = recipe.model_ema_decay
+    return ModelEmaV3(network.model, decay=decay, use_warmup=True) if decay else None
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors on the CPU, by name."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def optimizer_of(network: Network, recipe: Recipe) -> torch.optim.SGD:

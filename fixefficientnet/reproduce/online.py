@@ -6,8 +6,8 @@ The base stage, where the whole network trains, runs here too.
 import math
 import signal
 import warnings
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -20,10 +20,27 @@ from fixefficientnet.data.loading import Batch, Task, load_batches
 from fixefficientnet.errors import DataError, RecipeError
 from fixefficientnet.preprocessing import FineTuningTransform, Preprocess, TrainingTransform
 from fixefficientnet.reproduce.checkpoints import Checkpoints, Position
-from fixefficientnet.reproduce.network import Network, TrainingState, optimizer_of
+from fixefficientnet.reproduce.network import Best, Network, TrainingState, average_of, copied, optimizer_of
 from fixefficientnet.reproduce.recipe import Recipe
 from fixefficientnet.reproduce.session import Session
 from fixefficientnet.reproduce.training import Schedule, StepResult, Validation, train
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What training did.
+
+    Attributes:
+        forwards: Number of images that went forward through the backbone.
+        epochs: Number of epochs.
+        best: The best weights, which the network has now; None where the last ones count.
+        last: The weights after the last epoch, by state-dict name, where the best ones are others; else empty.
+    """
+
+    forwards: int
+    epochs: int
+    best: Best | None = None
+    last: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def transform_of(recipe: Recipe) -> FineTuningTransform | TrainingTransform:
@@ -65,9 +82,9 @@ def tune(
     dataset: ImageDataset,
     recipe: Recipe,
     checkpoints: Checkpoints,
-    validation: Validation | None = None,
-) -> int:
-    """Trains from the checkpoint to the end; the network is left in eval mode.
+    validation: tuple[Callable[[nn.Module], float | None], int] | None = None,
+) -> Tuned:
+    """Trains from the checkpoint to the end; the network is left in eval mode, in the base stage with the best weights.
 
     Args:
         session: Processes, log, signals.
@@ -75,17 +92,16 @@ def tune(
         dataset: The training images.
         recipe: The recipe.
         checkpoints: Where the state is saved.
-        validation: What is measured between epochs.
-
-    Returns:
-        Number of images that went forward through the backbone.
+        validation: What gives a network's top-1 on the validation images, in per cent, and the number of epochs between
+            two validations; None: none. The base stage needs it.
 
     Raises:
         RunError: The loss is NaN or infinite.
         Interrupted: A signal asked to stop; the state is saved.
     """
     optimizer = optimizer_of(network, recipe) if network.trained else None
-    state = TrainingState(network, optimizer, session.accelerator.scaler)
+    average, best = average_of(network, recipe), Best() if recipe.stage == "base" else None
+    state = TrainingState(network, optimizer, session.accelerator.scaler, average, best)
     position = checkpoints.restore(state)
     session.count_unreadable(dataset.name, sorted(checkpoints.unreadable), len(dataset))
     session.count_unturned(dataset.name, checkpoints.unturned)
@@ -105,24 +121,30 @@ def tune(
             torch.manual_seed(_seed(recipe.seed, position.steps, session.rank))
             result = _step(session, model, criterion, stepper, next(batches), position, checkpoints)
             _average(session, network, recipe)
+            if average:
+                average.update(network.model, step=position.steps + 1)
             if position.step + 1 == schedule.steps:
                 session.share_counted(dataset.name, len(dataset))
             return result
 
         def validate(position: Position) -> float | None:
-            if not validation or session.on_main(lambda: session.log.has(position.steps, "val_top1")):
+            logged = session.on_main(lambda: session.log.has(position.steps, "val_top1"))
+            if not validation or (logged and not best):
                 return None
             with session.alike():
                 checkpoints.save(position, state)  # this may take a while
-            top1 = validation.top1(position)
+            top1 = validation[0](state.validated)
             if top1 is not None:
                 session.log.say(f"  validation after epoch {position.epoch}: top-1 {top1:.2f}")
             return top1
 
-        between = replace(validation, top1=validate) if validation else None
+        between = Validation(validation[1], validate) if validation else None
         train(session, state, recipe, schedule, checkpoints, position, step, between)
     network.model.eval()
-    return recipe.epochs * schedule.steps * schedule.batch_size
+    last = copied(state.result) if best and best.epoch < position.epoch else {}
+    if best:
+        best.put_into(network)
+    return Tuned(position.steps * schedule.batch_size, position.epoch, best, last)
 
 
 def _seed(*numbers: int) -> int:

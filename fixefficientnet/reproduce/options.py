@@ -38,7 +38,7 @@ class Options(Checked):
         auto_batch: Halve the batch when memory runs out.
         overwrite: Delete what an earlier run left in the folder.
         max_unreadable: Tolerated share of images that cannot be read.
-        val_interval: Epochs between two validations while training; 0: none.
+        val_interval: Epochs between two validations while training; 0: none. The base stage validates after each epoch.
         checkpoint_steps: Steps between two checkpoints.
         checkpoint_minutes: Longest time between two checkpoints, in minutes.
     """

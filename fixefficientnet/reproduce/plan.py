@@ -98,7 +98,7 @@ def plan(
         images: Number of images to train on, and to measure on.
         num_classes: Number of classes.
         devices: Number of devices that share each batch.
-        val_interval: Number of epochs between two validations; 0: none.
+        val_interval: Number of epochs between two validations; 0: none; the base stage validates after each.
 
     Raises:
         UnsupportedModelError: The network has no head that the recipe can tune, or cannot take one of its sizes.
@@ -120,6 +120,8 @@ def plan(
     base = recipe.stage == "base"
     measured = [recipe.train_size] if base else [recipe.train_size, recipe.test_size, recipe.test_size]
     between = (recipe.epochs - 1) // val_interval if val_interval else 0
+    if base:  # which keeps the best of all epochs
+        between = recipe.epochs
     if recipe.method == "cached":  # on features of one pass
         between = min(between, 1) if recipe.trains_classifier else 0
     measured += [work_size] * between
@@ -170,7 +172,8 @@ def as_table(plans: Sequence[Plan], gmacs_per_second: float | None) -> list[list
 def describe(plan: Plan, gmacs_per_second: float | None) -> dict[str, str]:
     """One plan in full: label → text."""
     recipe = plan.recipe
-    rate = recipe.learning_rate(0)
+    warmup = f", {recipe.warmup_epochs} of them of warm-up" if recipe.warmup_epochs else ""
+    average = f", moving average with decay {recipe.model_ema_decay:g}" if recipe.model_ema_decay else ""
     decay = (
         "to 0 along half a cosine"
         if recipe.schedule == "cosine"
@@ -185,10 +188,11 @@ def describe(plan: Plan, gmacs_per_second: float | None) -> dict[str, str]:
         "variant": f"{recipe.variant} ({recipe.backbone})",
         "stage": f"{recipe.stage}, {recipe.method}, tune {recipe.tune}",
         "sizes": f"trained at {recipe.train_size}, tested at {recipe.test_size}, crop_pct {recipe.crop_pct:g}",
-        "schedule": f"{recipe.epochs} epochs, batch {recipe.batch_size}, learning rate {rate:g} "
+        "schedule": f"{recipe.epochs} epochs{warmup}, batch {recipe.batch_size}, learning rate "
+        f"{recipe.full_learning_rate:g} "
         f"(8 x {recipe.base_lr:g} x {recipe.batch_size} / 512), {decay}",
         "optimizer": f"SGD, momentum {recipe.momentum:g}, weight decay {recipe.weight_decay:g}, "
-        f"label smoothing {recipe.label_smoothing:g}",
+        f"label smoothing {recipe.label_smoothing:g}{average}",
         "head": plan.head,
         "moves": tensors,
         "values": f"{sum(plan.moving.values()):,} change, {plan.gradients:,} of them by gradients; the network has "
@@ -229,8 +233,9 @@ class _LiveBytes:
 
 
 def _peak_memory(net: network.Network, recipe: Recipe, size: int, step_images: int) -> int:
-    """The tensors of the network itself, of its gradients and momentum, and of its largest forward or step."""
+    """The tensors of the network itself, its average, its gradients and momentum, and its largest forward or step."""
     fixed: int = sum(tensor.nbytes for tensor in net.model.state_dict().values())
+    fixed *= 2 if recipe.model_ema_decay else 1
     fixed += 2 * sum(parameter.nbytes for parameter in net.trained.values())
     views = recipe.views if recipe.method == "cached" else 1
     peak: int = 0

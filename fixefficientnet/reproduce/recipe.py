@@ -4,12 +4,12 @@ import difflib
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from fixefficientnet import manifest
 from fixefficientnet._internal import records
-from fixefficientnet._internal.records import Count, Fraction, NotNegative, Positive, Rule, Share
+from fixefficientnet._internal.records import LEFT_OUT_IF_NONE, Count, Fraction, NotNegative, Positive, Rule, Share
 from fixefficientnet.errors import RecipeError, UnknownVariantError
 from fixefficientnet.manifest import INTERPOLATIONS, TestTime, Triple, Variant
 
@@ -18,6 +18,7 @@ Method = Literal["online", "cached"]
 Tune = Literal["all", "classifier", "bn", "bn-stats"]
 Schedule = Literal["step", "cosine"]
 Precision = Literal["no", "bf16", "fp16"]
+BelowOne = Annotated[float, Rule("a number of at least 0 and below 1", least=0, below=1)]
 Size = Annotated[int, Rule("a whole number of at least 32", least=32)]
 
 
@@ -25,7 +26,8 @@ Size = Annotated[int, Rule("a whole number of at least 32", least=32)]
 class Recipe:
     """One fine-tuning, resolved: nothing is left to a default elsewhere.
 
-    The learning rate is 8 · base_lr · batch_size / 512 (the rule of the FixRes code), times a schedule.
+    The learning rate is 8 · base_lr · batch_size / 512 (the rule of the FixRes code), times a schedule. The fields of
+    the base stage alone are None in the other.
 
     Attributes:
         variant: Key in the manifest, or timm's name of another network.
@@ -63,6 +65,12 @@ class Recipe:
         feature_dtype: Type that features are stored in.
         sync_bn: Whether the norm's batch statistics are those of all devices together (CUDA only).
         mixed_precision: Precision of the frozen part; "no" is float32. The fixres stage always trains in float32.
+            Base stage: of the forward and backward passes.
+        warmup_epochs: Epochs, the first ones, in which the learning rate rises from 0 to the schedule's full one (base
+            stage).
+        model_ema_decay: Largest decay of the exponential moving average of all weights and running statistics, which
+            is what is validated and kept; 0: none (base stage). It rises to that with the steps, by timm's rule.
+        patience: Epochs without a higher validation accuracy after which training stops; 0: never (base stage).
         seed: Seed of every random draw.
     """
 
@@ -87,7 +95,7 @@ class Recipe:
     lr_decay_epochs: Positive = 30
     momentum: NotNegative = 0.9
     weight_decay: NotNegative = 1e-4
-    label_smoothing: Annotated[float, Rule("a number of at least 0 and below 1", least=0, below=1)] = 0.1
+    label_smoothing: BelowOne = 0.1
     hflip: Fraction = 0.5
     color_jitter: Fraction = 0.05
     views: Positive = 2
@@ -97,6 +105,9 @@ class Recipe:
     feature_dtype: Literal["float16", "float32"] = "float16"
     sync_bn: bool = False
     mixed_precision: Precision = "no"
+    warmup_epochs: Count | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    model_ema_decay: BelowOne | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    patience: Count | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     upright: bool | None = None
     seed: Annotated[int, Rule("a whole number from 0 to 2^63 - 1", least=0, below=2**63)] = 0
 
@@ -125,9 +136,16 @@ class Recipe:
         """Whether the classifier changes."""
         return self.tune in ("all", "classifier")
 
+    @property
+    def full_learning_rate(self) -> float:
+        """The learning rate that the schedule starts from."""
+        return 8 * self.base_lr * self.batch_size / 512
+
     def learning_rate(self, epoch: float) -> float:
         """The learning rate at a point in time, counted in epochs from 0."""
-        rate = 8 * self.base_lr * self.batch_size / 512
+        rate, warmup = self.full_learning_rate, self.warmup_epochs or 0
+        if epoch < warmup:
+            return rate * epoch / warmup
         if self.schedule == "cosine":
             return rate * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
         return rate * self.lr_decay ** (int(epoch) // self.lr_decay_epochs)
@@ -199,6 +217,8 @@ def subjects(names: Sequence[str], backbone: str | None = None) -> list[Subject]
     return [subject_of_variant(manifest.find(key)) for key in dict.fromkeys(keys)]
 
 
+BASE_STAGE = ("warmup_epochs", "model_ema_decay", "patience")
+"""Fields of a recipe that the base stage alone has."""
 GIVEN = ("variant", "backbone", "weights")
 """Fields of a recipe that the network and its weights decide; all others can be chosen."""
 
@@ -239,6 +259,10 @@ def _check_combination(recipe: Recipe) -> None:
     """Refuses values that are fine each, and not together."""
     if min(recipe.std) <= 0:
         raise RecipeError(f"recipe.std: must be above 0, is {recipe.std}")
+    if recipe.stage != "base" and (given := [name for name in BASE_STAGE if getattr(recipe, name) is not None]):
+        raise RecipeError(f"Of the base stage alone: {', '.join(given)}. Leave it out, or choose the stage base.")
+    if recipe.warmup_epochs and recipe.warmup_epochs >= recipe.epochs:
+        raise RecipeError(f"warmup_epochs is {recipe.warmup_epochs}: it must be below epochs, {recipe.epochs} here.")
     if recipe.stage == "base" and recipe.sync_bn:
         raise RecipeError("sync_bn synchronises the head norm of the fixres stage; the base stage has no such option.")
     if recipe.stage == "base" and (recipe.method == "cached" or recipe.tune not in ("all", "classifier")):

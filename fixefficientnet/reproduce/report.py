@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fixefficientnet._internal import records
 from fixefficientnet._internal.files import write_atomically, write_text
-from fixefficientnet._internal.records import Count, Percent, Positive
+from fixefficientnet._internal.records import LEFT_OUT_IF_NONE, Count, Percent, Positive
 from fixefficientnet.data.dataset import ImageDataset
 from fixefficientnet.errors import MissingFileError, RunError
 from fixefficientnet.evaluation import figures, page
@@ -111,6 +111,32 @@ class Gain:
 
 
 @dataclass(frozen=True, slots=True)
+class Selection:
+    """Which epoch's weights a base stage kept.
+
+    Attributes:
+        epoch: The epoch of the highest top-1 on the validation images, counted from 1; of equals, the earliest.
+        epochs: Number of epochs that were trained.
+        top1: That top-1, in per cent.
+        last_top1: Top-1 after the last epoch, in per cent; None where the logits were not finite then.
+    """
+
+    epoch: Positive
+    epochs: Positive
+    top1: Percent
+    last_top1: Percent | None
+
+    def __str__(self) -> str:
+        """The choice in words."""
+        last = "no number" if self.last_top1 is None else f"{self.last_top1:.2f}"
+        after = f", after the last {last}" if self.epoch < self.epochs else ""
+        return (
+            f"Epoch {self.epoch} of {self.epochs} is the best: top-1 {self.top1:.2f}{after}. The images that it is "
+            "measured on chose it, so its accuracy is slightly optimistic."
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class PaperFigures:
     """What the paper reports for the variant, beside the run.
 
@@ -171,6 +197,7 @@ class Report:
         delta_sha256: sha256 of delta.safetensors; None for a base stage.
         left_out: The files beside the images that are none by their endings, each with its split.
         excluded: Number of images, of both splits, that were left out because it was asked for.
+        selection: Which epoch's weights were kept; None where it is the last epoch's without a choice.
     """
 
     variant: str
@@ -190,6 +217,7 @@ class Report:
     delta_sha256: str | None = None
     left_out: tuple[str, ...] = ()
     excluded: Count = 0
+    selection: Selection | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
 
     @classmethod
     def load(cls, path: Path) -> "Report":
@@ -276,6 +304,8 @@ def as_markdown(report: Report) -> str:
         lines += ["", f"**{gain.warning}**"] if gain.warning else []
         lines += ["", "FixRes at the test size, on the same images:", ""]
         lines += [f"- {finding}" for finding in report.findings]
+    if report.selection:
+        lines += ["", str(report.selection)]
     if report.paper:
         lines += ["", _beside_paper(report.paper)]
     elif recipe.stage == "fixres":
@@ -324,6 +354,7 @@ def as_html(report: Report, evaluations: Mapping[str, Evaluation], validation: I
         f"{report.validation_data}."
     ]
     findings = [f"FixRes at the test size, on the same images, {finding}." for finding in report.findings]
+    findings += [str(report.selection)] if report.selection else []
     found = page.Page(
         report.title,
         about,
@@ -377,10 +408,14 @@ def curve(lines: Sequence[Mapping[str, Any]], measured: Mapping[str, Summary], p
     validated = {line["steps"]: line["val_top1"] for line in lines if "val_top1" in line}
     if "base_at_test" in measured:
         validated[0] = measured["base_at_test"].top1
-    validated[points[-1]["steps"]] = measured["tuned" if "tuned" in measured else "trained"].top1
+    if "tuned" in measured:
+        validated[points[-1]["steps"]] = measured["tuned"].top1
     steps = sorted(validated)
     look: dict[str, Any] = {"color": "#c1440e", "linewidth": 1.5, "marker": "o", "markersize": 3}
     axes[1].plot(steps, [validated[step] for step in steps], label="validation images", **look)
+    if "trained" in measured and validated:
+        best = max(steps, key=lambda step: validated[step])
+        axes[1].plot(best, validated[best], "*", color="#c1440e", markersize=11, label="the best epoch")
     axes[1].legend(frameon=False, loc="lower right", fontsize=8)
     figure.suptitle(f"{title} (light: each step, dark: mean of each epoch)", fontsize=10)
     figures.save(figure, path, [*points, *validated.items()])

@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from fixefficientnet.errors import (
     FixEfficientNetError,
     MissingFileError,
     NotFiniteError,
+    RecipeError,
     RunError,
 )
 from fixefficientnet.evaluation import cost
@@ -38,14 +39,14 @@ from fixefficientnet.manifest import TestTime
 from fixefficientnet.models import DELTA, DESCRIPTION, MODEL, Description
 from fixefficientnet.reproduce import cached, network, online, probe, report
 from fixefficientnet.reproduce.checkpoints import Checkpoints
-from fixefficientnet.reproduce.folder import CHECKPOINT, EVALUATIONS, OURS, PROGRESS, RECIPE, Identity
+from fixefficientnet.reproduce.folder import CHECKPOINT, EVALUATIONS, LAST, OURS, PROGRESS, RECIPE, Identity
 from fixefficientnet.reproduce.log import Log
 from fixefficientnet.reproduce.network import Network
+from fixefficientnet.reproduce.online import Tuned
 from fixefficientnet.reproduce.options import Data, Options
 from fixefficientnet.reproduce.recipe import Recipe, Subject
-from fixefficientnet.reproduce.report import PairedTest, PaperFigures, Report
+from fixefficientnet.reproduce.report import PairedTest, PaperFigures, Report, Selection
 from fixefficientnet.reproduce.session import Session
-from fixefficientnet.reproduce.training import Validation
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,11 @@ def run(job: Job, accelerator: Accelerator) -> Report:
         DataError: The images cannot be used.
         CheckpointError: A checkpoint is damaged or of another network.
         RunError: The folder is in use or holds another run; the loss is NaN; no memory or disk.
+        RecipeError: The base stage is to validate other than after each epoch.
         Interrupted: A signal asked to stop; the same call continues.
     """
+    if job.recipe.stage == "base" and job.options.val_interval != 1:
+        raise RecipeError("The base stage keeps the best epoch, and so validates each: leave --val-interval out.")
     if job.options.auto_batch:
         job = replace(job, recipe=_halved_before(job.recipe, job.folder))
     while True:
@@ -288,13 +292,13 @@ def _tune(session: Session, job: Job, inputs: _Inputs, identity: Identity) -> Re
     if recipe.method == "cached":
         features = job.features or job.folder / "features"
         between = (validation, interval) if interval else None
-        forwards = cached.tune(session, net, train, recipe, checkpoints, features, between)
+        tuned = Tuned(cached.tune(session, net, train, recipe, checkpoints, features, between), recipe.epochs)
     else:
-        measured = Validation(interval, lambda position: measurements.top1(test)) if interval else None
-        forwards = online.tune(session, net, train, recipe, checkpoints, measured)
+        measured = (lambda model: measurements.top1(test, model), interval) if interval else None
+        tuned = online.tune(session, net, train, recipe, checkpoints, measured)
     net.model.eval()
     measurements.take("tuned" if recipe.stage == "fixres" else "trained", test)
-    finished = session.on_main(lambda: _finish(session, job, inputs, net, original, measurements, forwards))
+    finished = session.on_main(lambda: _finish(session, job, inputs, net, original, measurements, tuned))
     if gain := finished.gain:
         session.log.say(f"  against the best untuned ({gain.untuned.size}): {gain.test}")
         if gain.warning:
@@ -317,7 +321,7 @@ def _finish(
     net: Network,
     original: Mapping[str, torch.Tensor],
     measurements: "Measurements",
-    forwards: int,
+    tuned: Tuned,
 ) -> Report:
     """Writes weights, probe, curve and report."""
     folder, recipe, variant = job.folder, job.recipe, job.subject.variant
@@ -332,7 +336,7 @@ def _finish(
         train_images=len(inputs.train),
         classes=tuple(inputs.train.classes),
         processes=session.world,
-        forwards=forwards,
+        forwards=tuned.forwards,
         unreadable=tuple(sorted(set().union(*session.unreadable.values()))),
         unturned=tuple(sorted(set().union(*session.unturned.values()))),
         left_out=tuple(f"{one.name}: {name}" for one in (inputs.train, inputs.validation) for name in one.left_out),
@@ -340,13 +344,17 @@ def _finish(
         measured=measured,
         paired=PairedTest.all_of(measurements.found),
         paper=PaperFigures.beside(variant, recipe, measured, classes),
+        selection=Selection(tuned.best.epoch, tuned.epochs, tuned.best.top1, tuned.best.latest) if tuned.best else None,
     )
     if recipe.stage == "fixres":
         finished = replace(finished, delta_sha256=_save_delta(job, net.model, original, finished))
         evaluation = measurements.found["tuned"]
         probe.save(probe.take(net.model, inputs.validation, evaluation, recipe.test), folder / probe.FILENAME)
     if _keeps_network(recipe):
-        _save_network(folder, net.model, finished, inputs.train.part_of)
+        _save_network(folder / MODEL, net.model.state_dict(), finished, inputs.train.part_of)
+    (folder / LAST).unlink(missing_ok=True)
+    if tuned.last:
+        _save_network(folder / LAST, {**net.model.state_dict(), **tuned.last}, finished, inputs.train.part_of)
     title = f"{recipe.variant}, {recipe.stage} stage, {recipe.method}"
     report.curve(session.log.lines(), measured, folder / "curve.png", title)
     page = report.as_html(finished, measurements.found, inputs.validation)
@@ -385,15 +393,15 @@ def _save_delta(job: Job, model: nn.Module, original: Mapping[str, torch.Tensor]
         variant=job.subject.name,
         backbone=job.subject.backbone,
         license=variant.backbone.license if variant and job.checkpoint is None else "unknown",
-        recipe=asdict(job.recipe),
+        recipe=records.to_json(job.recipe),
         measured=measured,
     )
     return delta.save(tuned, job.folder / DELTA)
 
 
-def _save_network(folder: Path, model: nn.Module, finished: Report, part_of: str | None) -> None:
-    """Writes the whole network."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+def _save_network(path: Path, weights: Mapping[str, torch.Tensor], finished: Report, part_of: str | None) -> None:
+    """Writes a whole network."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     for name, tensor in tensors.items():
         if name.endswith(".num_batches_tracked"):  # without effect, and not kept when a run is interrupted
             tensors[name] = torch.zeros_like(tensor)
@@ -412,7 +420,7 @@ def _save_network(folder: Path, model: nn.Module, finished: Report, part_of: str
         part_of,
     )
     metadata = {DESCRIPTION: described.dumps()}
-    write_atomically(folder / MODEL, safetensors.torch.save(tensors, metadata))
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
 
 
 def _introduce(session: Session, net: Network, recipe: Recipe, train: ImageDataset, validation: ImageDataset) -> None:
@@ -460,7 +468,8 @@ class Measurements:
         """
         session = self._session
         journal = Journal(session.folder / EVALUATIONS / name, session.rank)
-        found = self.found[name] = self._evaluate(f"{report.TITLES[name]} ({test.size})", test, journal, model)
+        title = f"{report.TITLES[name]} ({test.size})"
+        found = self.found[name] = self._evaluate(title, test, journal, model or self._net.model)
         low, high = found.interval
         with session.alike():
             session.count_unreadable(self._dataset.name, list(found.unreadable.values()), len(self._dataset))
@@ -470,20 +479,18 @@ class Measurements:
             f"top-5 {found.top5:.2f}, of {found.images:,} images"
         )
 
-    def top1(self, test: TestTime) -> float | None:
-        """Top-1 of the network as it is now, in per cent, kept nowhere; None where its logits are NaN or infinite."""
+    def top1(self, test: TestTime, model: nn.Module) -> float | None:
+        """Top-1 of a network as it is now, in per cent, kept nowhere; None where its logits are NaN or infinite."""
         try:
-            return self._evaluate(f"Validation ({test.size})", test, None).top1
+            return self._evaluate(f"Validation ({test.size})", test, None, model).top1
         except NotFiniteError:  # the next step's loss will say so
             return None
 
-    def _evaluate(
-        self, title: str, test: TestTime, journal: Journal | None, model: nn.Module | None = None
-    ) -> Evaluation:
+    def _evaluate(self, title: str, test: TestTime, journal: Journal | None, model: nn.Module) -> Evaluation:
         session, recipe = self._session, self._recipe
         with session.log.bar(title, len(self._dataset)) as bar:
             return EvaluationLoop(
-                model or self._net.model,
+                model,
                 self._dataset,
                 test,
                 batch_size=recipe.forward_batch,

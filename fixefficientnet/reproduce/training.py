@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from fixefficientnet.errors import Interrupted
 from fixefficientnet.reproduce.checkpoints import Checkpoints, Position
-from fixefficientnet.reproduce.network import TrainingState
+from fixefficientnet.reproduce.network import Best, TrainingState
 from fixefficientnet.reproduce.recipe import Recipe
 from fixefficientnet.reproduce.session import Session
 
@@ -42,11 +42,13 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Validation:
-    """The accuracy on the validation images between epochs, on which the result does not depend.
+    """The accuracy on the validation images between epochs.
+
+    The result depends on it where the best weights are kept: in the base stage.
 
     Attributes:
         interval: Number of epochs between two.
-        top1: Gives top-1 at a position, in per cent; None where the log has it, or the logits are not finite.
+        top1: Gives top-1 at a position, in per cent; None where it is not wanted, or the logits are not finite.
     """
 
     interval: int
@@ -73,17 +75,21 @@ def train(
         checkpoints: Where the state is saved.
         position: Where training stands; counted on as steps are done.
         step: Does one step at a position.
-        validation: What is measured between epochs; not after the last one, which the run's evaluation follows.
+        validation: What is measured between epochs; after the last one, which the run's evaluation follows, only where
+            the best weights are kept.
 
     Raises:
         RunError: The loss is NaN or infinite.
         Interrupted: A signal asked to stop; the state is saved.
     """
-    size = schedule.batch_size
-    while position.epoch < recipe.epochs:
+    size, best = schedule.batch_size, state.best
+    while True:
         epoch = position.epoch
-        if validation and epoch and not position.step and epoch % validation.interval == 0:
-            _validate(session, position, validation)
+        between = epoch and not position.step and (best or epoch < recipe.epochs)
+        if validation and between and epoch % validation.interval == 0:
+            _validate(session, state, position, validation)
+        if epoch == recipe.epochs or _in_vain(session, best, recipe, position):
+            break
         with session.log.bar(f"Epoch {epoch + 1}/{recipe.epochs}", schedule.steps * size) as bar:
             bar.skip(position.step * size)
             images = correct = loss_sum = 0.0
@@ -108,7 +114,17 @@ def train(
     checkpoints.confirm()
 
 
-def _validate(session: Session, position: Position, validation: Validation) -> None:
+def _validate(session: Session, state: TrainingState, position: Position, validation: Validation) -> None:
     top1 = validation.top1(position)
-    if top1 is not None:
+    if state.best:
+        state.best.offer(position.epoch, top1, state.result)
+    if top1 is not None and not session.log.has(position.steps, "val_top1"):
         session.log.write(position.steps, epoch=position.epoch - 1, val_top1=top1)
+
+
+def _in_vain(session: Session, best: Best | None, recipe: Recipe, position: Position) -> bool:
+    """Whether so many epochs brought nothing that training stops here."""
+    if not best or not recipe.patience or position.step or position.epoch - best.epoch < recipe.patience:
+        return False
+    session.log.say(f"No gain since epoch {best.epoch}: stopped after epoch {position.epoch}.")
+    return True
