@@ -130,6 +130,7 @@ def test_the_best_epoch_is_kept_and_training_stops_without_gain(data: Path, weig
     assert (chosen.epoch, chosen.epochs) == (validated.index(max(validated)) + 1, chosen.epoch + 2)
     assert (chosen.epoch, chosen.top1) == (best.epoch, best.top1)
     assert (found.measured["trained"].top1, found.forwards) == (chosen.top1, chosen.epochs * 24)
+    assert str(chosen) in said
     assert f"No gain since epoch {chosen.epoch}: stopped after epoch {chosen.epochs}." in said
     for text in ((run / "report.md").read_text(), (run / "report.html").read_text()):
         assert f"Epoch {chosen.epoch} of {chosen.epochs} is the best" in text and "slightly optimistic" in text

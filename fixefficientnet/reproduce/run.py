@@ -303,6 +303,8 @@ def _tune(session: Session, job: Job, inputs: _Inputs, identity: Identity) -> Re
         session.log.say(f"  against the best untuned ({gain.untuned.size}): {gain.test}")
         if gain.warning:
             session.log.say(f"Warning: {gain.warning}")
+    if finished.selection:
+        session.log.say(str(finished.selection))
     if count := len(finished.unreadable):
         images = "image" if count == 1 else "images"
         session.log.say(f"{count} {images} could not be read, and left out: report.md names them.")
