@@ -199,6 +199,24 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return markdown(["", "first loss", "top-1", "95% interval"], lines)
 
 
+def timed_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the docs' table of accuracy and time as Markdown."""
+    timms = next((row["cpu_seconds"] for row in rows if row["method"] in TIMMS), None)
+    lines = [
+        (
+            row["method"],
+            f"{row['top1']:.2f}",
+            f"{row['low']:.1f} to {row['high']:.1f}",
+            f"{row['last_top1']:.2f}",
+            f"{row['cpu_seconds'] / 60:.1f}",
+            f"{row['cpu_seconds'] / timms:.2f}" if timms else "",
+        )
+        for row in rows
+    ]
+    titles = ["", "top-1, best epoch", "95% interval", "top-1, last epoch", "CPU minutes", "of timm's"]
+    return markdown(titles, lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -216,7 +234,7 @@ def main() -> None:
     found = as_csv(rows(options))
     if options.output:
         write_atomically(options.output, found.encode())
-    print(table(from_csv(found)))
+    print((timed_table if options.timed else table)(from_csv(found)))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch import nn
 from fixefficientnet.data.dataset import open_dataset
 from fixefficientnet.models import Description
 from fixefficientnet.preprocessing import Preprocess, TrainingTransform
+from fixefficientnet.reproduce import network
 from fixefficientnet.reproduce import recipe as recipes
 from fixefficientnet.reproduce.checkpoints import Checkpoints
 from fixefficientnet.reproduce.log import Log
@@ -173,6 +174,14 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(
 ):
     more = ["--mixed-precision", precision, "--model-ema-decay", "0.9", "--warmup-epochs", "1", "--patience", "2"]
     more += ["--checkpoint-steps", "1"]
+    load = network.load
+
+    def with_dropout(*args: Any, **values: Any) -> Network:
+        model: Network = load(*args, **values)
+        model.drop_rate = 0.3
+        return model
+
+    monkeypatch.setattr(network, "load", with_dropout)
     train(data, weights, tmp_path / "whole", *more)
     for after in (1, 2, 3, 4) * 4:
         with monkeypatch.context() as patch:

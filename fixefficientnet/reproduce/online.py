@@ -117,9 +117,10 @@ def tune(
         batches = _batches(session, dataset, recipe, replace(position))
 
         def step(position: Position) -> StepResult:
+            batch = next(batches)  # the first one draws a seed for the loading processes
             # dropout and stochastic depth, which some networks train with
             torch.manual_seed(_seed(recipe.seed, position.steps, session.rank))
-            result = _step(session, model, criterion, stepper, next(batches), position, checkpoints)
+            result = _step(session, model, criterion, stepper, batch, position, checkpoints)
             _average(session, network, recipe)
             if average:
                 average.update(network.model, step=position.steps + 1)
