@@ -223,3 +223,5 @@ def test_the_docs_table_of_fine_tuning_runs_is_of_the_committed_data():
 def test_the_table_of_base_networks_shows_the_committed_figures():
     table = base_stage.table(from_csv((DOCS / "results" / "base_stage.csv").read_text()))
     assert f"\n{table}\n" in (DOCS / "finetuning.md").read_text(), f"docs/finetuning.md is stale; put this in:\n{table}"
+    timed = base_stage.timed_table(from_csv((DOCS / "results" / "base_stage_timed.csv").read_text()))
+    assert f"\n{timed}\n" in (DOCS / "finetuning.md").read_text(), f"docs/finetuning.md is stale; put this in:\n{timed}"
