@@ -39,6 +39,6 @@ def open_heif(image: str | os.PathLike[str] | bytes, name: str) -> Image.Image |
             from pillow_heif import HeifImageFile
         except ImportError:
             raise ImageError(f"{name} is an HEIC image, which needs pillow-heif: pip install pillow-heif") from None
-        opened: Image.Image = HeifImageFile(io.BytesIO(content))
+        opened: Image.Image = HeifImageFile(io.BytesIO(content))  # type: ignore[no-untyped-call]
         return opened
     return None
