@@ -111,6 +111,45 @@ class Description:
         except json.JSONDecodeError as error:
             raise EvaluationError(f"{where} is not JSON: {error}") from error
 
+    @classmethod
+    def beside(cls, path: Path) -> "Description | None":
+        """Reads the description in the config.json beside a file; None where it has none.
+
+        Raises:
+            EvaluationError: The description is malformed; names the field.
+        """
+        file = path.parent / CONFIG
+        try:
+            found = json.loads(file.read_text(encoding="utf-8")).get(DESCRIPTION)
+        except (
+            OSError,
+            ValueError,
+            AttributeError,
+            RecursionError,
+        ):  # timm has its own words for what is wrong with it
+            return None
+        return None if found is None else records.read(cls, found, f"{file}: {DESCRIPTION}", EvaluationError)
+
+    @classmethod
+    def of(cls, loaded: "LoadedModel") -> "Description | None":
+        """The description of a model that a run made of a network of one's own; None for another."""
+        if loaded.variant or loaded.train_size is None or loaded.upright is None:
+            return None
+        test, stage = loaded.test, "fixres" if loaded.tuned else "base"
+        return cls(
+            loaded.timm_name,
+            cast(Any, stage),
+            loaded.train_size,
+            test.size,
+            test.crop_pct,
+            test.interpolation,
+            test.mean,
+            test.std,
+            loaded.classes,
+            loaded.upright,
+            loaded.part_of,
+        )
+
     def dumps(self) -> str:
         """The description as JSON text, the value of `DESCRIPTION` in the file's metadata."""
         return json.dumps(records.to_json(self))
@@ -337,7 +376,9 @@ def _of_run(name: str, folder: Path) -> LoadedModel:
     for file in (MODEL, DELTA):
         if (folder / file).is_file():
             return replace(_of_file(name, folder / file), name=name)
-    raise MissingFileError(f"{folder} has no model.safetensors and no delta.safetensors: it is no finished run.")
+    raise MissingFileError(
+        f"{folder} has no {MODEL} and no {DELTA}: it is no finished run. The command that began it continues it."
+    )
 
 
 def _of_repository(name: str) -> LoadedModel:
@@ -346,6 +387,8 @@ def _of_repository(name: str) -> LoadedModel:
         place = str(Path(place).expanduser())
         if not Path(place, CONFIG).is_file():
             raise MissingFileError(f"{place} has no {CONFIG}: it is no folder of a model of timm's.")
+        if Path(place, MODEL).is_file() and (described := Description.beside(Path(place, MODEL))):
+            return replace(_of_description(described, Path(place, MODEL)), name=name)
     try:
         model = timm.create_model(f"{source}:{place}", pretrained=True).eval()
     except Exception as error:  # timm and huggingface_hub raise a dozen kinds
@@ -371,10 +414,13 @@ def _of_file(name: str, path: Path) -> LoadedModel:
 
 def _of_its_own(path: Path) -> LoadedModel | None:
     """The model of a file that tells its network, or lies where timm's config.json tells it; None for another."""
-    described = Description.load(path)
-    if described is None:
-        in_repository = path.name == MODEL and (path.parent / CONFIG).is_file()
-        return _of_repository(f"local-dir:{path.parent}") if in_repository else None
+    if described := Description.load(path):
+        return _of_description(described, path)
+    in_repository = path.name == MODEL and (path.parent / CONFIG).is_file()
+    return _of_repository(f"local-dir:{path.parent}") if in_repository else None
+
+
+def _of_description(described: Description, path: Path) -> LoadedModel:
     network = from_checkpoint(described.backbone.partition(".")[0], path, described.size)
     return LoadedModel(
         name=str(path),

@@ -5,6 +5,7 @@ import collections
 import contextlib
 import pickle
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,10 @@ KINDS: dict[str, tuple[Callable[[State, State], object], str]] = {
         },
         "model_ema, names without module.",
     ),
+    "of equals the first": (
+        lambda state, other: {"state_dict": dict(state), "schema": dict(other)},
+        "state_dict",
+    ),
     "nested": (lambda state, other: {"trainer": {"nets": {"student": {"state_dict": dict(state)}}}}, "trainer.nets"),
     "with remarks": (lambda state, other: {**state, "epoch": 3, "best": "yes"}, ""),
 }
@@ -87,6 +92,14 @@ def test_its_weights_are_found_and_named(network: Network, other: State, tmp_pat
     image = tiny.mottle(tmp_path / "image.png", 1)
     _, err = tiny.cli("predict", image, "--model", f"timm/{NETWORK}:{tmp_path / 'last.ckpt'}")
     assert f"took {said}" in err if said else "took" not in err
+
+
+def test_checkpoints_are_read_in_threads(network: Network, tmp_path: Path):
+    torch.save({"state_dict": network.state_dict(), "args": argparse.Namespace(lr=0.1)}, tmp_path / "train.pth")
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(load, [f"timm/{NETWORK}:{tmp_path / 'train.pth'}"] * 24))
+    weight = network.state_dict()["classifier.weight"]
+    assert all(torch.equal(one.network.state_dict()["classifier.weight"], weight) for one in models)
 
 
 def test_a_safetensors_file_has_prefixes_too(network: Network, tmp_path: Path):

@@ -76,6 +76,6 @@ def test_terminal_and_report_warn_where_fixres_did_not_help(tmp_path: Path):
     found = Report.load(folder)
     assert found.gain is not None and found.gain.warning is not None
     assert json.loads((folder / "report.json").read_text())["paired"].keys() == {"base", "base_at_test"}
-    assert "against the best untuned (" in said
+    assert "against the best untuned of this run (" in said
     assert f"Warning: {found.gain.warning}" in " ".join(said.split())
     assert found.gain.warning in (folder / "report.md").read_text()

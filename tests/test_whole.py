@@ -146,6 +146,45 @@ def test_the_same_again_writes_nothing_and_another_model_is_refused(runs: Path, 
     assert json.loads((folder / "config.json").read_text())["architecture"] == "tf_efficientnet_b0"
 
 
+def test_a_publication_that_was_killed_is_completed(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole_folder = published(runs / "tuned", tmp_path / "whole")
+    contents = {path.name: path.read_bytes() for path in whole_folder.iterdir()}
+    moves, allowed = [0], [0]
+    replaced = Path.replace
+
+    def killed(self: Path, target: Path) -> Path:
+        if target.parent.name == "to":
+            if moves[0] == allowed[0]:
+                raise KeyboardInterrupt
+            moves[0] += 1
+        return replaced(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    for number in (0, 1, 2):
+        moves[0], allowed[0] = 0, number
+        with pytest.raises(KeyboardInterrupt):
+            published(runs / "tuned", tmp_path / "to")
+        assert not (tmp_path / "to" / "config.json").exists()
+    allowed[0] = 9
+    published(runs / "tuned", tmp_path / "to")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "to").iterdir()} == contents
+    moves[0], allowed[0] = 0, 2  # another model's weights never lie beside this config.json
+    with pytest.raises(KeyboardInterrupt):
+        published(runs / "variant", tmp_path / "to", replace=True)
+    assert not (tmp_path / "to" / "config.json").exists()
+
+
+def test_a_folder_knows_what_trained_it(tmp_path: Path):
+    network: Network = lively(timm.create_model("test_efficientnet", num_classes=3)).eval()
+    run = plain.save_run(tmp_path / "run", network, tiny.CLASSES, upright=True, part_of="0" * 64)
+    tiny.cli("merge", run, "-o", tmp_path / "merged")
+    found, expected = fixefficientnet.load(str(tmp_path / "merged")), fixefficientnet.load(str(run))
+    for name in ("part_of", "upright", "train_size", "tuned", "classes", "test"):
+        assert getattr(found, name) == getattr(expected, name)
+    (run / "recipe.json").write_text("{}")
+    assert "is the folder of a run" in tiny.cli("merge", "lite0", "-o", run, "--overwrite", status=1)[1]
+
+
 def test_a_dry_run_writes_nothing(runs: Path, tmp_path: Path):
     out, _ = tiny.cli("publish", runs / "base", "--repo", "org/mine", "--to", tmp_path / "to", "--dry-run")
     assert out.startswith("Dry run: nothing is published") and "## Classes" in out and "model.safetensors" in out
@@ -172,11 +211,14 @@ def test_a_variants_whole_model_lies_beside_its_delta(
 
 def test_changed_runs_are_refused(runs: Path, tmp_path: Path):
     for name, change, said in (
-        ("weights", _other_weights, "its weights do not give the logits that the run left"),
+        ("base", _other_weights, "it was changed after it"),
+        ("tuned", _other_weights, "it was changed after it"),
         ("figures", _other_figures, "give loss"),
         ("unfinished", lambda run: (run / "report.json").unlink(), "it is no finished run"),
     ):
-        run = shutil.copytree(runs / "tuned", tmp_path / name, ignore=shutil.ignore_patterns("checkpoint"))
+        run = shutil.copytree(
+            runs / ("base" if name == "base" else "tuned"), tmp_path / name, ignore=shutil.ignore_patterns("checkpoint")
+        )
         change(run)
         _, err = tiny.cli("publish", run, "--repo", "org/mine", "--to", tmp_path / "to", status=1)
         assert said in err

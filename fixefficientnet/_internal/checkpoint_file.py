@@ -2,6 +2,8 @@
 
 import contextlib
 import pickle
+import re
+import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,11 +18,13 @@ from torch import Tensor
 from fixefficientnet.errors import CheckpointError, MissingFileError
 
 _DAMAGED = (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError, KeyError)
-_AVERAGED = "ema"
+_AVERAGED = re.compile(r"(?:^|[._])ema(?:[._]|$)")
 """What the names of averaged weights have in them: state_dict_ema, model_ema."""
 _NESTED = 4
 """Depth to which weights are looked for in a checkpoint."""
 _COMPILED = "_orig_mod."
+_STAND_INS = threading.Lock()
+"""What torch may find in pickles is the process's: another thread's end would take this one's away."""
 _COUNTER = ".num_batches_tracked"
 
 
@@ -81,12 +85,14 @@ def read_trained(path: Path, wanted: Collection[str]) -> TrainedWeights:
             "never loaded."
         )
     names = {name for name in wanted if not name.endswith(_COUNTER)}
-    choices = [
-        (len(names & {name.removeprefix(prefix) for name in tensors}), _AVERAGED in key + prefix, key, prefix)
-        for key, tensors in entries.items()
-        for prefix in _prefixes(tensors, names)
-    ]
-    _, _, key, prefix = max(choices, key=lambda choice: choice[:2])  # of equals the first
+    choices = [(key, prefix) for key, tensors in entries.items() for prefix in _prefixes(tensors, names)]
+
+    def fit(choice: tuple[str, str]) -> tuple[int, bool]:
+        key, prefix = choice
+        there = names & {name.removeprefix(prefix) for name in entries[key]}
+        return len(there), _AVERAGED.search(f"{key}.{prefix}") is not None
+
+    key, prefix = max(choices, key=fit)  # of equals the first
     chosen = {name.removeprefix(prefix): tensor for name, tensor in entries[key].items() if name.startswith(prefix)}
     taken = [key] if key else []
     taken += [f"names without {prefix}"] if prefix else []
@@ -119,7 +125,7 @@ def _read_inert(path: Path) -> Any:
             unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         names = {"argparse.Namespace", *unknown}
         stand_ins: list[Any] = [(_Value if name.startswith("numpy.") else _Mapping, name) for name in names]
-        with torch.serialization.safe_globals(stand_ins):
+        with _STAND_INS, torch.serialization.safe_globals(stand_ins):
             return torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # pickle, zip and safetensors raise a dozen kinds on damaged files
         if isinstance(error, OSError) and error.strerror:

@@ -102,7 +102,8 @@ def merge(
     loaded, test = done.loaded, done.loaded.test
     said = f"{test.size} pixels, crop_pct {test.crop_pct:g}, {test.interpolation}, mean {test.mean}, std {test.std}"
     how = f"timm.create_model({loaded.timm_backbone!r}, checkpoint_path='{output}'"
-    how += f", num_classes={loaded.num_classes})" if loaded.own_classes else ")"
+    how += "" if loaded.variant else f", num_classes={loaded.num_classes}"
+    how += f", img_size={test.size})" if loaded.saved else ")"
     how += f"\nIts preprocessing is not in the file: {said}."
     if done.folder:
         how = (

@@ -139,6 +139,8 @@ def embed(
     from fixefficientnet.embedding import embed as embed_images
 
     found = embed_images(given.sources, model, chosen, on_error=given.on_error)
+    if not found.images:
+        given.end()
     written = io.BytesIO()
     np.savez(written, features=found.features, files=np.array([_shown(image) for image in found.images], dtype=str))
     write_file(output, written.getvalue())
@@ -181,7 +183,8 @@ class _Given:
                 row |= {f"prediction{place}": label.name, f"confidence{place}": label.probability}
             found[_shown(one.image)] = row
         why = {row["file"]: row["error"] for row in self.failed}
-        names = dict.fromkeys([*map(_shown, self.sources), *why])
+        names = [_shown(image) for image in self.sources]
+        names += [name for name in why if name not in names]
         return [{"image": name, **found.get(name, nothing), "left_out": why.get(name)} for name in names]
 
     def end(self) -> None:

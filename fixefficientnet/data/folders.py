@@ -127,7 +127,8 @@ def split_folder(folder: Path, split: str, *, may_be_whole: bool, labelled: bool
         raise DataError(f"There is no folder {folder}. --data takes one with {split}/ in it{or_whole}.")
     candidates = SYNONYMS.get(split, (split,))
     for name in candidates:
-        if (folder / name).is_dir():
+        # a class may be called train, beside others
+        if (folder / name).is_dir() and (labelled or any(one.is_dir() for one in files.entries(folder / name))):
             return folder / name
     inside = files.entries(folder)
     there = sorted(one.name for one in inside if one.is_dir())
@@ -155,8 +156,8 @@ def automatic_split(samples: Sequence[tuple[str, int]], folder: Path) -> dict[st
     """Splits a folder of classes into training and validation images.
 
     About `VALIDATION_SHARE` of each class's images validates, at least one, and at least one trains. The sha256 of an
-    image's name with its class's folder decides, so that the split is the same in every run and on every machine, and
-    images that are added later move no other one.
+    image's name with its class's folder decides, so that the split is the same in every run and on every machine;
+    images that are added later move no other one, but for a class's only validation image.
 
     Args:
         samples: Path and class of each image.

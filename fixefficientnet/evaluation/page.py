@@ -4,6 +4,7 @@ import base64
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -269,12 +270,12 @@ def _chart(rows: Sequence[Row]) -> dict[str, Any] | None:
     def down(percent: float) -> float:
         return _TOP + (high - percent) / (high - low) * tall
 
-    drawn = []
+    drawn, shared = [], Counter(row.evaluation.size for row in rows)
     for number, line in enumerate(lines):
         points = []
         for row in sorted((row for row in rows if row.line == line), key=lambda row: row.evaluation.size):
             found = row.evaluation
-            x = across(found.size) + (number - (len(lines) - 1) / 2) * apart
+            x = across(found.size) + (number - (len(lines) - 1) / 2) * apart * (shared[found.size] > 1)
             points.append((x, down(found.top1), *map(down, found.interval)))
         drawn.append({"name": line, "points": points, "path": " ".join(f"{x:.1f},{y:.1f}" for x, y, *_ in points)})
     ticks = [low + step * number for number in range(round((high - low) / step) + 1)]

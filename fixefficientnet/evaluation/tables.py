@@ -135,7 +135,8 @@ def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
     def cell(value: Any) -> str:
         text = "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-        return " ".join(text.split()).replace("|", "\\|")
+        text = " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
+        return text.replace("<", "&lt;")
 
     keys = list(rows[0]) if rows else []
     lines = [keys, ["---"] * len(keys), *([cell(row[key]) for key in keys] for row in rows)]

@@ -13,8 +13,9 @@ from fixefficientnet.delta import Delta
 from fixefficientnet.errors import CheckpointError, PublishError
 from fixefficientnet.evaluation import journal
 from fixefficientnet.evaluation.outcome import Evaluation, Summary
+from fixefficientnet.hub import sha256_of
 from fixefficientnet.manifest import TestTime, Variant
-from fixefficientnet.models import DELTA, LoadedModel, load
+from fixefficientnet.models import DELTA, MODEL, LoadedModel, load
 from fixefficientnet.publishing import card, index
 from fixefficientnet.publishing.index import PublishedModel
 from fixefficientnet.reproduce import probe, report
@@ -159,6 +160,7 @@ def check_model(folder: Path) -> CheckedModel:
         FixEfficientNetError: A file is missing or damaged.
     """
     found = Report.load(folder)
+    _check_weights(folder, found)
     _check_images(folder, found)
     _check_evaluations(folder, found)
     loaded = load(str(folder))
@@ -211,6 +213,22 @@ def _read_delta(folder: Path, found: Report) -> tuple[Delta, bytes, str]:
     tuned = delta.loads(data, source=str(file))
     delta.check_variant(tuned, found.variant, file)
     return tuned, data, sha256
+
+
+def _check_weights(folder: Path, found: Report) -> None:
+    """The files of weights are those that the run wrote."""
+    recorded = {DELTA: found.delta_sha256, MODEL: found.model_sha256}
+    if not any(recorded.values()):
+        raise PublishError(f"{folder / report.FILENAME} tells no sha256 of the weights: make the run with --overwrite.")
+    for file, sha256 in ((folder / name, sha256) for name, sha256 in recorded.items() if sha256):
+        try:
+            found_here = sha256_of(file)
+        except OSError as error:
+            raise PublishError(f"{file} cannot be read: {error.strerror}.") from error
+        if found_here != sha256:
+            raise PublishError(
+                f"{file} has the sha256 {found_here}, the run recorded {sha256}: it was changed after it."
+            )
 
 
 def _check_recipe(folder: Path, found: Report, tuned: Delta) -> None:

@@ -16,11 +16,13 @@ import torch
 from timm.models import filter_pretrained_cfg
 from torch import Tensor
 
+from fixefficientnet._internal import records
 from fixefficientnet._internal.files import beside, check_output, replacing
 from fixefficientnet.errors import FixEfficientNetError, MissingFileError
 from fixefficientnet.manifest import find, hub_url
-from fixefficientnet.models import CONFIG, DELTA, MODEL, LoadedModel, load
+from fixefficientnet.models import CONFIG, DELTA, DESCRIPTION, MODEL, Description, LoadedModel, load
 from fixefficientnet.publishing import card
+from fixefficientnet.reproduce.folder import RECIPE
 from fixefficientnet.reproduce.report import Report
 
 SUFFIXES = (".safetensors", ".pth")
@@ -69,6 +71,8 @@ def merge(
         check_suffix(output, SUFFIXES)
     folder = output.suffix not in SUFFIXES
     check_output([output], overwrite, folder=folder)
+    if (output / RECIPE).exists():
+        raise FixEfficientNetError(f"{output} is the folder of a run, whose files stay. Choose another --output.")
     name = model
     if delta is not None:
         weights = Path(delta) / DELTA if Path(delta).is_dir() else delta
@@ -77,7 +81,7 @@ def merge(
     if folder:
         write_repository(loaded, output, f"ORGANISATION/{output.resolve().name}", license, report_of(model))
     else:
-        save(dict(loaded.network.state_dict()), output)
+        save(loaded.network.state_dict(), output)
     return MergeResult(loaded, output, folder)
 
 
@@ -156,15 +160,23 @@ def write_files(
 
 
 def move(files: Mapping[str, Path], folder: Path) -> None:
-    """Moves files into a folder of the same file system, in their order; makes the folder if need be."""
+    """Moves files into a folder of the same file system, in their order; makes the folder if need be.
+
+    Weights never lie beside another model's config.json: it goes first and comes last.
+    """
     folder.mkdir(exist_ok=True)
+    if MODEL in files:
+        (folder / CONFIG).unlink(missing_ok=True)
     for name, file in files.items():
         file.chmod(0o644)
         file.replace(folder / name)
 
 
 def config_of(loaded: LoadedModel) -> dict[str, Any]:
-    """What timm's and transformers' loaders read of a model, in the layout of timm's config.json."""
+    """What timm's and transformers' loaders read of a model, in the layout of timm's config.json.
+
+    What a run knows besides stands under a key of its own, which these do not read.
+    """
     network, variant, test = cast(Any, loaded.network), loaded.variant, loaded.test
     described = filter_pretrained_cfg(network.pretrained_cfg, remove_source=True, remove_null=True)  # type: ignore[no-untyped-call]
     dropped = _OF_THE_TEST if variant else (*_OF_THE_SOURCE, *_OF_THE_TEST)
@@ -180,4 +192,6 @@ def config_of(loaded: LoadedModel) -> dict[str, Any]:
     config |= {"num_features": int(network.num_features), "pretrained_cfg": described}
     if loaded.own_classes:
         config["label_names"] = list(loaded.own_classes)
+    if described_run := Description.of(loaded):
+        config[DESCRIPTION] = records.to_json(described_run)
     return config

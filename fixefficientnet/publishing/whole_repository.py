@@ -72,12 +72,15 @@ def publish_model(loaded: LoadedModel, report: Report, repository: str, options:
             else:
                 there = set(contents.names & files.keys())
                 changed = {name: file for name, file in files.items() if not contents.has(name, file)}
-            if there and whole.MODEL in changed and not options.replace:
+            other = sorted(there & changed.keys())  # what a publication that was killed left is no other model's
+            if other and whole.MODEL in changed and not options.replace:
                 raise PublishError(
-                    f"{where} has {', '.join(sorted(there))} of another model. Nothing was published: choose another "
+                    f"{where} has {', '.join(other)} of another model. Nothing was published there: choose another "
                     "repository or folder, or replace them with --replace."
                 )
             revision = contents.head
+            if to and whole.MODEL in changed:
+                changed = dict(files)
             if changed and not dry_run and to:
                 whole.move(changed, to)
             elif changed and not dry_run:

@@ -195,6 +195,7 @@ class Report:
         paired: The tuned network against the untuned one, by a name in `UNTUNED`; empty for a base stage.
         paper: The paper's figures; None where it has none.
         delta_sha256: sha256 of delta.safetensors; None for a base stage.
+        model_sha256: sha256 of model.safetensors; None where the run writes no network.
         left_out: The files beside the images that are none by their endings, each with its split.
         excluded: Number of images, of both splits, that were left out because it was asked for.
         selection: Which epoch's weights were kept; None where it is the last epoch's without a choice.
@@ -215,6 +216,7 @@ class Report:
     paired: Mapping[str, PairedTest]
     paper: PaperFigures | None
     delta_sha256: str | None = None
+    model_sha256: str | None = None
     left_out: tuple[str, ...] = ()
     excluded: Count = 0
     selection: Selection | None = field(default=None, metadata=LEFT_OUT_IF_NONE)

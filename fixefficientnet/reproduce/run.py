@@ -1,6 +1,7 @@
 """One fine-tuning run, from a network and images to a delta and a report."""
 
 import contextlib
+import hashlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -219,7 +220,9 @@ def _open(job: Job, world: int) -> _Inputs:
     model = network.load(job.subject, weights, num_classes=num_classes, seed=recipe.seed, size=size)
     found = int(getattr(model, "num_classes", num_classes))
     if found != num_classes:
-        raise DataError(f"{train.name} has {num_classes} classes, the network of {weights} {found}.")
+        lacking = sorted(set(named) - set(train.classes))
+        lacks = f" There is no folder for {listed(lacking)}." if lacking else ""
+        raise DataError(f"{train.name} has {num_classes} classes, the network of {weights} {found}.{lacks}")
     if tuned and not train.imagenet:
         train = follow(train, named, str(job.checkpoint))
     validation = follow(validation, train.classes, train.name)
@@ -300,7 +303,7 @@ def _tune(session: Session, job: Job, inputs: _Inputs, identity: Identity) -> Re
     measurements.take("tuned" if recipe.stage == "fixres" else "trained", test)
     finished = session.on_main(lambda: _finish(session, job, inputs, net, original, measurements, tuned))
     if gain := finished.gain:
-        session.log.say(f"  against the best untuned ({gain.untuned.size}): {gain.test}")
+        session.log.say(f"  against the best untuned of this run ({gain.untuned.size}): {gain.test}")
         if gain.warning:
             session.log.say(f"Warning: {gain.warning}")
     if finished.selection:
@@ -353,7 +356,8 @@ def _finish(
         evaluation = measurements.found["tuned"]
         probe.save(probe.take(net.model, inputs.validation, evaluation, recipe.test), folder / probe.FILENAME)
     if _keeps_network(recipe):
-        _save_network(folder / MODEL, net.model.state_dict(), finished, inputs.train.part_of)
+        written = _save_network(folder / MODEL, net.model.state_dict(), finished, inputs.train.part_of)
+        finished = replace(finished, model_sha256=written)
     (folder / LAST).unlink(missing_ok=True)
     if tuned.last:
         _save_network(folder / LAST, {**net.model.state_dict(), **tuned.last}, finished, inputs.train.part_of)
@@ -401,8 +405,12 @@ def _save_delta(job: Job, model: nn.Module, original: Mapping[str, torch.Tensor]
     return delta.save(tuned, job.folder / DELTA)
 
 
-def _save_network(path: Path, weights: Mapping[str, torch.Tensor], finished: Report, part_of: str | None) -> None:
-    """Writes a whole network."""
+def _save_network(path: Path, weights: Mapping[str, torch.Tensor], finished: Report, part_of: str | None) -> str:
+    """Writes a whole network.
+
+    Returns:
+        The sha256 of the file, in hex.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     for name, tensor in tensors.items():
         if name.endswith(".num_batches_tracked"):  # without effect, and not kept when a run is interrupted
@@ -422,7 +430,9 @@ def _save_network(path: Path, weights: Mapping[str, torch.Tensor], finished: Rep
         part_of,
     )
     metadata = {DESCRIPTION: described.dumps()}
-    write_atomically(path, safetensors.torch.save(tensors, metadata))
+    written = safetensors.torch.save(tensors, metadata)
+    write_atomically(path, written)
+    return hashlib.sha256(written).hexdigest()
 
 
 def _introduce(session: Session, net: Network, recipe: Recipe, train: ImageDataset, validation: ImageDataset) -> None:

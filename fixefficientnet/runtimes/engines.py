@@ -117,7 +117,7 @@ def _folder(digest: str, on_message: OnMessage | None) -> Path:
         folder = cached_assets_path(
             "fixefficientnet", namespace="exports", subfolder=digest, assets_dir=constants.HF_ASSETS_CACHE
         )
-        if os.access(folder, os.W_OK) or any(folder.iterdir()):
+        if os.access(folder, os.W_OK) or any(folder.glob("model-*")):
             return folder
         reason = "it is read-only"
     except OSError as error:
