@@ -10,7 +10,8 @@ import pytest
 import timm
 import tiny
 import torch
-from conftest import TIMM_HAS_LOCAL_DIR, Network, lively
+from conftest import TIMM_HAS_LOCAL_DIR, Network, lively, put_folder_in_cache
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
 from torchvision import transforms
@@ -131,3 +132,17 @@ def test_predictions_go_to_a_file(network: Network, run: Path, images: list[Path
         found = [float(row[name]) for name in ("confidence", "confidence2", "confidence3")]
         assert found == pytest.approx(list(probabilities), rel=1e-3, abs=1e-3)
     assert "ends in .csv" in tiny.cli("predict", images[0], "--model", run, "-o", tmp_path / "x.txt", status=2)[1]
+
+
+def test_a_repository_on_the_hub(
+    network: Network, run: Path, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tiny.cli("merge", run, "-o", tmp_path / "merged")
+    put_folder_in_cache(tmp_path / "hub", "me/flowers", tmp_path / "merged")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    loaded = fixefficientnet.load("hf-hub:me/flowers")
+    assert (loaded.classes, loaded.test, loaded.name) == (tiny.CLASSES, TEST, "hf-hub:me/flowers")
+    (found,) = fixefficientnet.predict(images[:1], "hf-hub:me/flowers")
+    names, probabilities = zip(*expected(network, images[0]), strict=True)
+    assert tuple(label.name for label in found.labels) == names
+    assert [label.probability for label in found.labels] == pytest.approx(list(probabilities), rel=1e-4)

@@ -96,6 +96,8 @@ class Form:
         if self.results_file:
             best_first = sorted(every, key=lambda one: -one.evaluation.top1)
             write_file(self.results_file, tables.as_csv([tables.timm_row(one) for one in best_first]))
+        for path in filter(None, (self.per_class, self.predictions, self.html, self.results_file)):
+            err.print(escape(f"written: {path}"), soft_wrap=True)
         rows = [tables.row(one) for one in every]
         if self.as_json:
             unreadable = [{"model": one.loaded.name, "images": _unreadable(one)} for one in every if _unreadable(one)]
