@@ -55,7 +55,11 @@ def test_colours_are_converted_as_the_profile_says(mode: str):
     assert difference(open_image(content), plain) == 0  # as it is measured
 
 
-@pytest.mark.parametrize("profile", [SRGB, SWAPPED[:200], b"no profile", edited(SRGB, {}, b"CMYK"), GREY, b""])
+@pytest.mark.parametrize(
+    "profile",
+    [SRGB, SWAPPED[:200], b"no profile", edited(SRGB, {}, b"CMYK"), GREY, b""],
+    ids=["sRGB", "cut", "text", "CMYK", "grey", "empty"],  # the bytes hold the second in which they were made
+)
 def test_profiles_of_srgb_and_those_that_do_not_fit_change_nothing(profile: bytes):
     assert difference(open_image(encoded(pixels(), profile), srgb=True), pixels()) == 0
 
