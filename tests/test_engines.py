@@ -23,9 +23,20 @@ CLASSES = ("apple", "brick", "cloud")
 ENGINES = ["onnx", "openvino", pytest.param("compile", marks=pytest.mark.slow)]
 
 
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("assets")
+
+
 @pytest.fixture(autouse=True)
-def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where exported files are kept."""
+def _exported_once(assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests share the exported files, but for those that ask where these are kept."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(assets))
+
+
+@pytest.fixture
+def kept(tmp_path: Path, _exported_once: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where exported files are kept: nothing is there yet."""
     monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets"))
     return tmp_path / "assets"
 
