@@ -500,3 +500,12 @@ def test_avif_is_read_or_what_is_missing_is_named(tmp_path: Path):
         content = b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf" + b"\0" * 100
         with pytest.raises(fixefficientnet.errors.ImageError, match=r"AVIF image.* since 11\.3"):
             fixefficientnet.preprocessing.open_image(content)
+
+
+def test_a_class_may_be_called_as_a_split(tmp_path: Path):
+    for index, name in enumerate(("bus", "car", "train")):
+        for number in range(6):
+            tiny.draw(tmp_path / name / f"{number}.jpg", index, number)
+    train, validation = (open_dataset(str(tmp_path), split) for split in ("train", "validation"))
+    assert train.classes == validation.classes == ("bus", "car", "train")
+    assert len(train) + len(validation) == 18

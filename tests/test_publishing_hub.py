@@ -80,6 +80,7 @@ class Desk:
 @pytest.fixture
 def desk(tmp_path: Path, hub_cache: Path, finished_runs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     with Hub() as hub:
+        close_session()  # another test's may be offline
         # huggingface_hub reads these when it is imported; one test starts a process that does
         monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE

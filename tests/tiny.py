@@ -48,11 +48,18 @@ def make_data(folder: Path, classes: tuple[str, ...] = CLASSES, train: int = 10,
     return folder
 
 
+def forget_accelerate() -> None:
+    """Removes what Accelerate keeps of a process, as if it were a new one."""
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def cli(*arguments: object, status: int = 0, columns: int = 80) -> tuple[str, str]:
     """Runs `fixefficientnet` in this process; what it said on stdout and stderr."""
     from fixefficientnet.cli import main
     from fixefficientnet.cli.app import out as console
 
+    forget_accelerate()
     console.width = columns  # the environment's COLUMNS decides it but once
     out, err, ended = io.TextIOWrapper(io.BytesIO(), "utf-8", newline=""), io.StringIO(), None  # strict, as a pipe is
     with (
@@ -66,8 +73,7 @@ def cli(*arguments: object, status: int = 0, columns: int = 80) -> tuple[str, st
         except SystemExit as exit_:
             ended = exit_.code or 0
         finally:
-            if state := sys.modules.get("accelerate.state"):  # the command would have ended its process
-                state.AcceleratorState._reset_state(reset_partial_state=True)
+            forget_accelerate()  # the command would have ended its process
     assert ended == status, err.getvalue()
     out.flush()
     return out.buffer.getvalue().decode(), err.getvalue()

@@ -126,18 +126,18 @@ def split_folder(folder: Path, split: str, *, may_be_whole: bool, labelled: bool
         or_whole = ", or of classes' folders" if may_be_whole else ""
         raise DataError(f"There is no folder {folder}. --data takes one with {split}/ in it{or_whole}.")
     candidates = SYNONYMS.get(split, (split,))
-    for name in candidates:
-        # a class may be called train, beside others
-        if (folder / name).is_dir() and (labelled or any(one.is_dir() for one in files.entries(folder / name))):
-            return folder / name
     inside = files.entries(folder)
     there = sorted(one.name for one in inside if one.is_dir())
     splits = [name for name in there if name in {"test", *SYNONYMS[TRAIN], *SYNONYMS[VALIDATION]}]
+    flat_split = labelled or len(splits) == len(there)  # else a class may be called train, beside others
+    for name in candidates:
+        if name in there and (flat_split or any(one.is_dir() for one in files.entries(folder / name))):
+            return folder / name
     holds_classes = any(one.is_dir() for name in splits for one in files.entries(folder / name))
     if may_be_whole and (there or labelled) and not holds_classes:
         return folder
     nested = (one.is_dir() for name in there for one in files.entries(folder / name))
-    if synonym_of(split) and there and not splits and not any(nested):
+    if synonym_of(split) and len(splits) < len(there) and "test" not in splits and not any(nested):
         return folder
     flat = any(files.is_image(one.name) for one in inside)
     hint = " Of images without folders of classes, --labels FILE tells the classes." if flat and not there else ""
