@@ -120,10 +120,12 @@ def are_imagenets(names: Sequence[str]) -> bool:
     Of words, some may be unknown or mean several classes (crane), if most are those of their place and none is that of
     another place only.
     """
+    if len(names) != IMAGENET:  # before ImageNet's names are read
+        return False
     found = [_imagenets_names().get(_plain(name), frozenset()) for name in names]
     in_place = sum(there == {index} for index, there in enumerate(found))
     fits = all(index in there or not there for index, there in enumerate(found))
-    return len(names) == IMAGENET and fits and in_place > IMAGENET / 2
+    return fits and in_place > IMAGENET / 2
 
 
 def _by_imagenets_names(names: tuple[str, ...], dataset: str) -> Numbering:

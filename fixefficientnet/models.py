@@ -121,12 +121,7 @@ class Description:
         file = path.parent / CONFIG
         try:
             found = json.loads(file.read_text(encoding="utf-8")).get(DESCRIPTION)
-        except (
-            OSError,
-            ValueError,
-            AttributeError,
-            RecursionError,
-        ):  # timm has its own words for what is wrong with it
+        except (OSError, ValueError, AttributeError, RecursionError):  # timm says what is wrong with it
             return None
         return None if found is None else records.read(cls, found, f"{file}: {DESCRIPTION}", EvaluationError)
 
@@ -157,8 +152,7 @@ class Description:
     @property
     def test(self) -> TestTime:
         """The test-time preprocessing: at the test size, or at the train size before FixRes."""
-        size = self.train_size if self.stage == "base" else self.test_size
-        return TestTime(size, self.crop_pct, self.interpolation, self.mean, self.std)
+        return TestTime(self.size, self.crop_pct, self.interpolation, self.mean, self.std)
 
 
 @dataclass(frozen=True)
@@ -434,7 +428,7 @@ def _of_description(described: Description, path: Path) -> LoadedModel:
         upright=described.upright,
         part_of=described.part_of,
         saved=network,
-    ).for_size(described.test.size)
+    )
 
 
 def _of_delta(name: str, path: Path, tuned: Delta) -> LoadedModel:

@@ -132,28 +132,14 @@ def check(folder: Path) -> CheckedRun:
     return CheckedRun(folder, variant, tuned, data, sha256, found, test, probed)
 
 
-@dataclass(frozen=True)
-class CheckedModel:
-    """A finished run of any network, of either stage, whose report follows from its files.
-
-    Attributes:
-        folder: Folder of the run.
-        loaded: The model.
-        report: The run's report.
-        probe: Result of the probe; None for a base stage, which leaves none.
-    """
-
-    folder: Path
-    loaded: LoadedModel
-    report: Report
-    probe: ProbeCheck | None
-
-
-def check_model(folder: Path) -> CheckedModel:
+def check_model(folder: Path) -> tuple[LoadedModel, Report]:
     """Reads a run whose model is published whole, and compares its report with its files, as `check` does.
 
     Args:
-        folder: Folder of the run.
+        folder: Folder of the run, of any network and of either stage.
+
+    Returns:
+        The model, and the run's report.
 
     Raises:
         PublishError: Its report does not follow from its files.
@@ -164,8 +150,9 @@ def check_model(folder: Path) -> CheckedModel:
     _check_images(folder, found)
     _check_evaluations(folder, found)
     loaded = load(str(folder))
-    probed = _check_logits(folder, loaded.network, loaded.test) if found.recipe.stage == "fixres" else None
-    return CheckedModel(folder, loaded, found, probed)
+    if found.recipe.stage == "fixres":  # a base stage leaves no probe
+        _check_logits(folder, loaded.network, loaded.test)
+    return loaded, found
 
 
 def has_delta_to_publish(folder: Path) -> bool:

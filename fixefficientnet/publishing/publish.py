@@ -120,8 +120,8 @@ def publish(runs: Sequence[Path], repository: str, options: PublishOptions | Non
             raise PublishError(
                 f"{own[0]} is a run of a network of your own, which gets its own repository: publish it alone."
             )
-        run = checks.check_model(own[0])
-        return Publication(None, [publish_model(run.loaded, run.report, repository, options)])
+        loaded, report = checks.check_model(own[0])
+        return Publication(None, [publish_model(loaded, report, repository, options)])
     checked = checks.check_all(runs)
     if options.to is None:
         target, file = HubRepository(repository, options.private), options.manifest or Path(manifest_rows.FILENAME)
