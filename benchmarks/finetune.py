@@ -72,7 +72,7 @@ def plain(given: dict[str, Any]) -> dict[str, Any]:
     model: Any = timm.create_model(given["model"], num_classes=len(images.classes)).eval()
     layout = torch.channels_last if given["method"] == PLAIN_CHANNELS_LAST else torch.contiguous_format
     model.requires_grad_(False).to(given["device"], memory_format=layout)
-    trained = [*model.bn2.parameters(), *model.classifier.parameters()]
+    trained = [*model.classifier.parameters()]
     for parameter in trained:
         parameter.requires_grad_()
     model.bn2.train()

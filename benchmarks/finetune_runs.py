@@ -75,8 +75,8 @@ def rows(
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns the docs' table as Markdown."""
-    short = {None: "", "all": "", "classifier": ", classifier alone", "bn-stats": ", statistics alone"}
-    short["bn"] = ", norm alone"
+    short = {None: "", "fixres": "", "classifier": ", classifier alone", "bn-stats": ", statistics alone"}
+    short |= {"all": ", norm's weight and bias too", "bn": ", norm alone"}
     best = rows[0]["best_size"]
     lines = [
         f"|  | size | forwards per image | top-1 | 95% interval | against untuned at this size | against \
@@ -100,7 +100,7 @@ untuned at {best} |"
 STYLES = {
     ("untuned", None, 0): ("untuned", "#555555", "o", "-"),
     ("online", "all", 8): ("FixRes online (8 epochs, 3 seeds)", "#c1440e", "s", "-"),
-    ("cached", "all", 30): ("FixRes cached (3 seeds)", "#1f6f8b", "D", "-"),
+    ("cached", "fixres", 30): ("FixRes cached (3 seeds)", "#1f6f8b", "D", "-"),
     ("cached", "bn-stats", 30): ("cached, statistics alone", "#1f6f8b", "^", ":"),
     ("cached", "classifier", 30): ("cached, classifier alone", "#1f6f8b", "v", "--"),
 }

@@ -20,6 +20,7 @@ def measure(key: str, batch: int, precision: str) -> dict[str, Any]:
     from torch.nn import functional as F
 
     from fixefficientnet.reproduce import network, plan, recipe
+    from fixefficientnet.reproduce.chunks import StepNetwork
 
     chosen = {"batch_size": batch, "mixed_precision": precision}
     resolved = recipe.resolve(recipe.subject_of_variant(fixefficientnet.info(key)), chosen)
@@ -27,6 +28,7 @@ def measure(key: str, batch: int, precision: str) -> dict[str, Any]:
     model: Any = timm.create_model(resolved.backbone.partition(".")[0])
     model = model.cuda().to(memory_format=torch.channels_last)
     net = network.prepare(model, resolved)
+    step_network = StepNetwork(net, resolved)
     net.train(resolved)
     images = torch.randn(batch, 3, resolved.test_size, resolved.test_size, device="cuda")
     images = images.contiguous(memory_format=torch.channels_last)
@@ -35,7 +37,7 @@ def measure(key: str, batch: int, precision: str) -> dict[str, Any]:
 
     def step() -> None:
         with autocast:
-            logits = model(images)
+            logits = step_network(images)
         F.cross_entropy(logits.float(), targets).backward()  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
 
@@ -69,7 +71,7 @@ def main() -> None:
         raise SystemExit("There is no CUDA device here.")
     cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {cudnn}\n")
-    print("| variant | batch | precision | images/s | peak memory | --plan (float32) | difference |")
+    print("| variant | batch | precision | images/s | peak memory | --plan | difference |")
     print("|---|---:|---|---:|---:|---:|---:|")
     for case in cases:
         key, batch, *precision = case.split(":")

@@ -66,7 +66,7 @@ def loss_and_top1(ground: Ground, model: Network, test: Preprocess) -> tuple[flo
 
 @pytest.mark.parametrize("method", ["online", "cached"])
 def test_a_run_tunes_the_head_and_nothing_else(ground: Ground, tmp_path: Path, method: str):
-    out, _ = ground.fixres("--method", method, out=tmp_path)
+    out, _ = ground.fixres("--method", method, *["--tune", "all"] * (method == "online"), out=tmp_path)
     norm, classifier = HEADS[ground.name]
     assert f"head: {norm} (LayerNorm" in out
     assert ", no statistics) and " + classifier in out

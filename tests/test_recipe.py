@@ -53,7 +53,7 @@ def test_every_variant_of_the_paper_has_a_recipe(key: str):
     assert recipe.train_size == variant.train_size
     assert recipe.test == variant.test
     assert (recipe.variant, recipe.backbone, recipe.weights) == (key, variant.backbone.name, "pretrained")
-    assert (recipe.stage, recipe.tune) == ("fixres", "all")
+    assert (recipe.stage, recipe.tune) == ("fixres", "fixres")
     assert fields(recipe, row) == row
     rest = {name: value for name, value in TABLE[row["method"]].items() if name not in row}
     assert fields(recipe, rest) == rest
@@ -176,7 +176,7 @@ def test_a_flag_that_cannot_be_read_is_refused(flag: str, said: str):
         ({"hflip": math.nan}, "hflip: .* is nan"),
         ({"crop_pct": 0}, "crop_pct: must be a number in"),
         ({"base_crop_pct": 1.1}, r"base_crop_pct: .* is 1\.1"),
-        ({"tune": "everything"}, "tune: must be one of all, classifier, bn, bn-stats, is 'everything'"),
+        ({"tune": "everything"}, "tune: must be one of fixres, all, classifier, bn, bn-stats, is 'everything'"),
         ({"schedule": "linear"}, "schedule: must be one of step, cosine, is 'linear'"),
         ({"mixed_precision": "fp8"}, "mixed_precision: .* is 'fp8'"),
         ({"feature_dtype": "int8"}, "feature_dtype: .* is 'int8'"),
@@ -201,6 +201,8 @@ def test_cached_features_and_the_norms_weight_exclude_each_other():
     with pytest.raises(RecipeError, match=r"tune bn .*--method online.*--tune bn-stats"):
         resolve("b0", tune="bn", method="cached")
     assert resolve("b0", tune="bn").method == "online"
+    with pytest.raises(RecipeError, match=r"tune all .*--method online.*--tune fixres"):
+        resolve("b0", tune="all", method="cached")
     assert resolve("b0", tune="bn-stats", method="cached").moves_statistics
 
 
@@ -212,7 +214,8 @@ def test_the_base_stage_trains_online_and_a_classifier(choices: dict[str, str]):
 
 
 def test_what_a_choice_of_tune_moves():
-    expected = {"all": (True, True), "classifier": (False, True), "bn": (True, False), "bn-stats": (True, False)}
+    expected = {"fixres": (True, True), "all": (True, True), "classifier": (False, True)}
+    expected |= {"bn": (True, False), "bn-stats": (True, False)}
     for tune, moves in expected.items():
         recipe = resolve("b0", tune=tune)
         assert (recipe.moves_statistics, recipe.trains_classifier) == moves

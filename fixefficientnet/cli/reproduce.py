@@ -178,6 +178,6 @@ def _print_plans(plans: "list[Plan]", throughput: float | None) -> None:
     train, validation = plans[0].images
     console.print(
         f"For {train:,} images to train on, {validation:,} to measure on. trained: values that change. GMACs: billions "
-        "of multiply-adds per image. memory: tensors per device, float32. "
+        "of multiply-adds per image. memory: tensors per device. "
         + ("hours: of one device." if throughput else "EMACs: 10^18 multiply-adds in all; hours with --throughput.")
     )

@@ -188,7 +188,7 @@ def prepare(model: nn.Module, recipe: Recipe) -> Network:
     if not names and not statistics:
         lacks = f"its norm, {head.norm}, keeps no statistics" if norm else "it has no norm"
         raise UnsupportedModelError(
-            f"{recipe.backbone}: {lacks}, so tune {recipe.tune} has nothing to change. Take --tune all or classifier."
+            f"{recipe.backbone}: {lacks}, so tune {recipe.tune} has nothing to change. Take --tune classifier."
         )
     if recipe.sync_bn and not (norm and _keeps_statistics(norm)):
         raise RecipeError(f"sync_bn synchronises a batch norm's statistics, and {recipe.backbone} keeps none.")

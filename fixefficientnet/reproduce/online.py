@@ -20,6 +20,7 @@ from fixefficientnet.data.loading import Batch, Task, load_batches
 from fixefficientnet.errors import DataError, RecipeError
 from fixefficientnet.preprocessing import FineTuningTransform, Preprocess, TrainingTransform
 from fixefficientnet.reproduce.checkpoints import Checkpoints, Position
+from fixefficientnet.reproduce.chunks import StepNetwork
 from fixefficientnet.reproduce.network import Best, Network, TrainingState, average_of, copied, optimizer_of
 from fixefficientnet.reproduce.recipe import Recipe
 from fixefficientnet.reproduce.session import Session
@@ -154,17 +155,18 @@ def _seed(*numbers: int) -> int:
 
 
 def _distributed(session: Session, network: Network, recipe: Recipe, optimizer: Any) -> tuple[nn.Module, Any]:
-    """The model and optimizer as Accelerate wraps them; unchanged where no gradient flows."""
+    """What a step runs, and the optimizer, as Accelerate wraps them; unwrapped where no gradient flows."""
     if recipe.sync_bn and session.accelerator.device.type != "cuda":
         raise RecipeError("sync_bn works on CUDA devices only.")
     if recipe.sync_bn and session.world > 1:
         _synchronise(network)
+    step_network = StepNetwork(network, recipe)
     if optimizer is None:
-        return network.model, None
+        return step_network, None
     with warnings.catch_warnings():
         # torch's successor to broadcast_buffers is not in Accelerate yet
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-        model, stepper = session.accelerator.prepare(network.model, optimizer)
+        model, stepper = session.accelerator.prepare(step_network, optimizer)
     return model, stepper
 
 
@@ -208,7 +210,7 @@ def _step(
     """One step of all processes."""
     accelerator = session.accelerator
     device = accelerator.device
-    inputs = batch.inputs.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+    inputs = batch.inputs.to(device, non_blocking=True)
     targets = batch.targets.to(device, non_blocking=True)
     with torch.set_grad_enabled(stepper is not None), accelerator.autocast():
         logits = model(inputs).float()

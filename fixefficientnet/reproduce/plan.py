@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -13,11 +13,13 @@ from fixefficientnet._internal import compat
 from fixefficientnet.data.dataset import open_dataset
 from fixefficientnet.evaluation import cost
 from fixefficientnet.reproduce import cached, network, online
+from fixefficientnet.reproduce.chunks import StepNetwork
 from fixefficientnet.reproduce.options import Data
 from fixefficientnet.reproduce.recipe import Recipe
 
 IMAGENET = (1_281_167, 50_000)
 """Training and validation images of ImageNet-2012."""
+_PRECISIONS = {"no": "float32", "bf16": "bf16", "fp16": "fp16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +38,8 @@ class Plan:
         evaluations: Number of images that go through it to be measured.
         total_gmacs: Billions of multiply-adds of the whole run: forward passes, backward passes of the base stage,
             evaluations.
-        memory: Most bytes of tensors that live on a device at a time, in float32; the allocator and the
-            convolutions' workspaces come on top.
+        memory: Most bytes of tensors that live on a device at a time, in the recipe's precision; the allocator and
+            the convolutions' workspaces come on top.
         feature_bytes: Size of the feature file (cached), in bytes.
     """
 
@@ -199,7 +201,8 @@ def describe(plan: Plan, gmacs_per_second: float | None) -> dict[str, str]:
         f"{plan.parameters:,} parameters",
         "forward": f"{plan.gmacs:.3f} GMACs per image at {size} pixels",
         "images": f"{plan.forwards:,} forward passes to tune, {plan.evaluations:,} to measure",
-        "memory": f"about {plan.memory / 1e9:.2f} GB of tensors per device in float32, workspaces not counted",
+        "memory": f"about {plan.memory / 1e9:.2f} GB of tensors per device in {_PRECISIONS[recipe.mixed_precision]}, "
+        "workspaces not counted",
     }
     if plan.feature_bytes:
         described["features"] = f"{plan.feature_bytes / 1e9:.2f} GB on disk"
@@ -220,15 +223,17 @@ def _short(number: float) -> str:
 
 
 class _LiveBytes:
-    """Counts the bytes of all tensors it is shown that are alive, and their most."""
+    """Counts the bytes of all tensors it is shown that are alive, and their most; not those of a network's own."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.peak = 0
         self._alive: MutableMapping[Any, int] = WeakIdKeyDictionary()
+        for tensor in model.state_dict().values():
+            self._alive[tensor.untyped_storage()] = 0
 
     def __call__(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        self._alive[storage] = storage.nbytes()
+        self._alive.setdefault(storage, storage.nbytes())
         self.peak = max(self.peak, sum(self._alive.values()))
 
 
@@ -237,20 +242,32 @@ def _peak_memory(net: network.Network, recipe: Recipe, size: int, step_images: i
     fixed: int = sum(tensor.nbytes for tensor in net.model.state_dict().values())
     fixed *= 2 if recipe.model_ema_decay else 1
     fixed += 2 * sum(parameter.nbytes for parameter in net.trained.values())
+    if recipe.stage == "fixres" and recipe.mixed_precision != "no":
+        _in_half_precision(net)
     views = recipe.views if recipe.method == "cached" else 1
+    dtype = next(net.model.parameters()).dtype
     peak: int = 0
     if recipe.method == "online":
+        step_network = StepNetwork(net, recipe)
         net.train(recipe)
-        live = _LiveBytes()
+        live = _LiveBytes(net.model)
         with compat.showing_results(live), torch.set_grad_enabled(bool(net.trained)):
-            inputs = torch.empty(step_images, 3, size, size, device="meta")
-            loss = F.cross_entropy(net.model(inputs), torch.zeros(step_images, dtype=torch.long, device="meta"))
+            inputs = torch.empty(step_images, 3, size, size, dtype=dtype, device="meta")
+            loss = F.cross_entropy(step_network(inputs), torch.zeros(step_images, dtype=torch.long, device="meta"))
             if net.trained:
                 torch.autograd.grad(loss, list(net.trained.values()))
             del loss, inputs
         net.model.eval()
         peak = live.peak
-    live = _LiveBytes()
+    live = _LiveBytes(net.model)
     with compat.showing_results(live), torch.no_grad():
-        net.model(torch.empty(recipe.forward_batch * views, 3, size, size, device="meta"))
+        net.model(torch.empty(recipe.forward_batch * views, 3, size, size, dtype=dtype, device="meta"))
     return fixed + max(peak, live.peak)
+
+
+def _in_half_precision(net: network.Network) -> None:
+    """Makes activations as large as autocast does, which the meta device lacks; the head stays in float32."""
+    net.model.bfloat16()
+    for module in filter(None, (net.norm, net.classifier)):
+        module.float()
+        module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))

@@ -15,7 +15,7 @@ from fixefficientnet.manifest import INTERPOLATIONS, TestTime, Triple, Variant
 
 Stage = Literal["fixres", "base"]
 Method = Literal["online", "cached"]
-Tune = Literal["all", "classifier", "bn", "bn-stats"]
+Tune = Literal["fixres", "all", "classifier", "bn", "bn-stats"]
 Schedule = Literal["step", "cosine"]
 Precision = Literal["no", "bf16", "fp16"]
 BelowOne = Annotated[float, Rule("a number of at least 0 and below 1", least=0, below=1)]
@@ -35,9 +35,10 @@ class Recipe:
         weights: Where training starts: "pretrained" (timm's), "random", or "sha256:…" of the file given.
         stage: "fixres", or "base": the training before it, of the whole network at the train size.
         method: "online" (the paper's), or "cached": features are computed once (fixres stage only).
-        tune: What changes: "all" (statistics, weight and bias of the head norm, and the classifier; cached: not the
-            norm's weight and bias; base stage: the whole network), "classifier" alone, "bn" (the norm alone), or
-            "bn-stats" (the norm's running statistics alone). A norm without statistics has none to change.
+        tune: What changes: "fixres" (the running statistics of the head norm, and the classifier, as in the FixRes
+            authors' code), "all" (the norm's weight and bias too; base stage: the whole network), "classifier" alone,
+            "bn" (statistics, weight and bias of the norm alone), or "bn-stats" (its running statistics alone). A norm
+            without statistics has none to change.
         test_size: Size that the network is tuned for, in pixels.
         train_size: Size that the network was trained at, in pixels.
         crop_pct: Share of the resized shorter side that the crop keeps at test time.
@@ -60,7 +61,7 @@ class Recipe:
         color_jitter: Largest relative change of brightness, contrast and saturation (cached: from view 3 on).
         views: Features per image (cached): plain, flipped, then random ones.
         statistics_images: Images, drawn at random, that re-estimate the norm's statistics (cached); 0: all.
-        forward_batch: Images per forward pass on one device where nothing is trained.
+        forward_batch: Images per forward pass on one device where nothing is trained: of the frozen part too.
         shard: Images whose statistics, features or predictions are computed and saved together.
         feature_dtype: Type that features are stored in.
         sync_bn: Whether the norm's batch statistics are those of all devices together (CUDA only).
@@ -134,7 +135,7 @@ class Recipe:
     @property
     def trains_classifier(self) -> bool:
         """Whether the classifier changes."""
-        return self.tune in ("all", "classifier")
+        return self.tune in ("fixres", "all", "classifier")
 
     @property
     def full_learning_rate(self) -> float:
@@ -242,7 +243,12 @@ def resolve(subject: Subject, choices: Mapping[str, Any]) -> Recipe:
         row = {}
     test = subject.test
     given = {"variant": subject.name, "backbone": subject.backbone, "weights": "pretrained", "stage": stage}
-    given |= {"tune": "all", "test_size": test.size, "train_size": subject.base.size, "crop_pct": test.crop_pct}
+    given |= {
+        "tune": "all" if stage == "base" else "fixres",
+        "test_size": test.size,
+        "train_size": subject.base.size,
+        "crop_pct": test.crop_pct,
+    }
     given |= {"interpolation": test.interpolation, "mean": test.mean, "std": test.std}
     original = chosen.get("weights", "pretrained") == "pretrained"
     given["base_crop_pct"] = (subject.base if original else test).crop_pct
@@ -267,10 +273,11 @@ def _check_combination(recipe: Recipe) -> None:
         raise RecipeError("sync_bn synchronises the head norm of the fixres stage; the base stage has no such option.")
     if recipe.stage == "base" and (recipe.method == "cached" or recipe.tune not in ("all", "classifier")):
         raise RecipeError("The base stage trains online, and takes tune all (the whole network) or classifier.")
-    if recipe.method == "cached" and recipe.tune == "bn":
+    if recipe.method == "cached" and recipe.tune in ("all", "bn"):
+        instead = "fixres" if recipe.tune == "all" else "bn-stats"
         raise RecipeError(
-            "tune bn trains the norm's weight and bias, which cached features already contain: use --method online, "
-            "or --tune bn-stats, which only re-estimates its statistics."
+            f"tune {recipe.tune} trains the norm's weight and bias, which cached features already contain: use "
+            f"--method online, or --tune {instead}, which only re-estimates its statistics."
         )
 
 
