@@ -146,7 +146,7 @@ def test_memory_is_that_of_a_real_step(stage: str, tune: str, part: int):
 
     weights = [tensor.untyped_storage() for tensor in model.state_dict().values()]
     for storage in weights:  # which are counted on their own
-        storage.counted = True  # type: ignore[attr-defined]
+        storage.counted = True
     with Peak() as peak:
         loss = nn.functional.cross_entropy(forward(torch.rand(8, 3, 96, 96)), torch.zeros(8, dtype=torch.long))
         torch.autograd.grad(loss, trained)

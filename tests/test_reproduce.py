@@ -23,6 +23,7 @@ import tiny
 import torch
 from conftest import ROOT, Network
 from filelock import FileLock
+from PIL import Image
 from safetensors.torch import load_file
 from test_page import Read, assert_stands_alone
 from torch import nn
@@ -265,6 +266,25 @@ def test_only_what_the_ablation_says_moves(ground: Ground, tmp_path: Path, metho
     tiny.run(ground.fixres("--method", method, "--tune", tune, out=tmp_path), tmp_path / "said.txt")
     before, after = load_file(ground.checkpoint), load_file(tmp_path / "run" / "model.safetensors")
     assert differing(before, after) == moves
+
+
+@pytest.mark.parametrize("method", ["online", "cached"])
+def test_what_a_run_in_half_precision_measures_is_float32(ground: Ground, tmp_path: Path, method: str):
+    for precision in ("no", "bf16"):
+        more = ["--method", method, "--mixed-precision", precision, "--epochs", "1"]
+        run_anew(ground.fixres(*more, out=tmp_path, experiment=precision))
+    run = tmp_path / "bf16"
+    tuned = fixefficientnet.load(str(run))
+    probe = load_file(run / "probe.safetensors")
+    images = torch.stack(
+        [Preprocess.of(tuned.test).normalise(Image.fromarray(image.numpy())) for image in probe["images"]]
+    )
+    with torch.inference_mode():
+        torch.testing.assert_close(probe["logits"], tuned.network(images), rtol=1e-4, atol=1e-4)
+    again = fixefficientnet.evaluate(str(run), str(ground.images), device="cpu", workers=0)
+    assert report(run)["measured"]["tuned"]["loss"] == pytest.approx(again.loss, rel=1e-5)
+    assert report(run)["measured"]["base"] == report(tmp_path / "no")["measured"]["base"]
+    assert sha(run) != sha(tmp_path / "no")  # the frozen part did run in bf16
 
 
 def test_base_stage_moves_everything_and_classifier_alone_if_asked(ground: Ground, tmp_path: Path):

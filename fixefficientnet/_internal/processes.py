@@ -54,6 +54,22 @@ def check_precision(mixed_precision: str, *, cpu: bool) -> None:
         raise FixEfficientNetError("fp16 is for CUDA devices; on a CPU, there is bf16.")
 
 
+def usual_precision(device: str | None) -> str:
+    """The precision that a frozen network runs in, if none is chosen: bf16 on a CUDA device that has it, else float32.
+
+    Args:
+        device: "cpu" or "cuda"; None: cuda if there is one.
+
+    Returns:
+        "bf16" or "no".
+    """
+    import torch
+
+    if device == "cpu" or not torch.cuda.is_available():
+        return "no"
+    return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "no"  # Ampere: older cards emulate it
+
+
 def accelerator(device: str | None, mixed_precision: str) -> "Accelerator":
     """Accelerate's view of this command's processes, their devices and their precision.
 

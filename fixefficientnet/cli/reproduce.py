@@ -152,6 +152,8 @@ def _run_all(
 
     checkpoint = start.checkpoint and checkpoint_of(start.checkpoint.expanduser())
     chosen = with_weights(chosen, checkpoint, pretrained=not start.no_pretrained)
+    if chosen.get("stage") != "base" and chosen.get("mixed_precision") is None:
+        chosen["mixed_precision"] = processes.usual_precision(place.device)
     resolved = [recipes.resolve(subject, chosen) for subject in subjects]
     if start.no_pretrained and resolved[0].stage != "base":
         raise RecipeError("FixRes tunes a trained network: --no-pretrained goes with --stage base only.")

@@ -46,7 +46,8 @@ class EvaluationLoop:
         threads: Threads of this process that load and compute a batch each; with more than one, no loading processes.
         subset: The classes that logits are restricted to; None: all.
         journal: Keeps finished batches; those that it has are not evaluated again.
-        accelerator: Shares the work among its processes, and computes in its precision.
+        accelerator: Shares the work among its processes.
+        autocast: Whether to compute in the accelerator's precision.
         progress: Counts the images as they are done.
     """
 
@@ -61,6 +62,7 @@ class EvaluationLoop:
     subset: "Subset | None" = None
     journal: Journal | None = None
     accelerator: "Accelerator | None" = None
+    autocast: bool = True
     progress: Bar | None = None
 
     def run(self) -> Evaluation:
@@ -100,7 +102,12 @@ class EvaluationLoop:
         images = [torch.zeros(3, self.test.size, self.test.size)] * min(self.batch_size, len(self.dataset))
         device = next(self.model.parameters()).device
         with in_eval_mode(self.model):
-            _logits(self.model, torch.stack(images).to(device), self.test.size, self.accelerator)
+            _logits(self.model, torch.stack(images).to(device), self.test.size, self._precision)
+
+    @property
+    def _precision(self) -> "Accelerator | None":
+        """What computes in another precision; None: nothing does."""
+        return self.accelerator if self.autocast else None
 
     @property
     def _rank_and_world(self) -> tuple[int, int]:
@@ -144,7 +151,7 @@ class EvaluationLoop:
         if len(batch.targets):
             device = next(self.model.parameters()).device
             inputs = batch.inputs.to(device, non_blocking=True)
-            logits = _logits(self.model, inputs, self.test.size, self.accelerator)
+            logits = _logits(self.model, inputs, self.test.size, self._precision)
             found.predictions = _predictions(logits, batch, self.dataset, self.subset)
         return found
 
@@ -208,10 +215,10 @@ def _predictions(
 
 
 @torch.inference_mode()
-def _logits(model: nn.Module, inputs: Tensor, size: int, accelerator: "Accelerator | None") -> Tensor:
+def _logits(model: nn.Module, inputs: Tensor, size: int, precision: "Accelerator | None") -> Tensor:
     dtype = next(model.parameters()).dtype
     inputs = inputs.to(dtype).contiguous(memory_format=torch.channels_last)
-    with accelerator.autocast() if accelerator else contextlib.nullcontext():
+    with precision.autocast() if precision else contextlib.nullcontext():
         try:
             logits: Tensor = model(inputs)
         except (AssertionError, RuntimeError) as error:  # timm's and torch's words for a size that does not fit

@@ -65,8 +65,8 @@ class Recipe:
         shard: Images whose statistics, features or predictions are computed and saved together.
         feature_dtype: Type that features are stored in.
         sync_bn: Whether the norm's batch statistics are those of all devices together (CUDA only).
-        mixed_precision: Precision of the frozen part; "no" is float32. The fixres stage always trains in float32.
-            Base stage: of the forward and backward passes.
+        mixed_precision: Precision of the frozen part; "no" is float32. The command takes bf16 on a CUDA device that
+            has it. What trains, and what is measured, is float32. Base stage: of the forward and backward passes.
         warmup_epochs: Epochs, the first ones, in which the learning rate rises from 0 to the schedule's full one (base
             stage).
         model_ema_decay: Largest decay of the exponential moving average of all weights and running statistics, which

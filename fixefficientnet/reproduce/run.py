@@ -510,6 +510,7 @@ class Measurements:
                 workers=session.workers,
                 journal=journal,
                 accelerator=session.accelerator,
+                autocast=False,  # the weights are float32, and their users compute in it
                 progress=bar,
             ).run()
 
