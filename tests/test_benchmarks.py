@@ -13,6 +13,8 @@ from conftest import ROOT
 
 from benchmarks import runner, tables
 
+pytestmark = pytest.mark.newest
+
 SPEED = ROOT / "docs" / "results" / "speed.json"
 
 

@@ -18,6 +18,8 @@ from fixefficientnet.classes import real_labels
 from fixefficientnet.data.dataset import ImageDataset, open_dataset
 from fixefficientnet.errors import DataError, EvaluationError
 
+pytestmark = pytest.mark.newest
+
 WORDNET_IDS = [*map(ImageNetInfo("imagenet-1k").index_to_label_name, range(1000))]
 FEW = {"n01440764": 0, "n02124075": 285, "n03000684": 491, "n07920052": 967, "n15075141": 999}
 

@@ -10,6 +10,8 @@ from conftest import ROOT
 
 from fixefficientnet import manifest
 
+pytestmark = pytest.mark.newest
+
 START, END = "<!-- models:", "<!-- end of models -->"
 
 

@@ -20,6 +20,8 @@ from fixefficientnet.evaluation import figures
 from fixefficientnet.evaluation.statistics import wilson
 from fixefficientnet.evaluation.tables import as_csv, from_csv
 
+pytestmark = pytest.mark.newest
+
 DOCS = ROOT / "docs"
 DRAW = "run `python -m benchmarks.figures` and commit what it draws"
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.newest
+
 FILES = ("hubconf.py", "weights_manifest.json", "recipes.toml", "pyproject.toml")
 NAMES = """
 import timm

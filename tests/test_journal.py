@@ -22,6 +22,8 @@ from fixefficientnet.errors import EvaluationError
 from fixefficientnet.evaluation.journal import Finished, Journal, load
 from fixefficientnet.evaluation.outcome import Evaluation, ImagePrediction
 
+pytestmark = pytest.mark.newest
+
 IMAGES = 30
 BATCH = 4
 

@@ -16,6 +16,8 @@ import fixefficientnet
 from fixefficientnet import manifest
 from fixefficientnet.errors import ManifestError, UnknownVariantError
 
+pytestmark = pytest.mark.newest
+
 # The paper's Tables 1 and 2 (arXiv 2003.08237), typed from it anew:
 # key, millions of parameters, train size, base test size, top-1, top-5, Fix test size, top-1, top-5
 PAPER = """

@@ -10,6 +10,8 @@ import pytest
 from conftest import ROOT, python_path
 from tiny import make_data
 
+pytestmark = pytest.mark.newest
+
 HIDDEN = """
 import ctypes, multiprocessing, os, sys
 sys.modules["fcntl"] = None

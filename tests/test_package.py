@@ -16,6 +16,8 @@ from conftest import ROOT, python_path
 
 from fixefficientnet._internal import requirements
 
+pytestmark = pytest.mark.newest
+
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
     done = subprocess.run(

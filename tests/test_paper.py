@@ -18,6 +18,8 @@ from fixefficientnet.evaluation.tables import from_csv
 from fixefficientnet.reproduce import recipe as recipes
 from fixefficientnet.reproduce.report import PairedTest, PaperFigures, Report
 
+pytestmark = pytest.mark.newest
+
 TABLE_1 = [*(f"b{number}_ns" for number in range(8)), "l2"]
 TABLE_2 = [f"b{number}" for number in range(9)]
 # typed from the paper: variant, base top-1, top-5, at; Fix top-1, top-5, at

@@ -14,6 +14,8 @@ import pytest
 from fixefficientnet._internal import records
 from fixefficientnet._internal.records import Rule
 
+pytestmark = pytest.mark.newest
+
 Rate = Annotated[float, Rule("a number above 0 and below 1", above=0, below=1)]
 
 

@@ -314,6 +314,7 @@ def test_training_of_new_classes_begins_with_equal_probabilities(ground: Ground,
     assert others[-1] != first
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("method", ["online", "cached"])
 def test_accuracy_between_epochs_is_that_of_a_run_of_so_many(ground: Ground, tmp_path: Path, method: str):
     more = ["--method", method, "--schedule", "step", "--base-lr", "0.05"]  # the same however many epochs follow
@@ -441,6 +442,7 @@ def test_killed_runs_go_on_to_the_same_bytes(uninterrupted, ground: Ground, tmp_
     assert len(validated(done)) == 2
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_and_goes_on(uninterrupted, ground: Ground, tmp_path: Path, number: int):
     arguments, done, _ = uninterrupted
@@ -461,6 +463,7 @@ def test_asked_to_stop_it_saves_and_goes_on(uninterrupted, ground: Ground, tmp_p
     assert sha(tmp_path / "run") == sha(done)
 
 
+@pytest.mark.newest
 def test_a_signal_to_the_whole_group_is_survived_by_the_loading_processes(
     uninterrupted, ground: Ground, tmp_path: Path
 ):
@@ -544,6 +547,7 @@ def test_two_processes(uninterrupted, ground: Ground, tmp_path: Path):
     assert_close(load_file(folder / "model.safetensors"), plain_online(ground, processes=2))
 
 
+@pytest.mark.newest
 def test_a_signal_to_one_process_stops_both(ground: Ground, tmp_path: Path):
     command = ground.fixres("--method", "online", "--epochs", "200", out=tmp_path)
     processes = tiny.start_two(command, tmp_path / "said")
@@ -561,6 +565,7 @@ def test_a_signal_to_one_process_stops_both(ground: Ground, tmp_path: Path):
     assert (tmp_path / "run" / "checkpoint" / "state.safetensors").exists()
 
 
+@pytest.mark.newest
 def test_an_error_in_another_process_is_said_by_it(ground: Ground, tmp_path: Path):
     images = tmp_path / "data"
     shutil.copytree(ground.images, images)
@@ -617,6 +622,7 @@ def refused(ground: Ground, tmp_path: Path, *more: str) -> str:
     return text
 
 
+@pytest.mark.newest
 def test_another_recipe_in_the_same_folder_is_refused(ground: Ground, tmp_path: Path):
     command = ground.fixres("--method", "cached", out=tmp_path)
     tiny.run(command, tmp_path / "said.txt")
@@ -637,6 +643,7 @@ def test_another_recipe_in_the_same_folder_is_refused(ground: Ground, tmp_path: 
     assert (tmp_path / "run" / "mine.txt").exists()
 
 
+@pytest.mark.newest
 def test_a_folder_in_use_is_refused(ground: Ground, tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".owner").write_text("4711 x")
@@ -661,6 +668,7 @@ def test_a_loss_that_explodes_stops_the_run(ground: Ground, tmp_path: Path, meth
     assert "Nothing was saved before" in text
 
 
+@pytest.mark.newest
 def test_unreadable_images_are_named_and_tolerated_up_to_a_limit(ground: Ground, tmp_path: Path):
     images = tmp_path / "data"
     shutil.copytree(ground.images, images)
@@ -701,6 +709,7 @@ def test_a_checkpoint_of_another_network_is_refused(ground: Ground, tmp_path: Pa
     assert "is no checkpoint of test_resnet" in text
 
 
+@pytest.mark.newest
 def test_classes_that_do_not_match(ground: Ground, tmp_path: Path, hub_cache: Path):
     arguments = ["b0", "--data", str(ground.images), "--output", str(tmp_path), "-j", "0"]
     text = run_anew(arguments, status=1, HF_HUB_CACHE=str(hub_cache))
@@ -739,6 +748,7 @@ def test_classes_that_a_checkpoint_does_not_have(ground: Ground, tmp_path: Path)
         assert f"has {len(classes)} classes, the network of" in text
 
 
+@pytest.mark.newest
 def test_a_damaged_shard_is_computed_anew(ground: Ground, tmp_path: Path):
     command = ground.fixres("--method", "cached", "--keep-features", "--val-interval", "0", out=tmp_path)
     tiny.run([*command, "--experiment", "one"], tmp_path / "said.txt")
@@ -757,6 +767,7 @@ def test_a_damaged_shard_is_computed_anew(ground: Ground, tmp_path: Path):
     assert "Features: 30/30, from before" in tiny.run([*command, "--experiment", "three"], tmp_path / "said.txt")
 
 
+@pytest.mark.newest
 def test_a_whole_shard_of_unreadable_images(ground: Ground, tmp_path: Path):
     images = tmp_path / "data"
     shutil.copytree(ground.images, images)
@@ -767,6 +778,7 @@ def test_a_whole_shard_of_unreadable_images(ground: Ground, tmp_path: Path):
     assert len(report(tmp_path / "run")["unreadable"]) == 10
 
 
+@pytest.mark.newest
 def test_a_finished_run_whose_result_is_gone_is_done_again(ground: Ground, tmp_path: Path):
     command = ground.fixres("--method", "cached", out=tmp_path)
     tiny.run(command, tmp_path / "said.txt")
@@ -779,6 +791,7 @@ def test_a_finished_run_whose_result_is_gone_is_done_again(ground: Ground, tmp_p
     assert sha(tmp_path / "run") == before
 
 
+@pytest.mark.newest
 def test_a_killed_evaluation_goes_on_from_its_finished_batches(ground: Ground, tmp_path: Path):
     command, folder = ground.fixres("--method", "cached", out=tmp_path), tmp_path / "run"
     tiny.run(command, tmp_path / "said.txt")
@@ -800,6 +813,7 @@ def test_a_killed_evaluation_goes_on_from_its_finished_batches(ground: Ground, t
         assert sorted(index for line in batches for index in json.loads(line)["indices"]) == list(range(18))
 
 
+@pytest.mark.newest
 def test_a_base_stage_that_was_stopped_leaves_the_same_bytes_and_its_train_size(ground: Ground, tmp_path: Path):
     base = [
         *tiny.NETWORK,
@@ -840,6 +854,7 @@ def test_a_base_stage_that_was_stopped_leaves_the_same_bytes_and_its_train_size(
     assert report(tmp_path / "fix")["classes"] == list(tiny.CLASSES)
 
 
+@pytest.mark.newest
 def test_a_folder_that_cannot_be_written(ground: Ground, tmp_path: Path):
     (tmp_path / "file").write_text("")
     text = tiny.run(ground.fixres(out=tmp_path / "file"), tmp_path / "said.txt", status=1)
@@ -847,6 +862,7 @@ def test_a_folder_that_cannot_be_written(ground: Ground, tmp_path: Path):
     assert "Traceback" not in text
 
 
+@pytest.mark.newest
 def test_out_of_memory(ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     convolve = nn.Conv2d.forward
 
@@ -922,6 +938,7 @@ def test_a_folder_of_classes_and_the_folder_of_a_run_are_enough(tmp_path: Path):
     assert "base has no model.safetensors" in err
 
 
+@pytest.mark.newest
 def test_features_of_both_splits_are_kept_apart(tmp_path: Path):
     """Their images have the same names and are as many; with one view, all else is the same too."""
     data = tiny.make_data(tmp_path / "data", train=6, val=6)

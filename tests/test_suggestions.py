@@ -5,6 +5,8 @@ import tiny
 
 from fixefficientnet.cli import suggestions
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.mark.parametrize(
     ("arguments", "said"),

@@ -335,6 +335,7 @@ def test_statistics_that_are_asked_later_are_taken_once(ground: Ground, tmp_path
     assert {name: lines for name, lines in batches(tmp_path).items() if name in after} == after
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("sizes", ["32,48", "48,64"])
 def test_a_sweep_without_statistics_after_one_with_them(ground: Ground, tmp_path: Path, sizes: str):
     """What is known of one size alone is no column of the table, and no reason to fail."""
@@ -344,6 +345,7 @@ def test_a_sweep_without_statistics_after_one_with_them(ground: Ground, tmp_path
     assert not any(key.startswith("pooled") for row in rows_of(tmp_path) for key in row)
 
 
+@pytest.mark.newest
 def test_images_of_the_same_names_elsewhere_are_not_taken_for_these(ground: Ground, tmp_path: Path):
     """The folders of ImageNet-C have the same names in each, of other images."""
     other = ground._replace(data=tmp_path / "other")

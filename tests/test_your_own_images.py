@@ -15,6 +15,8 @@ from huggingface_hub import constants
 
 import fixefficientnet
 
+pytestmark = pytest.mark.newest
+
 PAGE = ROOT / "docs" / "your-own-images.md"
 CLASSES = ("daisy", "iris", "lily", "poppy", "rose", "tulip")
 SMALL = {

@@ -206,6 +206,7 @@ def test_what_the_offline_error_says_to_do_works(server: Server, home: Path, tmp
     python("import fixefficientnet as f; f.create('b0', True)", environment(server, tmp_path, HF_HUB_OFFLINE="1"))
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("which", ["delta", "backbone"])
 def test_damaged_cache_is_repaired(server: Server, home: Path, tmp_path: Path, which: str):
     hub = tmp_path / "hub"
@@ -278,6 +279,7 @@ def test_delta_of_another_backbone_revision_is_refused(server: Server, tmp_path:
     assert "another backbone" in done.stderr
 
 
+@pytest.mark.newest
 def test_server_gone_in_the_middle_then_back(server: Server, tmp_path: Path):
     """A connection that breaks off leaves no half file behind, and the next try completes."""
     gate = Gate(server.port, stop_after=3_000_000)
@@ -302,6 +304,7 @@ def test_damaged_note_of_a_hash_is_not_believed(server: Server, home: Path, tmp_
         python("import fixefficientnet as f; f.create('b0', True)", environment(server, tmp_path, HF_HUB_OFFLINE="1"))
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("cache", ["empty", "damaged"])
 def test_concurrent_processes(server: Server, home: Path, tmp_path: Path, cache: str):
     if cache == "damaged":
