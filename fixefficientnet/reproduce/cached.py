@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -279,14 +280,14 @@ def _top1(session: Session, network: Network, features: Features, position: Posi
         return None
     correct = 0
     for chosen in np.array_split(images, math.ceil(len(images) / _VALIDATION_BATCH)):
-        logits = _logits(session, network, features.values[chosen, 0])
+        logits = _logits(session, network, torch.from_numpy(features.values[chosen, 0]))
         correct += int((logits.argmax(1).cpu() == torch.from_numpy(features.targets[chosen])).sum())
     return 100 * correct / len(images)
 
 
-def _logits(session: Session, network: Network, values: Array) -> Tensor:
+def _logits(session: Session, network: Network, values: Tensor) -> Tensor:
     """The classifier's logits of features; float16 or float32 [n, channels] to float32 [n, classes]."""
-    inputs = torch.from_numpy(values).to(session.accelerator.device).float()
+    inputs = values.to(session.accelerator.device, non_blocking=True).float()
     if isinstance(network.classifier, nn.Conv2d):
         inputs = inputs[:, :, None, None]
     logits: Tensor = network.classifier(inputs).flatten(1)
@@ -317,7 +318,8 @@ def _train_classifier(
     session.log.resume(position.steps)
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
     channels = features.values.shape[-1]
-    flat = features.values.reshape(-1, channels)
+    flat = _near(features.values.reshape(-1, channels), device)
+    targets = torch.from_numpy(features.targets).to(device)
     sequences: dict[int, Array] = {}
 
     def step(position: Position) -> StepResult:
@@ -326,19 +328,26 @@ def _train_classifier(
             sequences[position.epoch] = np.array(order(recipe, position.epoch, examples))
         chosen = sequences[position.epoch][position.step * size : (position.step + 1) * size]
         row, view = np.divmod(chosen, recipe.views)
-        labels = torch.from_numpy(features.targets[images[row]]).to(device)
-        logits = _logits(session, network, flat[images[row] * recipe.views + view])
+        places = torch.from_numpy(images[row] * recipe.views + view)
+        logits = _logits(session, network, flat[places.to(flat.device, non_blocking=True)])
+        labels = targets[torch.from_numpy(images[row]).to(device, non_blocking=True)]
         loss = criterion(logits, labels)
-        if not np.isfinite(value := loss.item()):
-            raise checkpoints.give_up(value, position)
-        checkpoints.confirm()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return StepResult(value, float((logits.argmax(1) == labels).sum()), size, session.stopped_by)
+        return StepResult(loss.detach(), (logits.argmax(1) == labels).sum(), size, session.stopped_by)
 
     with one_thread():
         train(session, state, recipe, schedule, checkpoints, position, step, validation)
+
+
+def _near(values: Array, device: torch.device) -> Tensor:
+    """Features on a GPU, if they take at most half of its free memory; else where they are."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes
+        there = torch.from_numpy(values)
+    fits = device.type == "cuda" and values.nbytes <= torch.cuda.mem_get_info(device)[0] // 2
+    return there.to(device) if fits else there
 
 
 @torch.inference_mode()

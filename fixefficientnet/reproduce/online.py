@@ -3,7 +3,6 @@
 The base stage, where the whole network trains, runs here too.
 """
 
-import math
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -121,7 +120,7 @@ def tune(
             batch = next(batches)  # the first one draws a seed for the loading processes
             # dropout and stochastic depth, which some networks train with
             torch.manual_seed(_seed(recipe.seed, position.steps, session.rank))
-            result = _step(session, model, criterion, stepper, batch, position, checkpoints)
+            result = _step(session, model, criterion, stepper, batch)
             _average(session, network, recipe)
             if average:
                 average.update(network.model, step=position.steps + 1)
@@ -204,8 +203,6 @@ def _step(
     criterion: nn.Module,
     stepper: Any,
     batch: Batch,
-    position: Position,
-    checkpoints: Checkpoints,
 ) -> StepResult:
     """One step of all processes."""
     accelerator = session.accelerator
@@ -220,10 +217,6 @@ def _step(
     stops = [float(session.stopped_by == number) for number in (signal.SIGTERM, signal.SIGINT)]
     totals = torch.cat([torch.stack([loss.detach() * count, correct]), torch.tensor([count, *stops], device=device)])
     loss_sum, hits, images, terminate, interrupt = cast(Tensor, accelerator.reduce(totals, "sum")).tolist()
-    if not math.isfinite(loss_sum):
-        with session.alike():
-            raise checkpoints.give_up(loss_sum / images, position)
-    checkpoints.confirm()
     if stepper is not None:
         accelerator.backward(loss)
         stepper.step()

@@ -1,13 +1,21 @@
 """The training loop: learning rate, steps, progress, checkpoints, and how to stop; what a step does is given."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+import torch
+from torch import Tensor
+
+from fixefficientnet._internal.progress import Bar
 from fixefficientnet.errors import Interrupted
 from fixefficientnet.reproduce.checkpoints import Checkpoints, Position
 from fixefficientnet.reproduce.network import Best, TrainingState
 from fixefficientnet.reproduce.recipe import Recipe
 from fixefficientnet.reproduce.session import Session
+
+_READ_TOGETHER = 50
+"""Steps whose losses are read from the device together: each reading waits for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,14 +23,14 @@ class StepResult:
     """What one step gave, over all processes.
 
     Attributes:
-        loss: Mean loss of the step's images.
-        correct: Number of images whose top-1 prediction is the label.
+        loss: Mean loss of the step's images; a tensor where nobody has read it from the device yet.
+        correct: Number of images whose top-1 prediction is the label; a tensor likewise.
         images: Number of images.
         stop: Number of the signal that asked to stop; 0: none did.
     """
 
-    loss: float
-    correct: float
+    loss: float | Tensor
+    correct: float | Tensor
     images: float
     stop: int
 
@@ -92,19 +100,19 @@ def train(
             break
         with session.log.bar(f"Epoch {epoch + 1}/{recipe.epochs}", schedule.steps * size) as bar:
             bar.skip(position.step * size)
-            images = correct = loss_sum = 0.0
+            ledger = _Ledger(session, checkpoints, bar)
             while position.epoch == epoch:
                 rate = recipe.learning_rate(epoch + position.step / schedule.steps)
                 for group in state.optimizer.param_groups if state.optimizer else ():
                     group["lr"] = rate
+                at = replace(position)
                 done = step(position)
                 position.advance(schedule.steps)
-                images, correct = images + done.images, correct + done.correct
-                loss_sum += done.loss * done.images
-                bar.advance(int(done.images), f"loss {loss_sum / images:.3f}, top-1 {100 * correct / images:.1f}")
-                top1 = 100 * done.correct / done.images
-                session.log.write(position.steps, epoch=epoch, loss=done.loss, top1=top1, lr=rate)
-                if done.stop or checkpoints.due(position) or position.epoch == recipe.epochs:
+                ledger.note(at, done, rate)
+                saves = done.stop or checkpoints.due(position) or position.epoch == recipe.epochs
+                if saves or position.epoch > epoch:
+                    ledger.read()
+                if saves:
                     with session.alike():
                         checkpoints.save(position, state)
                 if done.stop:
@@ -112,6 +120,51 @@ def train(
                     with session.alike():
                         raise Interrupted(done.stop)
     checkpoints.confirm()
+
+
+@dataclass
+class _Ledger:
+    """What an epoch's steps gave, logged and shown once it is read from the device, of many steps together."""
+
+    session: Session
+    checkpoints: Checkpoints
+    bar: Bar
+    _unread: list[tuple[Position, StepResult, float]] = field(default_factory=list)
+    _images: float = 0
+    _correct: float = 0
+    _loss_sum: float = 0
+
+    def note(self, at: Position, done: StepResult, rate: float) -> None:
+        """Takes the result of the step at a position.
+
+        Raises:
+            RunError: A loss is NaN or infinite.
+        """
+        self._unread.append((at, done, rate))
+        if isinstance(done.loss, float) or len(self._unread) == _READ_TOGETHER:
+            self.read()
+
+    def read(self) -> None:
+        """Logs what was noted.
+
+        Raises:
+            RunError: A loss is NaN or infinite.
+        """
+        if not self._unread:
+            return
+        pairs = [(torch.as_tensor(done.loss), torch.as_tensor(done.correct)) for _, done, _ in self._unread]
+        values = torch.stack([torch.stack([loss.double(), correct.double()]) for loss, correct in pairs]).tolist()
+        for (at, done, rate), (loss, correct) in zip(self._unread, values, strict=True):
+            if not math.isfinite(loss):
+                with self.session.alike():
+                    raise self.checkpoints.give_up(loss, at)
+            self.checkpoints.confirm()
+            self._images, self._correct = self._images + done.images, self._correct + correct
+            self._loss_sum += loss * done.images
+            top1 = 100 * self._correct / self._images
+            self.bar.advance(int(done.images), f"loss {self._loss_sum / self._images:.3f}, top-1 {top1:.1f}")
+            self.session.log.write(at.steps + 1, epoch=at.epoch, loss=loss, top1=100 * correct / done.images, lr=rate)
+        self._unread.clear()
 
 
 def _validate(session: Session, state: TrainingState, position: Position, validation: Validation) -> None:
