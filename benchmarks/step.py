@@ -30,7 +30,7 @@ def measure(key: str, batch: int, precision: str) -> dict[str, Any]:
     net = network.prepare(model, resolved)
     step_network = StepNetwork(net, resolved)
     net.train(resolved)
-    images = torch.randn(batch, 3, resolved.test_size, resolved.test_size, device="cuda")
+    images = torch.randint(256, (batch, 3, resolved.test_size, resolved.test_size), dtype=torch.uint8, device="cuda")
     images = images.contiguous(memory_format=torch.channels_last)
     targets = torch.randint(1000, (batch,), device="cuda")
     autocast = torch.autocast("cuda", torch.float16 if precision == "fp16" else torch.bfloat16, precision != "no")

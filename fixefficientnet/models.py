@@ -14,13 +14,14 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import safetensors
 import timm
+from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
@@ -38,7 +39,7 @@ from fixefficientnet.errors import (
     WeightsNotPublishedError,
 )
 from fixefficientnet.manifest import INTERPOLATIONS, Interpolation, Pixels, TestTime, Triple, Variant
-from fixefficientnet.preprocessing import FastPreprocess, Preprocess, TestTransform
+from fixefficientnet.preprocessing import FastPreprocess, Preprocess
 
 _logger = logging.getLogger(__name__)
 
@@ -248,7 +249,7 @@ class LoadedModel:
         """
         return replace(self, network=input_size.at_size(self.saved, size)) if self.saved else self
 
-    def transform(self, test: TestTime, *, fast: bool = False) -> TestTransform:
+    def transform(self, test: TestTime, *, fast: bool = False) -> Preprocess:
         """The transform for a preprocessing: `Preprocess`, or timm's for what that does not know.
 
         Args:
@@ -265,15 +266,31 @@ class LoadedModel:
                 f"{self.name} takes its images by {test.interpolation} interpolation and crop mode {self.crop_mode}, "
                 "which fast preprocessing cannot do: leave --fast-preprocessing out."
             )
-        made: TestTransform = create_transform(
-            (3, test.size, test.size),
-            interpolation=test.interpolation,
-            mean=test.mean,
-            std=test.std,
-            crop_pct=test.crop_pct,
+        return _TimmPreprocess(**asdict(test), crop_mode=self.crop_mode)
+
+
+@dataclass(frozen=True)
+class _TimmPreprocess(Preprocess):
+    """A test-time transform whose images timm resizes and crops.
+
+    Attributes:
+        crop_mode: timm's name of how images are cropped.
+    """
+
+    crop_mode: str
+
+    def crop(self, image: Image.Image) -> Image.Image:
+        """The first steps: an RGB image, resized and cropped to a square of `size` pixels."""
+        steps = create_transform(
+            (3, self.size, self.size),
+            interpolation=self.interpolation,
+            crop_pct=self.crop_pct,
             crop_mode=self.crop_mode,
+            use_prefetcher=True,
         )
-        return made
+        for step in steps.transforms[:-1]:  # the last one makes an array
+            image = step(image)
+        return image
 
 
 def load(name: str) -> LoadedModel:

@@ -18,7 +18,7 @@ from fixefficientnet._internal.threads import BATCH_SIZE, default_threads, map_i
 from fixefficientnet.errors import ImageError, UnsupportedModelError
 from fixefficientnet.models import LoadedModel, from_module, load
 from fixefficientnet.options import Engine, MixedPrecision, PredictionOptions
-from fixefficientnet.preprocessing import ImageSource, TestTransform, open_image
+from fixefficientnet.preprocessing import ImageSource, Preprocess, open_image, stacked
 from fixefficientnet.runtimes import engines
 from fixefficientnet.runtimes.formats import Forward
 from fixefficientnet.zoo import Pretrained, create
@@ -232,7 +232,7 @@ class ImagePass:
     """
 
     network: nn.Module
-    transform: TestTransform
+    transform: Preprocess
     batch_size: int
     threads: int
     dtype: torch.dtype | None
@@ -282,8 +282,8 @@ class ImagePass:
             if not usable:
                 return [], failed
             parameter = next(self.network.parameters())
-            inputs = torch.stack([tensor for _, tensor in usable]).to(parameter.device, parameter.dtype)
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
+            pixels = stacked([pixels for _, pixels in usable]).to(parameter.device)
+            inputs = self.transform.normalise(pixels).to(parameter.dtype)
             return list(compute([image for image, _ in usable], inputs)), failed
 
         done = map_in_threads(work, self._batches(images), self.threads)
@@ -296,9 +296,9 @@ class ImagePass:
             yield batch
 
     def _tensor(self, image: ImageSource) -> torch.Tensor | ImageError:
-        """The network's input, float32 [3, S, S], or the reason why the image cannot be used."""
+        """The image's pixels, uint8 [3, S, S], or the reason why it cannot be used."""
         try:
-            return self.transform(open_image(image, upright=True, srgb=True))
+            return self.transform.pixels(open_image(image, upright=True, srgb=True))
         except ImageError as error:
             return error
 

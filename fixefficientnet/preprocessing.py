@@ -1,4 +1,7 @@
-"""From an image to the network's input: at test time, in FixRes fine-tuning, in training."""
+"""From an image to the network's input: at test time, in FixRes fine-tuning, in training.
+
+Loading gives pixels, a quarter of the bytes of the network's input, and the device normalises them.
+"""
 
 import contextlib
 import hashlib
@@ -6,9 +9,9 @@ import io
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,8 +34,6 @@ _WARNINGS = threading.Lock()
 """Held while the warning filters change: they are the process's, and concurrent changes would stay."""
 
 ImageSource = Image.Image | str | os.PathLike[str] | bytes
-TestTransform = Callable[[Image.Image], Tensor]
-"""A test-time transform: RGB image to float32 [3, S, S]."""
 
 
 class Preprocess(TestTime):
@@ -59,7 +60,27 @@ class Preprocess(TestTime):
         Raises:
             ImageError: The image cannot be opened, or is above the pixel limit (see `open_image`).
         """
-        return self.normalise(self.crop(open_image(image)))
+        return self.normalise(self.pixels(open_image(image))).contiguous()
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """All steps but the last: an RGB image to uint8 [3, size, size], whose channels lie together in memory."""
+        return _pixels(self.crop(image))
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """The last step, on the device that the pixels are on.
+
+        Args:
+            pixels: uint8 [..., 3, H, W].
+
+        Returns:
+            float32 of the same shape, with channels last in memory: what torchvision computes, in that order.
+        """
+        # a row at a time, as a CPU is slow where three values are all that lies together; and divided by a tensor, as
+        # a GPU multiplies by the reciprocal of a number, which is rounded
+        constants = torch.tensor([(255.0,) * 3, self.mean, self.std], dtype=torch.float32)
+        whole, mean, std = constants.repeat(1, pixels.shape[-1]).to(pixels.device)
+        rows = pixels.movedim(-3, -1).flatten(-2).to(torch.float32).div_(whole).sub_(mean).div_(std)
+        return rows.view(*rows.shape[:-1], -1, 3).movedim(-1, -3)
 
     def crop(self, image: Image.Image) -> Image.Image:
         """The first two steps: an RGB image, resized and cropped to a square of `size` pixels."""
@@ -96,16 +117,6 @@ class Preprocess(TestTime):
         resized = int(self.size / self.crop_pct)
         return resized, int(resized * long / short)
 
-    def normalise(self, image: Image.Image) -> Tensor:
-        """The last step: an RGB image of any size to float32 [3, H, W]."""
-        return self._normalised(_pixels(image))
-
-    def _normalised(self, pixels: Tensor) -> Tensor:
-        """uint8 [3, H, W] of any strides to float32: what torchvision computes, in that order, without its copies."""
-        mean, std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (self.mean, self.std))
-        values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-        return values.div_(255).sub_(mean).div_(std)
-
 
 class FastPreprocess(Preprocess):
     """Nearly the same in half the time: torchvision resizes tensors of whole values, where Pillow resizes images.
@@ -113,21 +124,25 @@ class FastPreprocess(Preprocess):
     Of a photo, a few values in a thousand differ, by 2 of 255 at most (docs/speed.md).
     """
 
-    def __call__(self, image: ImageSource) -> Tensor:
-        """Transforms one image; arguments, result and errors as in `Preprocess`."""
+    def pixels(self, image: Image.Image) -> Tensor:
+        """All steps but the last, as in `Preprocess`."""
         from torchvision.transforms.v2 import functional as v2  # which takes a while, and few need it
 
-        image = open_image(image)
         short, long = self._resized(image)
         if short * long > PIXEL_LIMIT:
-            return super().__call__(image)
+            return super().pixels(image)
         resized = v2.resize(_pixels(image), [short], InterpolationMode(self.interpolation))
-        return self._normalised(v2.center_crop(resized, [self.size, self.size]))
+        return cast(Tensor, v2.center_crop(resized, [self.size, self.size]))
 
 
 def _pixels(image: Image.Image) -> Tensor:
     """An RGB image's pixels, copied: uint8 [3, H, W]; the channels of each lie together."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def stacked(images: Sequence[Tensor]) -> Tensor:
+    """Pixels of images, uint8 [..., 3, H, W] each, as uint8 [n, ..., 3, H, W] with channels last in memory."""
+    return torch.stack([image.movedim(-3, -1) for image in images]).movedim(-1, -3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +165,7 @@ class FineTuningTransform:
     color_jitter: float
 
     def __call__(self, image: Image.Image, epoch: int, index: int) -> Tensor:
-        """Transforms one RGB image: float32 [3, size, size]."""
+        """Transforms one RGB image: uint8 [3, size, size]; what normalises it is `test`."""
         size = self.test.size
         with _draws_of(self.seed, epoch, index):
             image = self.test.resize(image)
@@ -158,7 +173,7 @@ class FineTuningTransform:
             image = transforms.ColorJitter(*[self.color_jitter] * 3)(image)
             left = int(torch.randint(image.width - size + 1, (1,)))
             top = round((image.height - size) / 2)
-            return self.test.normalise(F.crop(image, top, left, size, size))
+            return _pixels(F.crop(image, top, left, size, size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,10 +192,10 @@ class Views:
     augmented: FineTuningTransform
 
     def __call__(self, image: Image.Image, epoch: int, index: int) -> Tensor:
-        """Transforms one RGB image: float32 [count, 3, size, size]; `epoch` makes no difference."""
-        plain = self.augmented.test(image)
+        """Transforms one RGB image: uint8 [count, 3, size, size]; `epoch` makes no difference."""
+        plain = self.augmented.test.pixels(image)
         drawn = [self.augmented(image, view, index) for view in range(2, self.count)]
-        return torch.stack([plain, plain.flip(-1), *drawn][: self.count])
+        return stacked([plain, plain.flip(-1), *drawn][: self.count])
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,11 +213,11 @@ class TrainingTransform:
     hflip: float
 
     def __call__(self, image: Image.Image, epoch: int, index: int) -> Tensor:
-        """Transforms one RGB image: float32 [3, size, size]."""
+        """Transforms one RGB image: uint8 [3, size, size]; what normalises it is `train`."""
         mode = InterpolationMode(self.train.interpolation)
         with _draws_of(self.seed, epoch, index):
             image = transforms.RandomResizedCrop(self.train.size, interpolation=mode)(image)
-            return self.train.normalise(transforms.RandomHorizontalFlip(self.hflip)(image))
+            return _pixels(transforms.RandomHorizontalFlip(self.hflip)(image))
 
 
 @contextlib.contextmanager

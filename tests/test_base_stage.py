@@ -93,6 +93,7 @@ def plain_average(data: Path, weights: Path, decay: float) -> list[dict[str, tor
         rate = 8 * recipe.base_lr * BATCH / 512
         optimizer.param_groups[0]["lr"] = rate / 2 * (1 + math.cos(math.pi * update / (EPOCHS * steps)))
         inputs = torch.stack([transform(images[index][0], epoch, index) for index in chosen])
+        inputs = (inputs / 255 - torch.tensor(recipe.mean)[:, None, None]) / torch.tensor(recipe.std)[:, None, None]
         targets = torch.tensor([images[index][1] for index in chosen])
         logits = model(inputs.to(memory_format=torch.channels_last))
         loss = nn.functional.cross_entropy(logits, targets, label_smoothing=0.1)

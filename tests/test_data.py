@@ -13,11 +13,13 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
 
 from fixefficientnet.data.dataset import ImageDataset, follow, open_dataset
-from fixefficientnet.data.loading import load_batches, shard_tasks
+from fixefficientnet.data.loading import InEveryEpoch, load_batches, shard_tasks
 from fixefficientnet.errors import DataError, ImageError
+from fixefficientnet.preprocessing import FineTuningTransform, Preprocess, Views
 
 # numbers of ImageNet-1k's classes, as published with Imagenette, and a few more
 IMAGENET = {
@@ -316,6 +318,29 @@ def test_batches_come_as_asked_for(twelve: Path, workers: int):
         assert batch.indices.tolist() == [index for _, index in asked]
         assert batch.targets.tolist() == [tiny.CLASSES.index(paths[index].parent.name) for _, index in asked]
         assert batch.unreadable == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("views", [None, 3])
+def test_pixels_are_shipped_and_become_the_networks_input_without_a_copy(twelve: Path, views: int | None, workers: int):
+    test = Preprocess(16, 0.875, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    augmented = FineTuningTransform(test, 0, 0.5, 0.05)
+    transform = InEveryEpoch(test.pixels) if views is None else Views(views, augmented)
+    tasks = [[(0, index) for index in range(start, start + 4)] for start in (0, 4, 8)]
+    paths = files(twelve)
+    reference = transforms.Compose([transforms.ToTensor(), transforms.Normalize(test.mean, test.std)])
+    for batch, asked in zip(
+        load_batches(open_dataset(str(twelve), "train"), transform, tasks, workers=workers), tasks, strict=True
+    ):
+        assert batch.inputs.dtype == torch.uint8
+        assert batch.inputs.movedim(-3, -1).is_contiguous()
+        found = test.normalise(batch.inputs.flatten(0, -4))
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        plain = [reference(test.crop(Image.open(paths[index]).convert("RGB"))) for _, index in asked]
+        expected = torch.stack(plain).contiguous(memory_format=torch.channels_last)
+        assert torch.equal(found[:: views or 1], expected)
+        if views:
+            assert torch.equal(found[1::views], expected.flip(-1))
 
 
 def test_an_unreadable_image_is_named(twelve: Path):

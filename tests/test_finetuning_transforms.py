@@ -20,8 +20,8 @@ BICUBIC = transforms.InterpolationMode.BICUBIC
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng([seed, width, height]).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+    values = np.random.default_rng([seed, width, height]).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
 
 
 def at_test(size: int = 48, crop_pct: float = 1.0) -> Preprocess:
@@ -32,8 +32,8 @@ def fine_tuning(size: int = 48, crop_pct: float = 1.0, hflip: float = 0, jitter:
     return FineTuningTransform(at_test(size, crop_pct), 0, hflip, jitter)
 
 
-def normalised(image: Image.Image) -> Tensor:
-    return transforms.Normalize(MEAN, STD)(transforms.ToTensor()(image))
+def pixels(image: Image.Image) -> Tensor:
+    return transforms.PILToTensor()(image)
 
 
 def offsets(found: Tensor, resized: Tensor) -> list[int]:
@@ -99,18 +99,18 @@ def test_torchs_own_random_numbers_are_left_alone(name: str):
 )
 def test_the_crop_is_of_the_resized_image_at_its_centres_height(width: int, height: int, size: int, crop_pct: float):
     image = noise(width, height)
-    resized = normalised(transforms.Resize(int(size / crop_pct), BICUBIC)(image))
+    resized = pixels(transforms.Resize(int(size / crop_pct), BICUBIC)(image))
     transform = fine_tuning(size, crop_pct)
     for epoch in range(20):
         found = transform(image, epoch, 7)
         assert found.shape == (3, size, size)
-        assert found.dtype == torch.float32
+        assert found.dtype == torch.uint8
         assert len(offsets(found, resized)) == 1
 
 
 def test_every_offset_is_as_likely():
     image = noise(75, 60)
-    resized = normalised(transforms.Resize(48, BICUBIC)(image))
+    resized = pixels(transforms.Resize(48, BICUBIC)(image))
     assert resized.shape == (3, 48, 60)
     drawn = [offsets(fine_tuning()(image, epoch, index), resized) for epoch in range(40) for index in range(20)]
     counts = np.bincount([left for (left,) in drawn], minlength=13)
@@ -123,12 +123,12 @@ def test_every_offset_is_as_likely():
 def test_a_portrait_image_without_draws_is_as_at_test_time(width: int, height: int):
     image = noise(width, height)
     for epoch in range(3):
-        assert torch.equal(fine_tuning()(image, epoch, 1), at_test()(image))
+        assert torch.equal(fine_tuning()(image, epoch, 1), at_test().pixels(image))
 
 
 def test_mirroring_is_as_likely_as_asked():
     image = noise(60, 60)
-    plain = normalised(transforms.Resize(48, BICUBIC)(image))
+    plain = pixels(transforms.Resize(48, BICUBIC)(image))
     mirrored = torch.from_numpy(plain.numpy()[..., ::-1].copy())
     for hflip in (0, 0.25, 1):
         found = [fine_tuning(hflip=hflip)(image, epoch, 0) for epoch in range(300)]
@@ -140,7 +140,7 @@ def test_mirroring_is_as_likely_as_asked():
 
 def test_a_mirrored_crop_is_of_the_mirrored_image():
     image = noise(150, 60)
-    resized = normalised(ImageOps.mirror(transforms.Resize(48, BICUBIC)(image)))
+    resized = pixels(ImageOps.mirror(transforms.Resize(48, BICUBIC)(image)))
     found = {left for epoch in range(60) for left in offsets(fine_tuning(hflip=1)(image, epoch, 0), resized)}
     assert min(found) < 10
     assert max(found) > 120 - 48 - 10
@@ -148,9 +148,9 @@ def test_a_mirrored_crop_is_of_the_mirrored_image():
 
 def test_colours_change_by_a_little_and_never_by_more():
     def values(jitter: float, colour: tuple[int, int, int]) -> np.ndarray:
-        transform = FineTuningTransform(Preprocess(48, 1, "bicubic", (0, 0, 0), (1, 1, 1)), 0, 0.5, jitter)
+        transform = fine_tuning(hflip=0.5, jitter=jitter)
         image = Image.new("RGB", (60, 60), colour)
-        return np.stack([255 * transform(image, epoch, 0)[:, 9, 9].numpy() for epoch in range(300)])
+        return np.stack([transform(image, epoch, 0)[:, 9, 9].float().numpy() for epoch in range(300)])
 
     # of an even grey image, contrast and saturation change nothing: this is the brightness
     for jitter in (0.05, 0.2):
@@ -168,10 +168,10 @@ def test_colours_change_by_a_little_and_never_by_more():
 
 
 def test_contrast_changes_too():
-    pixels = np.full((48, 48, 3), 80, np.uint8)
-    pixels[:, 24:] = 160
-    transform = FineTuningTransform(Preprocess(48, 1, "bicubic", (0, 0, 0), (1, 1, 1)), 0, 0, 0.05)
-    found = [transform(Image.fromarray(pixels), epoch, 0) for epoch in range(200)]
+    halves = np.full((48, 48, 3), 80, np.uint8)
+    halves[:, 24:] = 160
+    transform = fine_tuning(jitter=0.05)
+    found = [transform(Image.fromarray(halves), epoch, 0) for epoch in range(200)]
     ratios = np.array([(tensor[0, 9, 40] / tensor[0, 9, 4]).item() for tensor in found])  # free of brightness
     assert ratios.min() < 1.95
     assert ratios.max() > 2.05
@@ -184,12 +184,12 @@ def test_contrast_changes_too():
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
 def test_views_are_the_plain_one_its_mirror_image_and_then_drawn_ones(count: int):
     image = noise(200, 60)
-    resized = normalised(transforms.Resize(48, BICUBIC)(image))
+    resized = pixels(transforms.Resize(48, BICUBIC)(image))
     found = Views(count, fine_tuning())(image, 0, 5)
     assert found.shape == (count, 3, 48, 48)
-    assert torch.equal(found[0], at_test()(image))
+    assert torch.equal(found[0], at_test().pixels(image))
     if count > 1:
-        assert np.array_equal(found[1].numpy(), at_test()(image).numpy()[..., ::-1])
+        assert np.array_equal(found[1].numpy(), at_test().pixels(image).numpy()[..., ::-1])
     places = [offsets(view, resized) for view in found[2:]]
     assert all(len(place) == 1 for place in places)
     assert len({place for (place,) in places}) == len(places)
@@ -204,7 +204,7 @@ def test_drawn_views_are_augmented_and_other_ones_for_each_image():
     assert torch.equal(one[:2], other[:2])
     drawn = [*one[2:], *other[2:]]
     assert all(not torch.equal(first, second) for first, second in itertools.combinations(drawn, 2))
-    resized = normalised(transforms.Resize(48, BICUBIC)(image))
+    resized = pixels(transforms.Resize(48, BICUBIC)(image))
     assert not any(offsets(view, resized) for view in drawn)  # their colours have changed
 
 
@@ -218,8 +218,7 @@ def test_training_is_torchvisions_random_resized_crop_and_flip(interpolation: st
         [
             transforms.RandomResizedCrop(40, interpolation=transforms.InterpolationMode(interpolation)),
             transforms.RandomHorizontalFlip(hflip),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
+            transforms.PILToTensor(),
         ]
     )
     for seed, epoch, index in itertools.product((0, 12), (0, 3), (0, 1, 1_281_166)):

@@ -189,6 +189,7 @@ def plain_online(ground: Ground, processes: int = 1, *, tune: str = "fixres") ->
         for start in range(0, 30, 6):
             chosen = sequence[start : start + 6]
             inputs = torch.stack([transform(images[index][0], epoch, index) for index in chosen])
+            inputs = (inputs / 255 - torch.tensor(recipe.mean)[:, None, None]) / torch.tensor(recipe.std)[:, None, None]
             targets = torch.tensor([images[index][1] for index in chosen])
             optimizer.zero_grad()
             before = [model.bn2.running_mean.clone(), model.bn2.running_var.clone()]

@@ -117,9 +117,17 @@ def accelerating(device: str | None, mixed_precision: str) -> Iterator["Accelera
 
 
 def default_workers() -> int:
-    """Number of loading processes of this process: 4, or its share of the cores it may use where that is less."""
+    """Number of loading processes of this process: its share of the cores it may use.
+
+    Of what `srun` starts, each process may use the cores of its own task only.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, cores // local_processes())
+
+
+def local_processes() -> int:
+    """Number of this command's processes on this machine, as torchrun or `accelerate launch` says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def rank() -> int:

@@ -9,12 +9,12 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from fixefficientnet.data.dataset import ImageDataset
 from fixefficientnet.errors import ImageError
@@ -48,7 +48,7 @@ class Batch:
     """A batch of transformed images.
 
     Attributes:
-        inputs: The transform's results, stacked; float32 [n, ...].
+        inputs: The transform's results, stacked: of images uint8 [n, ..., 3, S, S], with channels last in memory.
         targets: Class indices of the model; int64 [n].
         indices: Indices of the images in the dataset; int64 [n].
         unreadable: Index and reason of each image that was asked for and could not be read.
@@ -88,9 +88,9 @@ def load_batches(
     """
     loader: DataLoader[Any] = DataLoader(
         _Loading(dataset, transform, substitute),
-        batch_sampler=tasks,
+        sampler=cast(Any, tasks),
+        batch_size=None,  # a worker is given all that it is to load together
         num_workers=workers,
-        collate_fn=_collate,
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_the_parent,
     )
@@ -99,8 +99,7 @@ def load_batches(
 
 def load_batch(dataset: ImageDataset, transform: Transform, tasks: list[Task]) -> Batch:
     """Loads one batch in this thread; unreadable images are left out."""
-    loading = _Loading(dataset, transform, substitute=False)
-    return _collate([loading[task] for task in tasks])
+    return _Loading(dataset, transform, substitute=False)[tasks]
 
 
 def shard_tasks(length: int, shard: int, batch: int, shards: Sequence[int]) -> list[list[Task]]:
@@ -131,44 +130,54 @@ def _leave_signals_to_the_parent(worker: int) -> None:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """A transformed image, or the reasons why there is none."""
-
-    tensor: Tensor | None
-    target: int
-    index: int
-    unreadable: list[tuple[int, str]]
-    unturned: bool
-
-
 class _Loading(Dataset[Any]):
-    """The dataset of a worker: (epoch, index) → the transformed image, or the reason why there is none."""
+    """The dataset of a worker: epochs and indices → the batch."""
 
     def __init__(self, dataset: ImageDataset, transform: Transform, substitute: bool):
         self.dataset, self.transform, self.substitute = dataset, transform, substitute
 
-    def __getitem__(self, task: Task) -> _Item:
-        epoch, index = task
+    def __getitem__(self, tasks: list[Task]) -> Batch:
+        inputs: Tensor | None = None
+        targets: list[int] = []
+        indices: list[int] = []
         unreadable: list[tuple[int, str]] = []
+        unturned: list[int] = []
+        for task in tasks:
+            found = self._load(task, unreadable)
+            if found is None:
+                continue
+            tensor, target, index, turned = found
+            if inputs is None:
+                inputs = _room(len(tasks), tensor)
+            inputs[len(targets)] = tensor
+            targets.append(target)
+            indices.append(index)
+            unturned += [] if turned else [index]
+        return Batch(
+            torch.empty(0) if inputs is None else inputs[: len(targets)],
+            torch.tensor(targets, dtype=torch.int64),
+            torch.tensor(indices, dtype=torch.int64),
+            unreadable,
+            unturned,
+        )
+
+    def _load(self, task: Task, unreadable: list[tuple[int, str]]) -> tuple[Tensor, int, int, bool] | None:
+        """A transformed image, its class, its index and whether it is upright; notes those that cannot be read."""
+        epoch, index = task
         for _ in range(10 if self.substitute else 1):
             try:
                 image, target = self.dataset[index]
-                unturned = orientation(image) != 1  # an image that was turned has none any more
-                return _Item(self.transform(image, epoch, index), target, index, unreadable, unturned)
+                turned = orientation(image) == 1  # an image that was turned has none any more
+                return self.transform(image, epoch, index), target, index, turned
             except ImageError as error:
                 unreadable.append((index, str(error)))
                 index = (index + 1) % len(self.dataset)
-        return _Item(None, -1, index, unreadable, False)
+        return None
 
 
-def _collate(items: list[_Item]) -> Batch:
-    tensors = [item.tensor for item in items if item.tensor is not None]
-    good = [item for item in items if item.tensor is not None]
-    return Batch(
-        inputs=torch.stack(tensors) if tensors else torch.empty(0),
-        targets=torch.tensor([item.target for item in good], dtype=torch.int64),
-        indices=torch.tensor([item.index for item in good], dtype=torch.int64),
-        unreadable=[failure for item in items for failure in item.unreadable],
-        unturned=[item.index for item in good if item.unturned],
-    )
+def _room(count: int, tensor: Tensor) -> Tensor:
+    """Room for a batch of tensors like this one, each as it lies in memory; in shared memory, in a worker."""
+    flat = torch.empty(count * tensor.numel(), dtype=tensor.dtype)
+    if get_worker_info() is not None:
+        cast(Any, flat).share_memory_()  # else the whole batch would be copied there
+    return flat.as_strided((count, *tensor.shape), (tensor.numel(), *tensor.stride()))

@@ -20,7 +20,7 @@ from fixefficientnet.errors import DataError, EvaluationError, FixEfficientNetEr
 from fixefficientnet.evaluation.journal import Finished, Journal
 from fixefficientnet.evaluation.outcome import Evaluation, ImagePrediction
 from fixefficientnet.manifest import TestTime
-from fixefficientnet.preprocessing import Preprocess, TestTransform
+from fixefficientnet.preprocessing import Preprocess
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,7 +54,7 @@ class EvaluationLoop:
     model: nn.Module
     dataset: ImageDataset
     test: TestTime
-    transform: TestTransform | None = None
+    transform: Preprocess | None = None
     batch_size: int = 32
     shard: int = 256
     workers: int = 0
@@ -113,6 +113,10 @@ class EvaluationLoop:
     def _rank_and_world(self) -> tuple[int, int]:
         return (self.accelerator.process_index, self.accelerator.num_processes) if self.accelerator else (0, 1)
 
+    @property
+    def _transform(self) -> Preprocess:
+        return self.transform or Preprocess.of(self.test)
+
     def _tasks(self, done: Finished) -> list[list[Task]]:
         """The batches of this process that are not done."""
         rank, world = self._rank_and_world
@@ -137,7 +141,7 @@ class EvaluationLoop:
                     self.progress.advance((len(found.predictions) + len(found.unreadable)) * self._rank_and_world[1])
 
     def _results(self, tasks: list[list[Task]]) -> Generator[Finished, None, None]:
-        dataset, transform = self.dataset, InEveryEpoch(self.transform or Preprocess.of(self.test))
+        dataset, transform = self.dataset, InEveryEpoch(self._transform.pixels)
         if self.threads > 1:
             work = map_in_threads(lambda task: self._batch(load_batch(dataset, transform, task)), tasks, self.threads)
             yield from work
@@ -150,7 +154,7 @@ class EvaluationLoop:
         found = Finished(unreadable=dict(batch.unreadable), unturned=set(batch.unturned))
         if len(batch.targets):
             device = next(self.model.parameters()).device
-            inputs = batch.inputs.to(device, non_blocking=True)
+            inputs = self._transform.normalise(batch.inputs.to(device, non_blocking=True))
             logits = _logits(self.model, inputs, self.test.size, self._precision)
             found.predictions = _predictions(logits, batch, self.dataset, self.subset)
         return found

@@ -23,8 +23,8 @@ class Settings(Checked):
         restrict_classes: Restrict logits to the classes of the dataset. Default: where these are 200 of ImageNet's.
         real_labels: Count as correct what ReaL labels allow.
         batch_size: Images per forward pass. Default: 32; 2 where threads of a CPU compute a batch each.
-        workers: Loading processes per device. Default: 4, or one per core where there are fewer; none where threads of
-            a CPU load and compute.
+        workers: Loading processes per device. Default: the usable cores, shared among the processes; none where
+            threads of a CPU load and compute.
         threads: Threads of a CPU that load and compute a batch each, and share its cores. Default: one per core, up to
             8; 1 is for a model that keeps something between the layers of a forward pass.
         device: Device to compute on. Default: cuda if there is one.

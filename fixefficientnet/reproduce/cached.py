@@ -28,7 +28,7 @@ from fixefficientnet import delta
 from fixefficientnet.data.dataset import ImageDataset
 from fixefficientnet.data.loading import Batch
 from fixefficientnet.errors import DataError, RunError, UnsupportedModelError
-from fixefficientnet.preprocessing import Views
+from fixefficientnet.preprocessing import Preprocess, Views
 from fixefficientnet.reproduce.checkpoints import Checkpoints, Position
 from fixefficientnet.reproduce.network import Network, TrainingState, optimizer_of
 from fixefficientnet.reproduce.online import order, transform_of
@@ -148,7 +148,7 @@ def _estimate_statistics(
         sums["count"] = torch.tensor(values.numel() // channels, dtype=torch.float64)
 
     def forward(batch: Batch) -> Shard:
-        _forward(session, network, batch.inputs)
+        _forward(session, network, recipe, batch.inputs)
         return {name: tensor.cpu() for name, tensor in sums.items()}
 
     chosen = _chosen(recipe, len(dataset))
@@ -211,7 +211,7 @@ def _compute_features(
 
     def forward(batch: Batch) -> Shard:
         seen.clear()
-        logits = _forward(session, network, batch.inputs)
+        logits = _forward(session, network, recipe, batch.inputs)
         (pooled, classified), *more = seen
         same = classified.shape == logits.shape and classified.allclose(logits, 0, 0, equal_nan=True)
         if more or pooled.shape != (len(logits), channels) or not same:
@@ -351,11 +351,11 @@ def _near(values: Array, device: torch.device) -> Tensor:
 
 
 @torch.inference_mode()
-def _forward(session: Session, network: Network, inputs: Tensor) -> Tensor:
-    """Runs the whole network, whose hooks take what is wanted; float32 [n, views, 3, S, S] → [n x views, classes]."""
-    dataset = inputs.flatten(0, 1).to(session.accelerator.device, non_blocking=True)
+def _forward(session: Session, network: Network, recipe: Recipe, pixels: Tensor) -> Tensor:
+    """Runs the whole network, whose hooks take what is wanted; uint8 [n, views, 3, S, S] → [n x views, classes]."""
+    pixels = pixels.flatten(0, 1).to(session.accelerator.device, non_blocking=True)
     with session.accelerator.autocast():
-        logits: Tensor = network.model(dataset.contiguous(memory_format=torch.channels_last))
+        logits: Tensor = network.model(Preprocess.of(recipe.test).normalise(pixels))
     return logits.float()
 
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fixefficientnet.preprocessing import Preprocess
 from fixefficientnet.reproduce.network import Network
 from fixefficientnet.reproduce.recipe import Recipe
 
@@ -28,31 +29,32 @@ class StepNetwork(nn.Module):
         """Takes a network, prepared for a recipe, in eval mode."""
         super().__init__()
         self.model = network.model
+        self._normalise = Preprocess.of(recipe.test).normalise
         self._chunk = recipe.forward_batch
         in_chunks = recipe.stage == "fixres" and _ends_features(network, recipe.work_size)
         self._norm = network.norm if in_chunks else None
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Gives the logits, [n, classes], of a batch of images, float32 [n, 3, S, S]."""
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Gives the logits, [n, classes], of a batch of images, uint8 [n, 3, S, S]."""
         model = cast(Any, self.model)
         if self._norm is None:
-            logits: Tensor = model(inputs.contiguous(memory_format=torch.channels_last))
+            logits: Tensor = model(self._normalise(pixels))
         else:
-            logits = model.forward_head(self._norm(self._entering_norm(inputs)))
+            logits = model.forward_head(self._norm(self._entering_norm(pixels)))
         return logits
 
     @torch.no_grad()
-    def _entering_norm(self, inputs: Tensor) -> Tensor:
+    def _entering_norm(self, pixels: Tensor) -> Tensor:
         """What the norm is given for a batch, [n, channels, h, w], or [n, positions, channels]."""
         assert self._norm
         whole: Tensor | None = None
-        for start in range(0, len(inputs), self._chunk):
-            part = inputs[start : start + self._chunk].contiguous(memory_format=torch.channels_last)
+        for start in range(0, len(pixels), self._chunk):
+            part = self._normalise(pixels[start : start + self._chunk])
             with _passing_through(self._norm):
                 entering = cast(Any, self.model).forward_features(part)
             if whole is None:
                 layout = torch.channels_last if entering.dim() == 4 else torch.contiguous_format
-                shape = len(inputs), *entering.shape[1:]
+                shape = len(pixels), *entering.shape[1:]
                 whole = torch.empty(shape, dtype=entering.dtype, device=entering.device, memory_format=layout)
             whole[start : start + len(part)] = entering
         assert whole is not None

@@ -33,7 +33,7 @@ class Options(Checked):
     """What does not decide the result of a run.
 
     Attributes:
-        workers: Loading processes per device. Default: 4, or one per core where there are fewer.
+        workers: Loading processes per device. Default: the usable cores, shared among the processes.
         compile: Compile the frozen part with torch.compile.
         auto_batch: Halve the batch when memory runs out.
         overwrite: Delete what an earlier run left in the folder.

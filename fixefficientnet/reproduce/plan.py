@@ -252,7 +252,7 @@ def _peak_memory(net: network.Network, recipe: Recipe, size: int, step_images: i
         net.train(recipe)
         live = _LiveBytes(net.model)
         with compat.showing_results(live), torch.set_grad_enabled(bool(net.trained)):
-            inputs = torch.empty(step_images, 3, size, size, dtype=dtype, device="meta")
+            inputs = torch.empty(step_images, 3, size, size, dtype=torch.uint8, device="meta")
             loss = F.cross_entropy(step_network(inputs), torch.zeros(step_images, dtype=torch.long, device="meta"))
             if net.trained:
                 torch.autograd.grad(loss, list(net.trained.values()))
@@ -270,4 +270,6 @@ def _in_half_precision(net: network.Network) -> None:
     net.model.bfloat16()
     for module in filter(None, (net.norm, net.classifier)):
         module.float()
-        module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
+    for module in net.model.modules():
+        if (weight := vars(module)["_parameters"].get("weight")) is not None:
+            module.register_forward_pre_hook(lambda module, inputs, dtype=weight.dtype: (inputs[0].to(dtype),))

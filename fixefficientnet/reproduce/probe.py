@@ -13,7 +13,6 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from fixefficientnet._internal.files import write_atomically
@@ -73,7 +72,7 @@ def logits(model: nn.Module, images: Tensor, test: TestTime) -> Tensor:
     """What a model makes of a probe's images: float32 [N, classes], on the CPU."""
     preprocess = Preprocess.of(test)
     device = next(model.parameters()).device
-    tensors = (preprocess.normalise(Image.fromarray(image.numpy())) for image in images)
+    tensors = (preprocess.normalise(image.permute(2, 0, 1)).contiguous() for image in images)
     return torch.cat([model(tensor[None].to(device)).float().cpu() for tensor in tensors])  # one by one: any size fits
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fixefficientnet.data.dataset import ImageDataset
 from fixefficientnet.data.loading import InEveryEpoch, load_batches
 from fixefficientnet.errors import DataError
-from fixefficientnet.preprocessing import TestTransform
+from fixefficientnet.preprocessing import Preprocess
 from fixefficientnet.runtimes import formats
 from fixefficientnet.runtimes.formats import Forward
 
@@ -36,7 +36,7 @@ class Calibration:
     """
 
     dataset: ImageDataset
-    transform: TestTransform
+    transform: Preprocess
     count: int
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -44,9 +44,9 @@ class Calibration:
         count = min(self.count, len(self.dataset))
         indices = np.linspace(0, len(self.dataset) - 1, count).astype(int).tolist()
         tasks = [[(0, index) for index in indices[at : at + _BATCH]] for at in range(0, count, _BATCH)]
-        for batch in load_batches(self.dataset, InEveryEpoch(self.transform), tasks):
+        for batch in load_batches(self.dataset, InEveryEpoch(self.transform.pixels), tasks):
             if len(batch.targets):
-                yield batch.inputs, batch.targets
+                yield self.transform.normalise(batch.inputs).contiguous(), batch.targets
 
     @torch.inference_mode()
     def correct(self, forward: Forward) -> tuple[int, int]:
