@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageEnhance, ImageStat, UnidentifiedImageError
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
@@ -166,14 +166,62 @@ class FineTuningTransform:
 
     def __call__(self, image: Image.Image, epoch: int, index: int) -> Tensor:
         """Transforms one RGB image: uint8 [3, size, size]; what normalises it is `test`."""
-        size = self.test.size
-        with _draws_of(self.seed, epoch, index):
-            image = self.test.resize(image)
-            image = transforms.RandomHorizontalFlip(self.hflip)(image)
-            image = transforms.ColorJitter(*[self.color_jitter] * 3)(image)
+        size, image = self.test.size, self.test.resize(image)
+        jitter = transforms.ColorJitter(*[self.color_jitter] * 3)
+        with _draws_of(self.seed, epoch, index):  # in torchvision's order
+            mirrored = bool(torch.rand(1) < self.hflip)
+            order, *factors, _ = jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
             left = int(torch.randint(image.width - size + 1, (1,)))
-            top = round((image.height - size) / 2)
-            return _pixels(F.crop(image, top, left, size, size))
+        if mirrored:  # which is done last, on the crop alone
+            left = image.width - size - left
+        top = round((image.height - size) / 2)
+        image = _jittered(image, (left, top, left + size, top + size), order.tolist(), *factors)
+        return _pixels(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image)
+
+
+_RAMP = Image.frombytes("L", (256, 1), bytes(range(256)))
+"""Every value once."""
+
+
+def _jittered(
+    image: Image.Image,
+    box: tuple[int, int, int, int],
+    order: Sequence[int],
+    brightness: float | None,
+    contrast: float | None,
+    saturation: float | None,
+) -> Image.Image:
+    """The same pixels as torchvision's colour jitter of a whole image, cropped to a box afterwards.
+
+    Contrast changes with the mean of the whole image as it is then, so that what comes before is done on the whole
+    image; what comes after, on the crop. Brightness and contrast make of each value another: in one table.
+
+    Args:
+        image: An RGB image.
+        box: What to crop to.
+        order: 0 (brightness), 1 (contrast), 2 (saturation) and 3 (hue, which stays), as they follow each other.
+        brightness: Factor of the brightness; None: unchanged; likewise the others.
+        contrast: Factor of the contrast.
+        saturation: Factor of the saturation.
+    """
+    table = _RAMP
+    if contrast is None:
+        image = image.crop(box)
+    for step in order:
+        if step == 0 and brightness is not None:
+            table = ImageEnhance.Brightness(table).enhance(brightness)
+        elif step == 1 and contrast is not None:
+            mean = int(ImageStat.Stat(_mapped(image, table).convert("L")).mean[0] + 0.5)
+            table = Image.blend(Image.new("L", table.size, mean), table, contrast)
+            image = image.crop(box)
+        elif step == 2 and saturation is not None:
+            image, table = ImageEnhance.Color(_mapped(image, table)).enhance(saturation), _RAMP
+    return _mapped(image, table)
+
+
+def _mapped(image: Image.Image, table: Image.Image) -> Image.Image:
+    """An RGB image with each value replaced by what a table of 256 values has for it."""
+    return image if table is _RAMP else image.point(list(table.tobytes()) * 3)
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,6 +178,28 @@ def test_contrast_changes_too():
     assert ratios.min() > 1.8 and ratios.max() < 2.2
 
 
+@pytest.mark.parametrize("jitter", [0, 0.05, 0.4, 1.0])
+def test_pixels_are_those_of_torchvisions_own_transforms(jitter: float):
+    mirror, colours = transforms.RandomHorizontalFlip(0.5), transforms.ColorJitter(jitter, jitter, jitter)
+    sizes = [(150, 60), (60, 60), (61, 90), (97, 64), (500, 30)]
+    orders = set()
+    for index, (width, height) in enumerate(sizes * 8):
+        size, crop_pct = (48, 0.9) if index % 2 else (47, 1.0)
+        # even, dark and bright ones too, of which the values meet their limits
+        image = Image.blend(Image.new("RGB", (width, height), (index * 6, 250, 9)), noise(width, height, index), 0.5)
+        found = FineTuningTransform(at_test(size, crop_pct), 5, 0.5, jitter)(image, 3, index)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived_seed(5, 3, index))
+            expected = colours(mirror(transforms.Resize(int(size / crop_pct), BICUBIC)(image)))
+            left = int(torch.randint(expected.width - size + 1, (1,)))
+            torch.manual_seed(derived_seed(5, 3, index))
+            torch.rand(1)
+            orders.add(tuple(step for step in torch.randperm(4).tolist() if step < 3))
+        box = transforms.functional.crop(expected, round((expected.height - size) / 2), left, size, size)
+        assert torch.equal(found, pixels(box)), (index, width, height)
+    assert len(orders) == 6
+
+
 # --- views --------------------------------------------------------------------------------------------------
 
 
