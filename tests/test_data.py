@@ -1,5 +1,6 @@
 """Datasets: what is opened, how its classes are numbered, and what a loader gives."""
 
+import itertools
 import os
 import shutil
 import struct
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
 
 from fixefficientnet.data.dataset import ImageDataset, follow, open_dataset
-from fixefficientnet.data.loading import InEveryEpoch, load_batches, shard_tasks
+from fixefficientnet.data.loading import Ahead, InEveryEpoch, load_batches, shard_tasks
 from fixefficientnet.errors import DataError, ImageError
 from fixefficientnet.preprocessing import FineTuningTransform, Preprocess, Views
 
@@ -341,6 +343,63 @@ def test_pixels_are_shipped_and_become_the_networks_input_without_a_copy(twelve:
         assert torch.equal(found[:: views or 1], expected)
         if views:
             assert torch.equal(found[1::views], expected.flip(-1))
+
+
+def test_what_is_loaded_ahead_has_a_limit():
+    for workers, batch, room in itertools.product((1, 2, 7, 64), (1, 2, 32, 512, 4096), (1, 2, 3, 63, 64, 500, 10_000)):
+        ahead = Ahead.of(workers, batch, room)
+        assert ahead.workers * ahead.part * ahead.parts <= room
+        assert ahead.workers == min(workers, room)
+        assert 1 <= ahead.part <= batch
+        assert ahead.parts >= (2 if room >= 2 * workers else 1)
+        if room >= 2 * max(batch, 64 * workers):
+            assert ahead.workers * ahead.part * ahead.parts >= batch  # while a batch is computed, the next is loaded
+
+
+def small_shared_memory(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="shared memory is a folder")
+@pytest.mark.parametrize("images", [1, 2, 8, 17])
+def test_with_little_shared_memory_batches_come_in_small_parts(
+    twelve: Path, images: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    for index in (3, 6, 7):
+        files(twelve)[index].write_bytes(b"no image")
+    dataset = open_dataset(str(twelve), "train")
+    tasks = [[(1, index) for index in part] for part in ([0, 1, 2, 3, 4, 5, 6], [7, 8], [6, 7], [9, 10, 11, 0, 1])]
+    expected = list(load_batches(dataset, small, tasks))
+    small_shared_memory(monkeypatch, 2 * images * small(Image.new("RGB", (9, 9)), 0, 0).nbytes)
+    found = list(load_batches(dataset, small, tasks, workers=2))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.inputs, other.inputs)
+        assert torch.equal(one.targets, other.targets)
+        assert torch.equal(one.indices, other.indices)
+        assert one.unreadable == other.unreadable
+    said = "1 loading processes instead of 2. /dev/shm has 0.0 MB free."
+    assert (said in caplog.text) == (images == 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="shared memory is a folder")
+def test_too_little_shared_memory_is_an_error_that_says_what_to_do(twelve: Path, monkeypatch: pytest.MonkeyPatch):
+    dataset = open_dataset(str(twelve), "train")
+
+    def transform(image: Image.Image, epoch: int, index: int) -> torch.Tensor:
+        return torch.zeros(3, 1000, 1000, dtype=torch.uint8)
+
+    remedy = r"/dev/shm has 5\.0 MB free\. Give it more \(docker run --shm-size 2g\), or .* without processes \(-j 0\)"
+    small_shared_memory(monkeypatch, 5_000_000)
+    with pytest.raises(DataError, match=rf"shared memory, of 3\.0 MB per image\. {remedy}"):
+        next(load_batches(dataset, transform, [[(0, 0)]], workers=1))
+    small_shared_memory(monkeypatch, 7_000_000)
+
+    def full(tensor: torch.Tensor) -> None:  # as torch says it, by then
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(DataError, match=r"ran out of shared memory\. /dev/shm has 7\.0 MB free"):
+        next(load_batches(dataset, transform, [[(0, 0)]], workers=1))
 
 
 def test_an_unreadable_image_is_named(twelve: Path):

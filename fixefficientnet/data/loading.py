@@ -1,14 +1,22 @@
 """Batches of a dataset, loaded in order, in worker processes if asked.
 
-Every batch says which images it holds, and an image that cannot be read is named, never silently replaced.
+A worker loads a part of a batch, and the parts are put together on the device: so the memory of what is loaded ahead
+depends neither on the size of the batches nor on the number of workers. Every batch says which images it holds, and an
+image that cannot be read is named, never silently replaced.
 """
 
 import contextlib
 import ctypes
+import logging
+import math
+import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,11 +24,19 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from fixefficientnet._internal.processes import local_processes
 from fixefficientnet.data.dataset import ImageDataset
-from fixefficientnet.errors import ImageError
+from fixefficientnet.errors import DataError, ImageError
 from fixefficientnet.preprocessing import orientation
 
+IN_FLIGHT = 2**30
+"""Most bytes of images that the workers of a process load ahead."""
+_PART = 32
+"""Most images that a worker loads at a time."""
+_SHARED = Path("/dev/shm")
+"""Where Linux keeps what processes share."""
 _PR_SET_PDEATHSIG = 1
+_logger = logging.getLogger(__name__)
 
 Transform = Callable[[Image.Image, int, int], Tensor]
 """(RGB image, epoch, index) → tensor; every draw is a function of epoch and index alone."""
@@ -61,9 +77,49 @@ class Batch:
     unreadable: list[tuple[int, str]]
     unturned: list[int]
 
+    def after(self, earlier: "Batch | None", inputs: Tensor) -> "Batch":
+        """A batch of an earlier one's images and then these, given the inputs of both."""
+        if earlier is None:
+            return replace(self, inputs=inputs)
+        return Batch(
+            inputs,
+            torch.cat([earlier.targets, self.targets]),
+            torch.cat([earlier.indices, self.indices]),
+            earlier.unreadable + self.unreadable,
+            earlier.unturned + self.unturned,
+        )
+
     def pin_memory(self) -> "Batch":
         """This batch in page-locked memory; DataLoader calls it."""
         return replace(self, inputs=self.inputs.pin_memory())
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """What workers load ahead, within a number of bytes.
+
+    Attributes:
+        workers: Number of loading processes, at least 1.
+        part: Images that a worker loads at a time, of one batch.
+        parts: Parts that are loaded ahead, per worker.
+    """
+
+    workers: int
+    part: int
+    parts: int
+
+    @classmethod
+    def of(cls, workers: int, batch: int, room: int) -> "Ahead":
+        """What is loaded ahead: two parts per worker or more, and a whole batch, if there is room.
+
+        Args:
+            workers: Number of loading processes that were asked for.
+            batch: Images per batch.
+            room: Number of images that there is room for, at least 1.
+        """
+        workers = min(workers, room)
+        part = min(_PART, batch, max(1, room // workers // 2))
+        return cls(workers, part, min(max(2, math.ceil(batch / part / workers)), room // workers // part))
 
 
 def load_batches(
@@ -73,7 +129,7 @@ def load_batches(
     *,
     workers: int = 0,
     substitute: bool = False,
-    pin_memory: bool = False,
+    device: torch.device | None = None,
 ) -> Iterator[Batch]:
     """Loads batches of images, in order, in worker processes if asked.
 
@@ -84,22 +140,87 @@ def load_batches(
         workers: Number of loading processes; 0 loads in this process.
         substitute: Whether the next readable image takes the place of an unreadable one, so that batches
             keep their size; else the unreadable one is left out.
-        pin_memory: Whether batches are put into page-locked memory, as in DataLoader.
+        device: Where the inputs are put; None: the CPU.
+
+    Raises:
+        DataError: There is too little shared memory for workers.
     """
-    loader: DataLoader[Any] = DataLoader(
-        _Loading(dataset, transform, substitute),
-        sampler=cast(Any, tasks),
-        batch_size=None,  # a worker is given all that it is to load together
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_the_parent,
-    )
-    return iter(loader)
+    device, tasks = device or torch.device("cpu"), iter(tasks)
+    loading = _Loading(dataset, transform, substitute)
+    if not workers:
+        yield from (_on(device, loading.batch(batch)) for batch in tasks)
+    elif (first := next(tasks, None)) is not None:
+        ahead = _ahead(workers, len(first), transform)
+        loader: DataLoader[Any] = DataLoader(
+            loading,
+            sampler=cast(Any, _parts(chain([first], tasks), ahead.part)),
+            batch_size=None,  # a worker is given all that it is to load together
+            num_workers=ahead.workers,
+            prefetch_factor=ahead.parts,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_leave_signals_to_the_parent,
+        )
+        try:
+            yield from _joined(loader, device)
+        except RuntimeError as error:  # torch has no class for it
+            if not re.search(r"shared memory|\(shm\)", str(error)):
+                raise
+            raise DataError(f"Loading processes ran out of shared memory. {_remedy()}") from error
+
+
+def _ahead(workers: int, batch: int, transform: Transform) -> Ahead:
+    size = transform(Image.new("RGB", (8, 8)), 0, 0).nbytes  # whatever the image
+    room = IN_FLIGHT
+    if _SHARED.exists():
+        # half of it, as others need some too, such as the communication between GPUs
+        room = min(room, shutil.disk_usage(_SHARED).free // 2 // local_processes())
+    if room < size:
+        raise DataError(f"Loading processes need shared memory, of {size / 1e6:.1f} MB per image. {_remedy()}")
+    ahead = Ahead.of(workers, batch, room // size)
+    if ahead.workers < workers:
+        _logger.warning("%s loading processes instead of %s. %s", ahead.workers, workers, _remedy())
+    return ahead
+
+
+def _remedy() -> str:
+    """What is known of the shared memory, and what can be done where it is too small."""
+    there = f"{_SHARED} has {shutil.disk_usage(_SHARED).free / 1e6:.1f} MB free. " if _SHARED.exists() else ""
+    return f"{there}Give it more (docker run --shm-size 2g), or load without processes (-j 0)."
+
+
+def _parts(tasks: Iterable[list[Task]], size: int) -> Iterator[tuple[list[Task], int]]:
+    """The parts of batches, and how many images of its batch come after each."""
+    for batch in tasks:
+        for end in range(size, len(batch) + size, size):
+            yield batch[end - size : end], max(0, len(batch) - end)
+
+
+def _joined(parts: Iterable[tuple[Batch, int]], device: torch.device) -> Iterator[Batch]:
+    """Whole batches on the device; shared memory is given back part by part."""
+    inputs: Tensor | None = None
+    joined: Batch | None = None
+    for part, left in parts:
+        if joined is None and not left:
+            yield _on(device, part)
+            continue
+        before, count = len(joined.targets) if joined else 0, len(part.targets)
+        if count:
+            if inputs is None:
+                inputs = _room(before + count + left, part.inputs[0], device)
+            inputs[before : before + count].copy_(part.inputs, non_blocking=True)
+        joined = part.after(joined, torch.empty(0) if inputs is None else inputs[: before + count])
+        if not left:
+            yield joined
+            inputs = joined = None
+
+
+def _on(device: torch.device, batch: Batch) -> Batch:
+    return replace(batch, inputs=batch.inputs.to(device, non_blocking=True))
 
 
 def load_batch(dataset: ImageDataset, transform: Transform, tasks: list[Task]) -> Batch:
     """Loads one batch in this thread; unreadable images are left out."""
-    return _Loading(dataset, transform, substitute=False)[tasks]
+    return _Loading(dataset, transform, substitute=False).batch(tasks)
 
 
 def shard_tasks(length: int, shard: int, batch: int, shards: Sequence[int]) -> list[list[Task]]:
@@ -131,12 +252,15 @@ def _leave_signals_to_the_parent(worker: int) -> None:
 
 
 class _Loading(Dataset[Any]):
-    """The dataset of a worker: epochs and indices → the batch."""
+    """The dataset of a worker: a part of a batch, as `_parts` gives it → the same, loaded."""
 
     def __init__(self, dataset: ImageDataset, transform: Transform, substitute: bool):
         self.dataset, self.transform, self.substitute = dataset, transform, substitute
 
-    def __getitem__(self, tasks: list[Task]) -> Batch:
+    def __getitem__(self, part: tuple[list[Task], int]) -> tuple[Batch, int]:
+        return self.batch(part[0]), part[1]
+
+    def batch(self, tasks: list[Task]) -> Batch:
         inputs: Tensor | None = None
         targets: list[int] = []
         indices: list[int] = []
@@ -175,9 +299,9 @@ class _Loading(Dataset[Any]):
         return None
 
 
-def _room(count: int, tensor: Tensor) -> Tensor:
+def _room(count: int, tensor: Tensor, device: torch.device | None = None) -> Tensor:
     """Room for a batch of tensors like this one, each as it lies in memory; in shared memory, in a worker."""
-    flat = torch.empty(count * tensor.numel(), dtype=tensor.dtype)
+    flat = torch.empty(count * tensor.numel(), dtype=tensor.dtype, device=device)
     if get_worker_info() is not None:
         cast(Any, flat).share_memory_()  # else the whole batch would be copied there
     return flat.as_strided((count, *tensor.shape), (tensor.numel(), *tensor.stride()))

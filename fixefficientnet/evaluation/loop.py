@@ -146,9 +146,8 @@ class EvaluationLoop:
             work = map_in_threads(lambda task: self._batch(load_batch(dataset, transform, task)), tasks, self.threads)
             yield from work
             return
-        pin = next(self.model.parameters()).device.type == "cuda"
-        workers = min(self.workers, len(tasks))
-        yield from map(self._batch, load_batches(dataset, transform, tasks, workers=workers, pin_memory=pin))
+        device, workers = next(self.model.parameters()).device, min(self.workers, len(tasks))
+        yield from map(self._batch, load_batches(dataset, transform, tasks, workers=workers, device=device))
 
     def _batch(self, batch: Batch) -> Finished:
         found = Finished(unreadable=dict(batch.unreadable), unturned=set(batch.unturned))

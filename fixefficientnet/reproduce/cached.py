@@ -353,9 +353,8 @@ def _near(values: Array, device: torch.device) -> Tensor:
 @torch.inference_mode()
 def _forward(session: Session, network: Network, recipe: Recipe, pixels: Tensor) -> Tensor:
     """Runs the whole network, whose hooks take what is wanted; uint8 [n, views, 3, S, S] → [n x views, classes]."""
-    pixels = pixels.flatten(0, 1).to(session.accelerator.device, non_blocking=True)
     with session.accelerator.autocast():
-        logits: Tensor = network.model(Preprocess.of(recipe.test).normalise(pixels))
+        logits: Tensor = network.model(Preprocess.of(recipe.test).normalise(pixels.flatten(0, 1)))
     return logits.float()
 
 

@@ -187,9 +187,8 @@ def _synchronise(network: Network) -> None:
 
 def _batches(session: Session, dataset: ImageDataset, recipe: Recipe, position: Position) -> Iterator[Batch]:
     tasks = tasks_from(position, recipe, len(dataset), session.rank, session.world)
-    pin = session.accelerator.device.type == "cuda"
-    transform = transform_of(recipe)
-    for batch in load_batches(dataset, transform, tasks, workers=session.workers, substitute=True, pin_memory=pin):
+    transform, device = transform_of(recipe), session.accelerator.device
+    for batch in load_batches(dataset, transform, tasks, workers=session.workers, substitute=True, device=device):
         session.count_unreadable(dataset.name, [reason for _, reason in batch.unreadable], len(dataset))
         session.count_unturned(dataset.name, map(dataset.image_path, batch.unturned))
         if not len(batch.targets):
@@ -207,10 +206,9 @@ def _step(
     """One step of all processes."""
     accelerator = session.accelerator
     device = accelerator.device
-    inputs = batch.inputs.to(device, non_blocking=True)
     targets = batch.targets.to(device, non_blocking=True)
     with torch.set_grad_enabled(stepper is not None), accelerator.autocast():
-        logits = model(inputs).float()
+        logits = model(batch.inputs).float()
         loss = criterion(logits, targets)
     correct = (logits.detach().argmax(1) == targets).sum()
     count = len(targets)

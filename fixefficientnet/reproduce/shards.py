@@ -72,11 +72,10 @@ class ShardPass:
         mine = range(session.rank, len(paths), session.world)
         left = [number for number in mine if self._read(paths[number], number) is None]
         tasks = shard_tasks(self._total, self._size, self.recipe.forward_batch, left)
-        pin = session.accelerator.device.type == "cuda"
-        workers = min(session.workers, len(tasks))
+        device, workers = session.accelerator.device, min(session.workers, len(tasks))
         with session.log.bar(self.title, sum(map(self._length, mine))) as bar:
             bar.skip(sum(self._length(number) for number in set(mine) - set(left)))
-            batches = load_batches(self.dataset, self.transform, tasks, workers=workers, pin_memory=pin)
+            batches = load_batches(self.dataset, self.transform, tasks, workers=workers, device=device)
             for number in left:
                 self._compute(number, paths[number], batches, bar.advance)
                 if session.stopped_by:
