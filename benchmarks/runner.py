@@ -17,6 +17,7 @@ from fixefficientnet.errors import FixEfficientNetError, UnknownVariantError
 BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "start": ("imports, first predictions, whole evaluations", ("images",)),
     "preprocess": ("from JPEG to tensor", ("images",)),
+    "loading": ("from files to batches, for fine-tuning", ("images",)),
     "accuracy": ("top-1 of the faster engines", ("images",)),
     "load": ("loading a model, to its first image", ()),
     "cost": ("each variant and its base model", ()),

@@ -126,6 +126,24 @@ def preprocess(rows: Rows) -> str:
     return markdown(header, lines)
 
 
+def loading(rows: Rows) -> str:
+    workers = in_order(row["workers"] for row in rows)
+    tables = []
+    for size in in_order(row["size"] for row in rows):
+        mine = [row for row in rows if row["size"] == size]
+        header = [f"at {size}, batches of {mine[0]['batch_size']}"]
+        header += [f"images/s (times torchvision), {count} worker{'s' * (count > 1)}" for count in workers]
+        header += ["CPU ms per image", f"MiB in flight, {workers[-1]} workers", "in all"]
+        lines = []
+        for method in in_order(row["method"] for row in mine):
+            of = [one(mine, method=method, workers=count) for count in workers]
+            rates = [f"{row['images_per_second']:.0f} ({row['times_torchvision']:.2f})" for row in of]
+            cpu = f"{min(row['cpu_seconds'] for row in of) * 1000:.1f}"
+            lines.append([method, *rates, cpu, f"{of[-1]['in_flight']:.0f}", f"{of[-1]['memory']:.0f}"])
+        tables.append(markdown(header, lines))
+    return "\n\n".join(tables)
+
+
 def accuracy(rows: Rows) -> str:
     variants = in_order(row["variant"] for row in rows)
 
@@ -331,6 +349,7 @@ def _start_headlines(rows: Rows) -> Iterator[Headline]:
 TABLES: dict[str, Callable[[Rows], str]] = {
     "classify": classify,
     "preprocess": preprocess,
+    "loading": loading,
     "accuracy": accuracy,
     "forward": forward,
     "load": load,
@@ -357,6 +376,8 @@ def rendered(found: Mapping[str, Any], text: str) -> str:
     for name in ("machine", "summary", *TABLES):
         before, opening, after = text.partition(f"<!-- {name} -->\n")
         _, end, rest = after.partition(END)
+        if not opening and name not in tables:
+            continue
         if not opening or not end:
             raise ValueError(f"the page has no <!-- {name} --> with an {END} for its table.")
         if name not in tables:

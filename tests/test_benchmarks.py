@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from conftest import ROOT
 
-from benchmarks import runner, tables
+from benchmarks import loading, runner, tables
 
 pytestmark = pytest.mark.newest
 
@@ -145,6 +146,25 @@ def test_benchmarks_fill_one_file_of_one_machine(tmp_path: Path):
     path.write_text(json.dumps(found))
     assert "another machine" in benchmarks("cost", "--variants", "lite0", *shared, status=1).stderr
     assert json.loads(path.read_text()) == found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_loading_is_measured_beside_other_loaders(tmp_path: Path):
+    tiny.make_data(tmp_path, train=4, val=1)
+    given = {"folder": str(tmp_path / "train"), "size": 96, "batch": 4, "workers": [1], "rounds": 1, "device": "cpu"}
+    rows = loading.rows_of(given, loading.child(given | {"images": 8, "most": 12}))
+    assert [row["method"] for row in rows] == [loading.OURS, loading.PIXELS, loading.TORCHVISION, loading.TIMM]
+    assert all(row["images_per_second"] > 0 and row["cpu_seconds"] > 0 for row in rows)
+    ours, _, torchvision, _ = (row["in_flight"] for row in rows)
+    assert 0 < ours < torchvision / 3
+    inputs = [next(loader(8, 0)) for loader in loading.loaders(tmp_path / "train", 96, 4, "cpu").values()]
+    assert {(tuple(one.shape), one.dtype) for one in inputs} == {
+        ((4, 3, 96, 96), torch.float32),
+        ((4, 3, 96, 96), torch.uint8),
+    }
+    # of the same images, however each was augmented
+    means = [one.float().mean((1, 2, 3)) for index, one in enumerate(inputs) if index != 1]
+    assert all(torch.allclose(one, means[0], atol=0.5) for one in means)
 
 
 def test_what_is_not_there_is_named():
