@@ -5,12 +5,13 @@
 All methods decode the same files (from the page cache) and augment them as FixRes does, with torchvision's transforms
 for the others: resize, mirror, colours, a crop at a random column. torchvision is its ImageFolder in a DataLoader that
 ships float32; timm is its `create_loader`, which ships uint8 and normalises on the device, as this package does.
-"pixels alone" leaves the normalising out, which on a GPU is not the loading processes' cores' work.
+"pixels alone" leaves the normalising out, which is a GPU's work where there is one.
 
-The methods take turns in one process, with 1, 2, 4, … loading processes up to the number of cores; the median of the
-rounds counts. CPU time is that of all processes. In flight is the shared memory that a loader has filled when nobody
-has taken a batch for a while; in all is that and what the processes have for themselves, beyond what the main process
-had before.
+The methods take turns in one process, with 1, 2, 4, … loading processes up to the number of cores. The median of the
+rounds counts; what is said of torchvision is the median of the rounds' ratios. CPU time is that of all processes.
+Memory is taken in fresh processes, when one batch was taken, and nobody takes another until no more can be loaded
+ahead: in flight is the shared memory that is filled then; in all is that and what the processes have for themselves,
+beyond what the main process had before.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -28,8 +30,9 @@ from benchmarks import machine
 
 NAME = "loading"
 OURS, PIXELS, TORCHVISION, TIMM = "fixefficientnet", "fixefficientnet, pixels alone", "torchvision", "timm"
+METHODS = (OURS, PIXELS, TORCHVISION, TIMM)
 SIZES = (320, 472, 600)
-BATCH, IMAGES = 64, 256
+BATCH, IMAGES = 32, 128
 """Images per batch, and per measurement."""
 
 Loader = Callable[[int, int], Iterator[Any]]
@@ -97,13 +100,14 @@ def loaders(folder: Path, size: int, batch: int, device: str) -> dict[str, Loade
 
 def child(given: dict[str, Any]) -> dict[str, Any]:
     methods = loaders(Path(given["folder"]), given["size"], given["batch"], given["device"])
+    if "hold" in given:
+        return _held(methods[given["hold"]], given)
     cases = [(method, workers) for workers in given["workers"] for method in methods]
     found: dict[str, list[dict[str, float]]] = {_key(*case): [] for case in cases}
     for number in range(given["rounds"]):
         for method, workers in reversed(cases) if number % 2 else cases:
             found[_key(method, workers)].append(_rate(methods[method], given, workers))
-    held = {_key(*case): _held(methods[case[0]], given, case[1]) for case in cases}
-    return {"rounds": found, "held": held}
+    return found
 
 
 def _key(method: str, workers: int) -> str:
@@ -119,10 +123,10 @@ def _rate(loader: Loader, given: dict[str, Any], workers: int) -> dict[str, floa
     return {"images_per_second": seen / seconds, "cpu_seconds": (sum(os.times()[:4]) - before) / seen}
 
 
-def _held(loader: Loader, given: dict[str, Any], workers: int) -> dict[str, float]:
-    """Memory in MiB when one batch was taken, and nothing more can be loaded ahead."""
+def _held(loader: Loader, given: dict[str, Any]) -> dict[str, float]:
+    """Memory in MiB when one batch was taken, and nothing more can be loaded ahead, with the most workers."""
     shared, own = shutil.disk_usage("/dev/shm").used, _private(os.getpid())
-    batches = loader(given["most"], workers)
+    batches = loader(given["most"], given["workers"][-1])
     taken = list(islice(batches, 1))
     busy = -1.0
     while busy != (busy := sum(_busy(process.pid) for process in multiprocessing.active_children())):
@@ -153,19 +157,20 @@ def rows(options: argparse.Namespace) -> list[machine.Row]:
     every: list[machine.Row] = []
     for size in SIZES:
         given = {"folder": str(folder), "size": size, "batch": BATCH, "workers": workers, "rounds": options.rounds}
-        given |= {"images": IMAGES, "most": BATCH * (2 * cores + 2), "device": options.device}
-        every += rows_of(given, machine.fresh(NAME, given, {"OMP_NUM_THREADS": "1"}))
+        given |= {"images": IMAGES, "most": BATCH * (2 * workers[-1] + 2), "device": options.device}
+        every += rows_of(given, lambda more: machine.fresh(NAME, more, {"OMP_NUM_THREADS": "1"}))
     return every
 
 
-def rows_of(given: dict[str, Any], found: dict[str, Any]) -> list[machine.Row]:
-    """Returns the rows of one size from what `child` returned."""
+def rows_of(given: dict[str, Any], measure: Callable[[dict[str, Any]], dict[str, Any]]) -> list[machine.Row]:
+    """Returns the rows of one size, which `child` measures, in a fresh process or here."""
+    found = measure(given)
+    held = {method: measure({**given, "hold": method}) for method in METHODS}
     every = []
     for workers in given["workers"]:
-        plain = machine.median(found["rounds"][_key(TORCHVISION, workers)], "images_per_second")
-        for method in (OURS, PIXELS, TORCHVISION, TIMM):
-            rounds = found["rounds"][_key(method, workers)]
-            rate = machine.median(rounds, "images_per_second")
+        plain = found[_key(TORCHVISION, workers)]
+        for method in METHODS:
+            rounds = found[_key(method, workers)]
             every.append(
                 {
                     "benchmark": NAME,
@@ -173,11 +178,18 @@ def rows_of(given: dict[str, Any], found: dict[str, Any]) -> list[machine.Row]:
                     "batch_size": given["batch"],
                     "workers": workers,
                     "method": method,
-                    "images_per_second": rate,
-                    "times_torchvision": rate / plain,
+                    "images_per_second": machine.median(rounds, "images_per_second"),
                     "cpu_seconds": machine.median(rounds, "cpu_seconds"),
+                    # in each round, as other work on the machine differs between them
+                    "times_torchvision": _times(rounds, plain, "images_per_second"),
+                    "times_torchvisions_cpu": _times(rounds, plain, "cpu_seconds"),
                     "spread": machine.spread(rounds, "images_per_second"),
-                    **found["held"][_key(method, workers)],
+                    **(held[method] if workers == given["workers"][-1] else {}),
                 }
             )
     return every
+
+
+def _times(rounds: list[dict[str, float]], plain: list[dict[str, float]], name: str) -> float:
+    """The median over the rounds of one method's figure divided by another's."""
+    return statistics.median(one[name] / other[name] for one, other in zip(rounds, plain, strict=True))

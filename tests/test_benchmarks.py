@@ -152,8 +152,8 @@ def test_benchmarks_fill_one_file_of_one_machine(tmp_path: Path):
 def test_loading_is_measured_beside_other_loaders(tmp_path: Path):
     tiny.make_data(tmp_path, train=4, val=1)
     given = {"folder": str(tmp_path / "train"), "size": 96, "batch": 4, "workers": [1], "rounds": 1, "device": "cpu"}
-    rows = loading.rows_of(given, loading.child(given | {"images": 8, "most": 12}))
-    assert [row["method"] for row in rows] == [loading.OURS, loading.PIXELS, loading.TORCHVISION, loading.TIMM]
+    rows = loading.rows_of(given | {"images": 8, "most": 12}, loading.child)
+    assert [row["method"] for row in rows] == list(loading.METHODS)
     assert all(row["images_per_second"] > 0 and row["cpu_seconds"] > 0 for row in rows)
     ours, _, torchvision, _ = (row["in_flight"] for row in rows)
     assert 0 < ours < torchvision / 3
