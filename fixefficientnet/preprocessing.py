@@ -228,8 +228,8 @@ def _mapped(image: Image.Image, table: Image.Image) -> Image.Image:
 class Views:
     """The fixed views of an image that features are computed from.
 
-    The first is the test-time transform's, the second its mirror image, any further one a draw of the
-    fine-tuning augmentation.
+    One view is the test-time transform's, mirrored in some images. Of several, the first is the test-time transform's,
+    the second its mirror image, any further one a draw of the fine-tuning augmentation.
 
     Attributes:
         count: Number of views, at least 1.
@@ -242,6 +242,10 @@ class Views:
     def __call__(self, image: Image.Image, epoch: int, index: int) -> Tensor:
         """Transforms one RGB image: uint8 [count, 3, size, size]; `epoch` makes no difference."""
         plain = self.augmented.test.pixels(image)
+        if self.count == 1:
+            with _draws_of(self.augmented.seed, 0, index):
+                mirrored = bool(torch.rand(1) < self.augmented.hflip)
+            return stacked([plain.flip(-1) if mirrored else plain])
         drawn = [self.augmented(image, view, index) for view in range(2, self.count)]
         return stacked([plain, plain.flip(-1), *drawn][: self.count])
 

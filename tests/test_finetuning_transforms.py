@@ -203,15 +203,28 @@ def test_pixels_are_those_of_torchvisions_own_transforms(jitter: float):
 # --- views --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_one_view_is_mirrored_in_some_images():
+    images = [noise(200, 60, seed) for seed in range(40)]
+    one, plain = Views(1, fine_tuning(hflip=0.5)), Views(1, fine_tuning())
+    turned = 0
+    for index, image in enumerate(images):
+        expected = at_test().pixels(image)
+        assert torch.equal(plain(image, 0, index), expected[None])
+        (found,) = one(image, 0, index)
+        assert torch.equal(one(image, 9, index)[0], found)  # whatever the epoch
+        turned += not torch.equal(found, expected)
+        assert torch.equal(found, expected) or torch.equal(found, expected.flip(-1))
+    assert 8 < turned < 32
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
 def test_views_are_the_plain_one_its_mirror_image_and_then_drawn_ones(count: int):
     image = noise(200, 60)
     resized = pixels(transforms.Resize(48, BICUBIC)(image))
     found = Views(count, fine_tuning())(image, 0, 5)
     assert found.shape == (count, 3, 48, 48)
     assert torch.equal(found[0], at_test().pixels(image))
-    if count > 1:
-        assert np.array_equal(found[1].numpy(), at_test().pixels(image).numpy()[..., ::-1])
+    assert np.array_equal(found[1].numpy(), at_test().pixels(image).numpy()[..., ::-1])
     places = [offsets(view, resized) for view in found[2:]]
     assert all(len(place) == 1 for place in places)
     assert len({place for (place,) in places}) == len(places)

@@ -42,12 +42,15 @@ def fields(recipe: Recipe, section: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_table_has_the_papers_variants_and_no_others():
     assert len(PAPER) == 18
-    assert set(TABLE["variants"]) == set(PAPER)
+    for method in ("online", "cached"):
+        assert set(TABLE[method]["variants"]) == set(PAPER)
 
 
+@pytest.mark.parametrize("method", ["online", "cached"])
 @pytest.mark.parametrize("key", PAPER)
-def test_every_variant_of_the_paper_has_a_recipe(key: str):
-    variant, recipe, row = manifest.find(key), resolve(key), TABLE["variants"][key]
+def test_every_variant_of_the_paper_has_a_recipe(key: str, method: str):
+    assert resolve(key).method == "online"
+    variant, recipe, row = manifest.find(key), resolve(key, method=method), TABLE[method]["variants"][key]
     assert variant.paper is not None
     assert recipe.test_size == variant.paper.fix.test_size
     assert recipe.train_size == variant.train_size
@@ -55,7 +58,7 @@ def test_every_variant_of_the_paper_has_a_recipe(key: str):
     assert (recipe.variant, recipe.backbone, recipe.weights) == (key, variant.backbone.name, "pretrained")
     assert (recipe.stage, recipe.tune) == ("fixres", "fixres")
     assert fields(recipe, row) == row
-    rest = {name: value for name, value in TABLE[row["method"]].items() if name not in row}
+    rest = {name: value for name, value in TABLE[method].items() if name not in row and name != "variants"}
     assert fields(recipe, rest) == rest
     # measured before tuning as timm measures these weights, at the size they were trained at
     cfg = timm.get_pretrained_cfg(variant.backbone.name)
@@ -64,30 +67,39 @@ def test_every_variant_of_the_paper_has_a_recipe(key: str):
 
 
 @pytest.mark.parametrize("key", PAPER)
-def test_a_row_counts_only_for_its_own_method_and_stage(key: str):
-    for choices, section in (({"method": "cached"}, "cached"), ({"stage": "base"}, "base")):
-        recipe = resolve(key, **choices)
-        assert fields(recipe, TABLE[section]) == TABLE[section]
-        assert fields(recipe, choices) == choices
-    assert resolve(key, stage="base").method == "online"
-    assert resolve(key, method="cached") == resolve(key, method="cached")
+def test_the_classifier_moves_as_far_with_both_methods(key: str):
+    """By the sum of the learning rates of all steps, on ImageNet."""
+    sums = []
+    for method in ("online", "cached"):
+        recipe = resolve(key, method=method)
+        assert recipe.views == 1
+        steps = 1_281_167 // recipe.batch_size
+        points = [epoch + step / steps for epoch in range(recipe.epochs) for step in range(steps)]
+        sums.append(sum(map(recipe.learning_rate, points)))
+    assert sums[1] == pytest.approx(sums[0], rel=0.05)
+
+
+@pytest.mark.parametrize("key", PAPER)
+def test_the_base_stage_has_no_rows(key: str):
+    recipe = resolve(key, stage="base")
+    assert fields(recipe, TABLE["base"]) == TABLE["base"]
+    assert recipe.method == "online"
     assert resolve(key, stage="base") == resolve(key, stage="base")
-
-
-def test_b0_cached_takes_the_cached_learning_rate():
-    assert (resolve("b0").base_lr, resolve("b0", method="cached").base_lr) == (1e-3, 1e-2)
-    assert (resolve("l2").epochs, resolve("l2", method="cached").epochs) == (1, 30)
 
 
 def test_a_network_of_none_of_ours_takes_the_general_values():
     cfg = timm.get_pretrained_cfg(TINY)
     assert cfg is not None
     recipe = resolve_tiny()
-    assert fields(recipe, TABLE["online"]) == TABLE["online"]
+    general = {
+        method: {name: value for name, value in TABLE[method].items() if name != "variants"}
+        for method in ("online", "cached")
+    }
+    assert fields(recipe, general["online"]) == general["online"]
     assert (recipe.variant, recipe.backbone, recipe.test_size, recipe.train_size) == (TINY, TINY, 160, 160)
     assert (recipe.crop_pct, recipe.base_crop_pct) == (1, cfg.crop_pct)
     assert (recipe.mean, recipe.std, recipe.interpolation) == (cfg.mean, cfg.std, cfg.interpolation)
-    assert fields(resolve_tiny(method="cached"), TABLE["cached"]) == TABLE["cached"]
+    assert fields(resolve_tiny(method="cached"), general["cached"]) == general["cached"]
     assert resolve_tiny(weights="random").base_crop_pct == 1  # nobody trained it for a crop of timm's
 
 

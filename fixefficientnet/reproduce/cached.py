@@ -1,7 +1,7 @@
 """Fine-tuning on features: the backbone sees each image a few times only, however many epochs follow.
 
-One pass estimates the statistics of the head norm at the test size, exactly. One pass computes the pooled features of
-each view, with that norm in place. Then the classifier trains on the features.
+One pass over some of the images estimates the statistics of the head norm at the test size. One pass computes the
+pooled features of each view, with that norm in place. Then the classifier trains on the features.
 
 A norm without statistics (layer norm) has nothing to estimate. Its weight and bias are not tuned here: where it is the
 last thing before the linear classifier, the classifier alone can become all that both could.
@@ -91,7 +91,7 @@ def tune(
                 features = _features_of(session, network, dataset, recipe, folder, locks)
                 between = None
                 if validation and recipe.epochs > validation[1]:
-                    plain = replace(recipe, views=1, feature_dtype="float32")
+                    plain = replace(recipe, views=1, hflip=0.0, feature_dtype="float32")
                     measured = _features_of(session, network, validation[0], plain, folder, locks, "validation")
                     between = Validation(validation[1], lambda position: _top1(session, network, measured, position))
                 session.on_main(lambda: _train_classifier(session, network, features, recipe, checkpoints, between))
@@ -154,7 +154,7 @@ def _estimate_statistics(
     chosen = _chosen(recipe, len(dataset))
     key = _key(network, dataset, recipe, "statistics", chosen=chosen if len(chosen) < len(dataset) else None)
     place = folder / f"statistics-{key}"
-    transform = Views(1, cast(Any, transform_of(recipe)))
+    transform = Views(1, cast(Any, transform_of(replace(recipe, hflip=0.0))))
     hook = norm.register_forward_pre_hook(take)
     with session.locked(place):
         try:
@@ -258,7 +258,7 @@ def _allocate(path: Path, size: int) -> None:
     if size - there > free:
         raise RunError(
             f"The features take {size / 1e9:.2f} GB, {path.parent} has {free / 1e9:.2f} GB free. Make room, choose "
-            "another place with --output, or take --views 1, --val-interval 0 or --method online, which stores none."
+            "another place with --output, or take fewer --views, --val-interval 0, or --method online, which has none."
         )
     with path.open("ab") as file:
         file.truncate(size)
@@ -366,6 +366,8 @@ def _key(network: Network, dataset: ImageDataset, recipe: Recipe, kind: str, **m
         fields += ["views", "feature_dtype"]
         if recipe.views > 2:
             fields += ["seed", "hflip", "color_jitter"]
+        elif recipe.views == 1:
+            fields += ["seed", "hflip"] if recipe.hflip else ["hflip"]
     state: Mapping[str, Tensor] = {
         name: tensor
         for name, tensor in network.model.state_dict().items()

@@ -57,9 +57,9 @@ class Recipe:
         momentum: Momentum of SGD.
         weight_decay: Weight decay of SGD.
         label_smoothing: Label smoothing of the cross-entropy, below 1.
-        hflip: Probability of a horizontal flip (online, base stage).
+        hflip: Probability of a horizontal flip (cached: with one view).
         color_jitter: Largest relative change of brightness, contrast and saturation (cached: from view 3 on).
-        views: Features per image (cached): plain, flipped, then random ones.
+        views: Features per image (cached). One: plain, or flipped. Several: plain, flipped, then random ones.
         statistics_images: Images, drawn at random, that re-estimate the norm's statistics (cached); 0: all.
         forward_batch: Images per forward pass on one device where nothing is trained: of the frozen part too.
         shard: Images whose statistics, features or predictions are computed and saved together.
@@ -99,8 +99,8 @@ class Recipe:
     label_smoothing: BelowOne = 0.1
     hflip: Fraction = 0.5
     color_jitter: Fraction = 0.05
-    views: Positive = 2
-    statistics_images: Count = 0
+    views: Positive = 1
+    statistics_images: Count = 10_000
     forward_batch: Positive = 32
     shard: Positive = 256
     feature_dtype: Literal["float16", "float32"] = "float16"
@@ -236,11 +236,7 @@ def resolve(subject: Subject, choices: Mapping[str, Any]) -> Recipe:
     """
     chosen = {key: value for key, value in choices.items() if value is not None}
     table = _table()
-    row = dict(table["variants"].get(subject.name, {}))
-    stage = chosen.get("stage", "fixres")
-    method = chosen.get("method") or ("online" if stage == "base" else row.get("method", "online"))
-    if stage == "base" or method != row.get("method"):
-        row = {}
+    stage, method = chosen.get("stage", "fixres"), chosen.get("method", "online")
     test = subject.test
     given = {"variant": subject.name, "backbone": subject.backbone, "weights": "pretrained", "stage": stage}
     given |= {
@@ -255,7 +251,9 @@ def resolve(subject: Subject, choices: Mapping[str, Any]) -> Recipe:
     section = "base" if stage == "base" else str(method)
     if section not in table:
         raise RecipeError(f"recipe.method: must be one of online, cached, is {method!r}")
-    values = {**given, **table[section], **row, "method": method, **chosen}
+    defaults = dict(table[section])
+    row = defaults.pop("variants", {}).get(subject.name, {})
+    values = {**given, **defaults, **row, "method": method, **chosen}
     recipe = records.read(Recipe, values, "recipe", RecipeError)
     _check_combination(recipe)
     return recipe
