@@ -125,7 +125,7 @@ def _rate(loader: Loader, given: dict[str, Any], workers: int) -> dict[str, floa
 
 def _held(loader: Loader, given: dict[str, Any]) -> dict[str, float]:
     """Memory in MiB when one batch was taken, and nothing more can be loaded ahead, with the most workers."""
-    shared, own = shutil.disk_usage("/dev/shm").used, _private(os.getpid())
+    shared, before = shutil.disk_usage("/dev/shm").used, _anonymous(os.getpid())
     batches = loader(given["most"], given["workers"][-1])
     taken = list(islice(batches, 1))
     busy = -1.0
@@ -133,7 +133,7 @@ def _held(loader: Loader, given: dict[str, Any]) -> dict[str, float]:
         time.sleep(0.25)
     in_flight = shutil.disk_usage("/dev/shm").used - shared
     pids = [os.getpid(), *(process.pid for process in multiprocessing.active_children())]
-    memory = in_flight + sum(map(_private, pids)) - own
+    memory = in_flight + sum(map(_anonymous, pids)) - before
     del taken, batches
     return {"in_flight": in_flight / 2**20, "memory": memory / 2**20}
 
@@ -143,10 +143,10 @@ def _busy(pid: int | None) -> float:
     return sum(map(float, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
 
 
-def _private(pid: int | None) -> int:
-    """Memory that a process shares with none, in bytes."""
+def _anonymous(pid: int | None) -> int:
+    """A process's memory but for files and what is shared on purpose, in bytes; what a fork left shared counts once."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_"))
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:"))
 
 
 def rows(options: argparse.Namespace) -> list[machine.Row]:

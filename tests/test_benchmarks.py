@@ -35,6 +35,11 @@ def test_the_docs_show_the_committed_figures():
     assert tables.rendered(found, page) == page, again
 
 
+def test_the_docs_show_the_figures_of_loading_which_are_of_another_machine():
+    found = tables.read(ROOT / "docs" / "results" / "loading.json")
+    assert tables.every_table(found)["loading"] in (ROOT / "docs" / "speed.md").read_text()
+
+
 def test_tables_show_what_there_is(tmp_path: Path):
     shared = {"benchmark": "classify", "variant": "b0", "size": 320, "batch_size": 16, "images": 4}
     taken = {"date": "2026-01-02", "commit": "abc", "rounds": 2}
