@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from conftest import ROOT
 
-from benchmarks import loading, runner, tables
+from benchmarks import loading, power, runner, tables
+from fixefficientnet.evaluation.statistics import compare
 
 pytestmark = pytest.mark.newest
 
@@ -194,3 +196,18 @@ def test_help_names_what_there_is_and_does_nothing():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_gpus_benchmark_says_so():
     assert "no CUDA device" in benchmarks(module="benchmarks.cuda", status=1).stderr
+
+
+def test_so_many_images_show_a_gain_as_often_as_was_asked():
+    gain, differing = 0.04, 0.1
+    images = power.images_needed(gain, differing)
+    generator = np.random.default_rng(0)
+    better, worse = (differing + gain) / 2, (differing - gain) / 2
+    shown = 0
+    for _ in range(400):
+        drawn = generator.choice(3, images, p=[better, worse, 1 - differing])
+        first = "".join("011"[which] for which in drawn)
+        second = "".join("101"[which] for which in drawn)
+        shown += compare(first, second).p < power.P
+    assert shown / 400 == pytest.approx(power.POWER, abs=0.06)
+    assert power.smallest_gain(images, differing) == pytest.approx(gain, rel=0.01)
