@@ -87,6 +87,8 @@ class Backbone:
         sha256: The file's hash; null where it was never recorded (the delta's fingerprint guards then).
         license: SPDX identifier, lower case.
         package: A PyPI package that ships the same network's weights, if there is one.
+        top1: Top-1 accuracy at the train size as timm publishes it (ImageNet-2012 validation), in per cent; null where
+            it publishes none.
     """
 
     name: TimmName
@@ -96,6 +98,7 @@ class Backbone:
     sha256: Sha256 | None
     license: str
     package: Package | None
+    top1: Percent | None = None
 
     @property
     def architecture(self) -> str:

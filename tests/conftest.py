@@ -97,6 +97,24 @@ def put_folder_in_cache(cache: Path, repository: str, folder: Path) -> None:
     (place / "refs" / "main").write_text(COMMIT)
 
 
+def tiny_variants(cache: Path, **rows: dict[str, Any]) -> str:
+    """An overlay that gives variants a tiny backbone each, of random weights, and trains at 32 pixels for 48.
+
+    Args:
+        cache: The Hub cache that gets the backbones.
+        rows: What else the rows of these variants tell of their backbones, by key.
+    """
+    made = {}
+    for seed, (key, backbone) in enumerate(rows.items()):
+        torch.manual_seed(seed)
+        model = lively(timm.create_model("test_efficientnet"), seed)
+        put_in_cache(cache, f"tiny/{key}", "model.safetensors", model.state_dict())
+        place = {"repository": f"tiny/{key}", "filename": "model.safetensors"}
+        network = {"name": "test_efficientnet.r160_in1k", "top1": None, **place, **backbone}
+        made[key] = {"backbone": network, "train_size": 32, "test": {"size": 48}}
+    return json.dumps({"schema_version": manifest.SCHEMA_VERSION, "variants": made})
+
+
 def tuned_delta(model: nn.Module, key: str, seed: int = 1) -> delta.Delta:
     """A delta as a run would leave it: the head of `model` moved a little."""
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}

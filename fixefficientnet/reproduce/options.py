@@ -37,6 +37,7 @@ class Options(Checked):
         compile: Compile the frozen part with torch.compile.
         auto_batch: Halve the batch when memory runs out.
         overwrite: Delete what an earlier run left in the folder.
+        no_check_base: Tune a variant also where its untuned network is not as accurate as timm publishes it.
         max_unreadable: Tolerated share of images that cannot be read.
         val_interval: Epochs between two validations while training; 0: none. The base stage validates after each epoch.
         checkpoint_steps: Steps between two checkpoints.
@@ -47,6 +48,7 @@ class Options(Checked):
     compile: bool = False
     auto_batch: bool = False
     overwrite: bool = False
+    no_check_base: bool = False
     max_unreadable: Fraction = 0.01
     val_interval: Count = 1
     checkpoint_steps: Positive = 1000

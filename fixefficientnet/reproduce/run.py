@@ -38,7 +38,7 @@ from fixefficientnet.evaluation.outcome import Evaluation
 from fixefficientnet.hub import sha256_of
 from fixefficientnet.manifest import TestTime
 from fixefficientnet.models import DELTA, DESCRIPTION, MODEL, Description
-from fixefficientnet.reproduce import cached, network, online, probe, report
+from fixefficientnet.reproduce import cached, gate, network, online, probe, report
 from fixefficientnet.reproduce.checkpoints import Checkpoints
 from fixefficientnet.reproduce.folder import CHECKPOINT, EVALUATIONS, LAST, OURS, PROGRESS, RECIPE, Identity
 from fixefficientnet.reproduce.log import Log
@@ -114,7 +114,8 @@ def run(job: Job, accelerator: Accelerator) -> Report:
     Raises:
         DataError: The images cannot be used.
         CheckpointError: A checkpoint is damaged or of another network.
-        RunError: The folder is in use or holds another run; the loss is NaN; no memory or disk.
+        RunError: The folder is in use or holds another run; the untuned network is not as accurate as timm publishes
+            it; the loss is NaN; no memory or disk.
         RecipeError: The base stage is to validate other than after each epoch.
         Interrupted: A signal asked to stop; the same call continues.
     """
@@ -288,8 +289,7 @@ def _tune(session: Session, job: Job, inputs: _Inputs, identity: Identity) -> Re
     measurements = Measurements(session, net, validation, recipe)
     if recipe.stage == "fixres":
         untuned = model if inputs.untuned is inputs.model else prepared(inputs.untuned).model
-        measurements.take("base", recipe.base, untuned)
-        measurements.take("base_at_test", recipe.test)
+        _measure_untuned(session, job, measurements, untuned, validation.name)
     checkpoints, interval = _checkpoints(session, job, identity), job.options.val_interval
     test = recipe.test if recipe.stage == "fixres" else replace(recipe.base, crop_pct=recipe.crop_pct)
     if recipe.method == "cached":
@@ -317,6 +317,15 @@ def _tune(session: Session, job: Job, inputs: _Inputs, identity: Identity) -> Re
             "names them."
         )
     return finished
+
+
+def _measure_untuned(session: Session, job: Job, measurements: "Measurements", untuned: nn.Module, images: str) -> None:
+    """Takes both figures of the untuned network; the first is held against timm's."""
+    measurements.take("base", job.recipe.base, untuned)
+    if not job.options.no_check_base:
+        base = measurements.found["base"]
+        session.on_main(lambda: gate.check(job.subject, job.recipe, base, images))
+    measurements.take("base_at_test", job.recipe.test)
 
 
 def _finish(

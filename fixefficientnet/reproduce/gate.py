@@ -1,0 +1,58 @@
+"""The gate before a variant is tuned: the untuned network must be as accurate here as timm publishes it.
+
+Wrong images, wrong labels or a wrong preprocessing show in this figure, before hours go into tuning on them.
+"""
+
+import math
+
+from fixefficientnet.errors import RunError
+from fixefficientnet.evaluation.outcome import Evaluation
+from fixefficientnet.evaluation.paper import IMAGENET
+from fixefficientnet.reproduce.recipe import Recipe, Subject
+
+TOLERANCE = 0.3
+"""Points that the untuned network's top-1 may differ from timm's on all of ImageNet's validation images."""
+_DEVIATIONS = 3.29
+"""Standard deviations that 99.9% of normally distributed values lie within."""
+
+
+def check(subject: Subject, recipe: Recipe, base: Evaluation, images: str) -> None:
+    """Refuses to go on where the untuned network is not as accurate as timm publishes it.
+
+    Only a variant with its own weights and timm's preprocessing is held against timm's figure, and only where images of
+    all 1000 classes were measured.
+
+    Args:
+        subject: The network that the run tunes.
+        recipe: The recipe.
+        base: The untuned network at its train size.
+        images: Name of the images that it was measured on.
+
+    Raises:
+        RunError: Its top-1 differs by more than the tolerance.
+    """
+    published = subject.variant.backbone.top1 if subject.variant else None
+    as_timm = recipe.weights == "pretrained" and recipe.base == subject.base
+    if published is None or not as_timm or len({label for one in base.evaluated for label in one.labels}) < IMAGENET[1]:
+        return
+    tolerance = _tolerance(published, base.images)
+    if abs(base.top1 - published) <= tolerance:
+        return
+    raise RunError(
+        f"{recipe.variant}, untuned: top-1 {base.top1:.2f} at {base.size} pixels on the {base.images:,} images of "
+        f"{images}; timm publishes {published:.2f}, and {tolerance:.2f} is what they may differ by. Nothing was "
+        "trained: images, labels or preprocessing are not those of ImageNet's validation set. Look at the folders and "
+        "at --labels. If you know why, --no-check-base leaves this check out."
+    )
+
+
+def _tolerance(published: float, images: int) -> float:
+    """The tolerance in points: more for a part of the validation images, whose accuracy chance decides too.
+
+    Args:
+        published: Top-1 on all of ImageNet's validation images, in per cent.
+        images: Number of images that were measured.
+    """
+    share, total = published / 100, IMAGENET[0]
+    left_out = max(0, total - images) / (total - 1)
+    return TOLERANCE + 100 * _DEVIATIONS * math.sqrt(share * (1 - share) / images * left_out)
