@@ -558,7 +558,7 @@ def test_backbone_of_another_day_is_refused(desk: Desk, hub_cache: Path, monkeyp
 )
 def test_bad_repository_names_are_refused(desk: Desk, name: str):
     # before the runs are looked at: there is none
-    assert "--repo" in desk.publish("nothing", repo=name, status=1)
+    assert "The repository's name" in desk.publish("nothing", repo=name, status=1)
     assert not desk.repository.exists()
 
 

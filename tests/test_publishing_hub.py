@@ -18,7 +18,7 @@ import pytest
 import tiny
 from conftest import ROOT, assert_row_tells_the_run, python_path
 from hub_standin import DROP, DROP_AFTER, TOKEN, Hub, Repository
-from huggingface_hub import constants, file_download
+from huggingface_hub import constants
 
 from fixefficientnet import manifest
 
@@ -81,13 +81,8 @@ class Desk:
 def desk(tmp_path: Path, hub_cache: Path, finished_runs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     with Hub() as hub:
         close_session()  # another test's may be offline
-        # huggingface_hub reads these when it is imported; one test starts a process that does
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE
-        template = hub.endpoint + template[template.index("/{") :]
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        # which huggingface_hub before 1.0 has looked up already
-        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        for where, name, value in tiny.hub_settings(hub.endpoint):
+            monkeypatch.setattr(where, name, value, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(own_cache(tmp_path / "hub", hub_cache)))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield Desk(hub, tmp_path, finished_runs)

@@ -120,7 +120,7 @@ def test_a_run_leaves_what_it_measured(ground: Ground, tmp_path: Path, method: s
         "report.html",
         "log.jsonl",
     }
-    names |= {"curve.png", "checkpoint", "evaluations", "tensorboard", ".lock", ".owner"}
+    names |= {"curve.png", "hours.json", "checkpoint", "evaluations", "tensorboard", ".lock", ".owner"}
     assert {path.name for path in folder.iterdir()} == names
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert list((folder / "tensorboard").iterdir())

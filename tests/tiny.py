@@ -12,7 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 from PIL import Image
 
 CLASSES = ("apple", "brick", "cloud")
@@ -79,10 +79,22 @@ def cli(*arguments: object, status: int = 0, columns: int = 80) -> tuple[str, st
     return out.buffer.getvalue().decode(), err.getvalue()
 
 
+def hub_settings(endpoint: str) -> list[tuple[object, str, str]]:
+    """What makes huggingface_hub ask another Hub than the one that the environment named when it was imported."""
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+    template = endpoint + template[template.index("/{") :]
+    found: list[tuple[object, str, str]] = [(constants, "ENDPOINT", endpoint)]
+    # the second has been looked up already before huggingface_hub 1.0
+    return found + [(where, "HUGGINGFACE_CO_URL_TEMPLATE", template) for where in (constants, file_download)]
+
+
 def _command(module: str, arguments: list[str], environment: dict[str, str], said: str) -> None:
     os.environ.update(environment)
     if "HF_HUB_CACHE" in environment:  # huggingface_hub read it when it was imported, before this process began
         constants.HF_HUB_CACHE = environment["HF_HUB_CACHE"]
+    if "HF_ENDPOINT" in environment:
+        for where, name, value in hub_settings(environment["HF_ENDPOINT"]):
+            setattr(where, name, value)
     file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -101,7 +113,10 @@ def start(arguments: list[str], said: Path, *, command: str = REPRODUCE, **envir
         ["torch", "timm", "accelerate", "fixefficientnet.reproduce.run", "fixefficientnet.evaluation.evaluate"]
     )
     process = context.Process(target=_command, args=(command, arguments, environment, str(said)))
-    process.start()
+    with mock.patch.dict(os.environ):  # the first one starts a server, which must keep nothing of one test
+        for name in ("FIXEFFICIENTNET_MANIFEST", "HF_TOKEN"):
+            os.environ.pop(name, None)
+        process.start()
     return process
 
 

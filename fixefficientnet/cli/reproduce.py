@@ -2,6 +2,7 @@
 
 import math
 import signal
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,14 +11,18 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.markup import escape
 
-from fixefficientnet.cli.app import Output, UsageError, app, flags, grid, made, out, print_table, whole_number
+from fixefficientnet import manifest
+from fixefficientnet.cli.app import Output, UsageError, app, flags, grid, made, print_table, whole_number
 from fixefficientnet.errors import RecipeError, RunError
+from fixefficientnet.options import PublishOptions
 from fixefficientnet.reproduce import recipe as recipes
 from fixefficientnet.reproduce.options import Data, Options
 
 if TYPE_CHECKING:
+    from fixefficientnet.publishing.series import Repository
     from fixefficientnet.reproduce.plan import Plan
     from fixefficientnet.reproduce.recipe import Recipe, Subject
+    from fixefficientnet.reproduce.table import Row
 
     Choices = Any
     OptionFlags = Options
@@ -67,6 +72,37 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Publishing:
+    """Where finished runs of variants are published.
+
+    Attributes:
+        publish: Publish each variant as it finishes: ORGANISATION/NAME on the Hub. What is there already is not run.
+        manifest: Manifest that gets the rows of what is published. Default: weights_manifest.json.
+        private: Make the repository private, if it is made.
+    """
+
+    publish: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None
+    manifest: Path | None = None
+    private: bool = False
+
+    def repository(self, resolved: "list[Recipe]") -> "Repository | None":
+        """The repository for runs of these recipes; None where nothing is published."""
+        from fixefficientnet.publishing.series import Repository
+
+        if self.publish is None:
+            if self.manifest or self.private:
+                raise UsageError("--manifest and --private go with --publish.")
+            return None
+        known = manifest.load()
+        if not all(one.variant in known and one.stage == "fixres" and one.weights == "pretrained" for one in resolved):
+            raise UsageError(
+                "--publish takes variants with their own weights. A network of your own is published when its run is "
+                "finished: fixefficientnet publish FOLDER --repo ORGANISATION/NAME."
+            )
+        return Repository(self.publish, PublishOptions(manifest=self.manifest, private=self.private))
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What a run would take.
 
@@ -96,6 +132,7 @@ def reproduce(
     choices: Annotated[Choices | None, Parameter(name="*", group="Recipe (default: recipes.toml)")] = None,
     place: Annotated[Place, Parameter(name="*", group="Place")] = Place(),
     options: Annotated[OptionFlags, Parameter(name="*", group="Run")] = OptionFlags(),  # noqa: B008
+    publishing: Annotated[Publishing, Parameter(name="*", group="Publish")] = Publishing(),
     estimate: Annotated[Estimate, Parameter(name="*", group="Estimate")] = Estimate(),
 ) -> None:
     """Fine-tune a network's classifier and last norm at its test size (FixRes).
@@ -112,6 +149,7 @@ def reproduce(
         choices: Fields of the recipe. Default: those of recipes.toml.
         place: Where a run is kept, and where it computes.
         options: What does not decide the result.
+        publishing: Where finished runs of variants are published.
         estimate: What a run would take.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run saves what it has done as it goes
@@ -134,11 +172,17 @@ def reproduce(
         raise UsageError("--no-pretrained and --checkpoint exclude each other.")
     if len(subjects) > 1 and (place.experiment or start.checkpoint):
         raise UsageError("--experiment and --checkpoint go with one network only.")
-    _run_all(subjects, chosen, start, data, place, made(Options, options))
+    _run_all(subjects, chosen, start, data, place, publishing, made(Options, options))
 
 
 def _run_all(
-    subjects: "list[Subject]", chosen: dict[str, Any], start: Start, data: Data, place: Place, options: Options
+    subjects: "list[Subject]",
+    chosen: dict[str, Any],
+    start: Start,
+    data: Data,
+    place: Place,
+    publishing: Publishing,
+    options: Options,
 ) -> None:
     from fixefficientnet._internal import processes, requirements
 
@@ -148,7 +192,8 @@ def _run_all(
         extra = "pip install 'fixefficientnet[reproduce]'"
         raise RunError(f"Fine-tuning needs {error.name}: {extra}") from None
     from fixefficientnet.models import checkpoint_of
-    from fixefficientnet.reproduce.run import Job, run, with_weights
+    from fixefficientnet.publishing.series import Series
+    from fixefficientnet.reproduce.run import Job, with_weights
 
     checkpoint = start.checkpoint and checkpoint_of(start.checkpoint.expanduser())
     chosen = with_weights(chosen, checkpoint, pretrained=not start.no_pretrained)
@@ -157,12 +202,21 @@ def _run_all(
     resolved = [recipes.resolve(subject, chosen) for subject in subjects]
     if start.no_pretrained and resolved[0].stage != "base":
         raise RecipeError("FixRes tunes a trained network: --no-pretrained goes with --stage base only.")
+    repository = publishing.repository(resolved)
     accelerator = processes.accelerator(place.device, resolved[0].mixed_precision)
-    for subject, recipe in zip(subjects, resolved, strict=True):
-        folder = place.folder(subject, recipe)
-        features = place.output / "features" if place.keep_features else None
-        run(Job(subject, recipe, data, folder, checkpoint, features, options), accelerator)
-        out.print(escape(f"{folder}/report.md, {folder}/report.html"), soft_wrap=True)
+    features = place.output / "features" if place.keep_features else None
+    jobs = [
+        Job(subject, recipe, data, place.folder(subject, recipe), checkpoint, features, options)
+        for subject, recipe in zip(subjects, resolved, strict=True)
+    ]
+    several = len(jobs) > 1 and resolved[0].stage == "fixres"
+    Series(jobs, accelerator, place.output, repository, _show if several or repository else None).run()
+
+
+def _show(rows: "Sequence[Row]") -> None:
+    from fixefficientnet.reproduce.table import HEADER
+
+    print_table(HEADER, [row.cells() for row in rows])
 
 
 def _print_plans(plans: "list[Plan]", throughput: float | None) -> None:

@@ -202,6 +202,6 @@ def check_name(repository: str) -> None:
             raise HFValidationError(f"Letters are A to Z and a to z: {repository!r}.")
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise PublishError(f"--repo: {error}") from None
+        raise PublishError(f"The repository's name: {error}") from None
     if "/" not in repository:
-        raise PublishError(f"--repo {repository!r} is not of the form ORGANISATION/NAME.")
+        raise PublishError(f"The repository's name {repository!r} is not of the form ORGANISATION/NAME.")

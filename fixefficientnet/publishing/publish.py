@@ -13,6 +13,7 @@ from fixefficientnet.publishing.checks import CheckedRun
 from fixefficientnet.publishing.hub_repository import Contents, HubRepository, ask, check_name
 from fixefficientnet.publishing.index import Index, PublishedModel
 from fixefficientnet.publishing.whole_repository import WholeResult, publish_model
+from fixefficientnet.reproduce.recipe import Recipe, differences
 
 NO_COMMIT = "0" * 40
 """Stands for the commit in the rows of a dry run."""
@@ -62,6 +63,7 @@ class PublishResult:
         files: Content of each file that was written, by name; empty: all was there.
         manifest_file: The manifest's file that has the rows.
         manifest: Text of the manifest's file; of a dry run on the Hub, with zeros for the commit.
+        models: What the repository tells of each run, by the variant's key.
         revisions: Commit of each run's weights on the Hub, by the variant's key; empty for a folder and a dry run.
         written: Whether anything was written; False for a dry run.
         unreachable: Why the Hub did not say what the repository has; dry run only, shown as if it had nothing.
@@ -73,6 +75,7 @@ class PublishResult:
     files: Mapping[str, bytes]
     manifest_file: Path
     manifest: str
+    models: Mapping[str, PublishedModel] = field(default_factory=dict)
     revisions: Mapping[str, str] = field(default_factory=dict)
     written: bool = True
     unreachable: str | None = None
@@ -211,7 +214,8 @@ def _to_folder(
     if not dry_run:
         folder.write(target, files, planned.obsolete)
     where = f"{target} ({repository})"
-    return PublishResult(runs, where, _said(planned, files), files, manifest_file, text, written=not dry_run)
+    models = {key: after.models[key] for key in models}
+    return PublishResult(runs, where, _said(planned, files), files, manifest_file, text, models, written=not dry_run)
 
 
 def _to_hub(
@@ -220,7 +224,6 @@ def _to_hub(
     contents, unreachable = ask(target, dry_run)
     source = f"{index.FILENAME} of {target.name}"
     before = None if contents.index is None else Index.load(contents.index, source)
-    keys = [run.variant.key for run in runs]
     models = {run.variant.key: run.as_model(f"{run.variant.key}.safetensors") for run in runs}
     planned = plan(models, before, target.name, replace=replace)
     after = planned.index
@@ -234,28 +237,92 @@ def _to_hub(
         files = _deltas([run for run in runs if run.variant.key in planned.changed], after)
         files |= {index.FILENAME: after.dump(), card.FILENAME: card.render(target.name, after)}
         _refuse_foreign(target.name, contents.names & (files.keys() - planned.listed), replace)
-    published = {key: after.models[key] for key in keys}
+    models = {key: after.models[key] for key in models}
     # with zeros first: a manifest that cannot take the rows is found before anything is published
-    text = _hub_rows(manifest_file, published, target.name, dict.fromkeys(keys, NO_COMMIT))
+    text = _hub_rows(manifest_file, models, target.name, dict.fromkeys(models, NO_COMMIT))
     revisions: dict[str, str] = {}
     if not dry_run:
-        revision = _commit(target, planned, files, contents)
-        tags = {**contents.tags, after.version: revision}
-        revisions = {key: tags.get(model.version, revision) for key, model in published.items()}
-        text = _hub_rows(manifest_file, published, target.name, revisions)
-        manifest_rows.write(manifest_file, text)
+        revision = _commit(target, after.version, files, planned.message, contents)
+        revisions, text = _load_from(target, models, contents, revision, manifest_file)
     said = _said(planned, files)
     return PublishResult(
-        runs, target.name, said, files, manifest_file, text, revisions, written=not dry_run, unreachable=unreachable
+        runs,
+        target.name,
+        said,
+        files,
+        manifest_file,
+        text,
+        models,
+        revisions,
+        written=not dry_run,
+        unreachable=unreachable,
     )
 
 
-def _commit(target: HubRepository, planned: Plan, files: Mapping[str, bytes], contents: Contents) -> str:
+def published(
+    recipes: Mapping[str, Recipe], repository: str, options: PublishOptions
+) -> tuple[dict[str, PublishedModel], dict[str, list[str]]]:
+    """What a repository on the Hub has of variants; completes its last tag and the manifest's rows of these.
+
+    Args:
+        recipes: The recipe of each variant, by key.
+        repository: ORGANISATION/NAME on the Hub.
+        options: The options.
+
+    Returns:
+        The variants that it has by these recipes; and those that it has by others, with the differences. Both by key.
+
+    Raises:
+        PublishError: The Hub does not answer, or refuses.
+        ManifestError: The manifest's file cannot take the rows.
+    """
+    check_name(repository)
+    target, file = HubRepository(repository, options.private), options.manifest or Path(manifest_rows.FILENAME)
+    manifest_rows.read(file)
+    contents = target.contents()
+    if contents.index is None:
+        return {}, {}
+    there = Index.load(contents.index, f"{index.FILENAME} of {repository}")
+    models = {key: there.models[key] for key in recipes if key in there.models}
+    differing = {}
+    for key, model in models.items():
+        asked = recipes[key]
+        if asked.upright is None:  # which follows from the images
+            asked = replace(asked, upright=model.recipe.upright)
+        differing[key] = differences(model.recipe, asked)
+    same = {key: model for key, model in models.items() if not differing[key]}
+    if same:
+        revision = _commit(target, there.version, {}, "", contents)
+        _load_from(target, same, contents, revision, file)
+    return same, {key: found for key, found in differing.items() if found}
+
+
+def _load_from(
+    target: HubRepository, models: Mapping[str, PublishedModel], contents: Contents, newest: str, manifest_file: Path
+) -> tuple[dict[str, str], str]:
+    """Writes the manifest's rows that load models from the Hub.
+
+    Args:
+        target: The repository.
+        models: Its models, by the variant's key.
+        contents: What it had.
+        newest: Commit of its last version, 40 hex digits.
+        manifest_file: The manifest's file.
+
+    Returns:
+        The commit of each model, by the variant's key; the text of the manifest's file.
+    """
+    revisions = {key: contents.tags.get(model.version, newest) for key, model in models.items()}
+    text = _hub_rows(manifest_file, models, target.name, revisions)
+    manifest_rows.write(manifest_file, text)
+    return revisions, text
+
+
+def _commit(target: HubRepository, version: str, files: Mapping[str, bytes], message: str, contents: Contents) -> str:
     """Makes the commit and its tag, as far as they are missing; returns the commit."""
-    version = planned.index.version
     tagged = contents.tags.get(version)
     if files:
-        revision = target.commit(files, planned.message, contents.head)
+        revision = target.commit(files, message, contents.head)
     else:
         assert contents.head is not None
         revision = tagged or contents.head

@@ -8,7 +8,7 @@ from fixefficientnet._internal import records
 from fixefficientnet._internal.files import write_atomically
 from fixefficientnet.errors import CheckpointError, MissingFileError
 from fixefficientnet.models import DELTA, MODEL
-from fixefficientnet.reproduce import probe, report
+from fixefficientnet.reproduce import hours, probe, report
 from fixefficientnet.reproduce.recipe import Recipe, differences
 
 RECIPE = "recipe.json"
@@ -18,7 +18,19 @@ PROGRESS = ("checkpoint", EVALUATIONS, "features", "log.jsonl", report.FILENAME)
 """What a run leaves once it has done something."""
 LAST = "last.safetensors"
 """The network after the last epoch of a base stage, where that is not the best one, which `MODEL` holds."""
-OURS = (*PROGRESS, "curve.png", DELTA, MODEL, LAST, probe.FILENAME, RECIPE, report.TEXT, report.PAGE, "tensorboard")
+OURS = (
+    *PROGRESS,
+    "curve.png",
+    "tensorboard",
+    DELTA,
+    MODEL,
+    LAST,
+    hours.FILENAME,
+    probe.FILENAME,
+    RECIPE,
+    report.TEXT,
+    report.PAGE,
+)
 """All that a run writes into its folder."""
 
 

@@ -38,7 +38,7 @@ from fixefficientnet.evaluation.outcome import Evaluation
 from fixefficientnet.hub import sha256_of
 from fixefficientnet.manifest import TestTime
 from fixefficientnet.models import DELTA, DESCRIPTION, MODEL, Description
-from fixefficientnet.reproduce import cached, gate, network, online, probe, report
+from fixefficientnet.reproduce import cached, gate, hours, network, online, probe, report
 from fixefficientnet.reproduce.checkpoints import Checkpoints
 from fixefficientnet.reproduce.folder import CHECKPOINT, EVALUATIONS, LAST, OURS, PROGRESS, RECIPE, Identity
 from fixefficientnet.reproduce.log import Log
@@ -122,7 +122,7 @@ def run(job: Job, accelerator: Accelerator) -> Report:
     if job.recipe.stage == "base" and job.options.val_interval != 1:
         raise RecipeError("The base stage keeps the best epoch, and so validates each: leave --val-interval out.")
     if job.options.auto_batch:
-        job = replace(job, recipe=_halved_before(job.recipe, job.folder))
+        job = replace(job, recipe=halved_before(job.recipe, job.folder))
     while True:
         try:
             return _run(job, accelerator)
@@ -159,8 +159,13 @@ def _after_failure(job: Job, error: Exception, accelerator: Accelerator) -> Job:
     return replace(job, recipe=smaller, options=replace(job.options, overwrite=True))
 
 
-def _halved_before(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe as an earlier call of the same command halved it; unchanged, if none did."""
+def halved_before(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe as an earlier call of the same command, with `auto_batch`, halved it; unchanged, if none did.
+
+    Args:
+        recipe: The recipe that is asked for.
+        folder: Folder of the run.
+    """
     try:
         saved = Identity.load(folder / RECIPE).recipe
     except MissingFileError:
@@ -193,7 +198,8 @@ def _run(job: Job, accelerator: Accelerator) -> Report:
                 session.on_main(lambda: _draw_page(job.folder, finished, inputs.validation))
                 log.say(f"{job.folder} is finished already; --overwrite does it again.")
                 return finished
-            return _tune(session, job, inputs, identity)
+            with hours.counted(job.folder) if session.main else contextlib.nullcontext():
+                return _tune(session, job, inputs, identity)
         finally:
             log.close()
             accelerator.free_memory()
