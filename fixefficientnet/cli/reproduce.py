@@ -1,6 +1,5 @@
 """`reproduce`: fine-tuning runs."""
 
-import math
 import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -108,20 +107,20 @@ class Estimate:
 
     Attributes:
         plan: Train nothing; print what it would take.
-        throughput: For --plan: what a device sustains, in GMAC/s (images/s x GMACs each).
+        gpu: For --plan: hours on such a GPU, with -j loading processes per device (16 if none are given).
         devices: For --plan: how many devices share a batch.
     """
 
     plan: bool = False
-    throughput: float | None = None
+    gpu: Literal["h100", "a100", "a10g", "4090"] | None = None
     devices: Annotated[int, Parameter(converter=whole_number)] = 1
 
     def check(self) -> None:
-        """Refuses numbers out of range."""
-        if self.throughput is not None and not (math.isfinite(self.throughput) and self.throughput > 0):
-            raise UsageError(f"--throughput {self.throughput}: it is a number above 0, in GMAC/s.")
+        """Refuses numbers out of range, and what goes with a plan only."""
         if self.devices < 1:
             raise UsageError(f"--devices {self.devices}: it is a number of at least 1.")
+        if self.gpu and not self.plan:
+            raise UsageError("--gpu goes with --plan.")
 
 
 @app.command
@@ -159,12 +158,7 @@ def reproduce(
     subjects = recipes.subjects(list(variants), start.backbone)
     chosen: dict[str, Any] = asdict(choices) if choices else {}
     if estimate.plan:
-        from fixefficientnet.reproduce.plan import plan_runs
-
-        planned = [recipes.resolve(subject, chosen) for subject in subjects]
-        _print_plans(
-            plan_runs(planned, data, estimate.devices, made(Options, options).val_interval), estimate.throughput
-        )
+        _plan(subjects, chosen, data, made(Options, options), estimate)
         return
     if data is None:
         raise UsageError("--data is missing: a folder with train/ and val/ in it, or hfds/NAME, torch/NAME, wds/NAME.")
@@ -219,21 +213,55 @@ def _show(rows: "Sequence[Row]") -> None:
     print_table(HEADER, [row.cells() for row in rows])
 
 
-def _print_plans(plans: "list[Plan]", throughput: float | None) -> None:
-    from fixefficientnet.reproduce.plan import as_table, describe
+def _plan(
+    subjects: "list[Subject]", chosen: dict[str, Any], data: Data | None, options: Options, asked: Estimate
+) -> None:
+    """Prints what runs would take."""
+    from fixefficientnet.reproduce import estimate, plan
+
+    def plans(**more: Any) -> "list[Plan]":
+        resolved = [recipes.resolve(subject, chosen | more) for subject in subjects]
+        return plan.plan_runs(resolved, data, asked.devices, options.val_interval)
 
     console = Console(highlight=False)
+    if asked.gpu is None:
+        _print_plans(plans(), console)
+        return
+    if chosen.get("stage") != "base" and chosen.get("mixed_precision") is None:
+        chosen = chosen | {"mixed_precision": "bf16"}  # as a run on these chooses by itself
+    one = chosen.get("method") or ("online" if chosen.get("stage") == "base" else None)
+    workers = estimate.WORKERS if options.workers is None else options.workers
+    by_method = {
+        method: [estimate.estimate(each, asked.gpu, workers) for each in plans(method=method)]
+        for method in ([one] if one else ["online", "cached"])
+    }
+    first = next(iter(by_method.values()))[0]
+    if len(subjects) == 1:
+        _print_plans([first.plan], console)
+    header, *rows = estimate.as_table(by_method)
+    print_table(header, rows, to=console)
+    train, validation = first.plan.images
+    console.print(
+        f"Estimated, not measured: device-hours of one {first.gpu.title}, with {workers} loading processes on as many "
+        f"cores, for {train:,} images to train on and {validation:,} to measure on. computed/s: images that the GPU "
+        "computes forward at that size; loaded/s: that the cores bring; the hours say which of the two they wait for. "
+        "memory: tensors per device; ! where they exceed the GPU's. Where the rates are from: gpus.toml."
+    )
+
+
+def _print_plans(plans: "list[Plan]", console: Console) -> None:
+    from fixefficientnet.reproduce.plan import as_table, describe
+
     if len(plans) == 1:
         shown = grid()
-        for label, text in describe(plans[0], throughput).items():
+        for label, text in describe(plans[0]).items():
             shown.add_row(label, escape(text))
         console.print(shown)
         return
-    header, *rows = as_table(plans, throughput)
+    header, *rows = as_table(plans)
     print_table(header, rows, to=console)
     train, validation = plans[0].images
     console.print(
         f"For {train:,} images to train on, {validation:,} to measure on. trained: values that change. GMACs: billions "
-        "of multiply-adds per image. memory: tensors per device. "
-        + ("hours: of one device." if throughput else "EMACs: 10^18 multiply-adds in all; hours with --throughput.")
+        "of multiply-adds per image. memory: tensors per device. EMACs: 10^18 multiply-adds in all. Hours: --gpu."
     )

@@ -1,13 +1,16 @@
 """What a forward pass costs."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fixefficientnet._internal import input_size
 from fixefficientnet._internal.meta_device import without_weights
+
+T = TypeVar("T")
 
 
 def gmacs_of(model: nn.Module, size: int) -> float:
@@ -18,13 +21,48 @@ def gmacs_of(model: nn.Module, size: int) -> float:
     return counter.get_total_flops() / 2 / 1e9
 
 
+def activations_of(model: nn.Module, size: int) -> int:
+    """Values that the convolutions and linear layers give in one image's forward pass; the model is on the meta device.
+
+    For networks whose time is that of their memory traffic, it grows with this number.
+    """
+    total = 0
+
+    def count(module: nn.Module, given: object, result: Tensor) -> None:
+        nonlocal total
+        total += result.numel()
+
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    with torch.no_grad():
+        model(torch.empty(1, 3, size, size, device="meta"))
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
 def gmacs(architecture: str, sizes: Iterable[int], num_classes: int = 1000) -> dict[int, float]:
-    """The same of a timm network by name, at several sizes.
+    """Billions of multiply-adds of a timm network by name, at several sizes.
 
     Raises:
         UnsupportedModelError: The network cannot take one of the sizes; names the nearest ones that it takes.
     """
-    found: dict[int, float] = {}
+    return _at_sizes(gmacs_of, architecture, sizes, num_classes)
+
+
+def activations(architecture: str, sizes: Iterable[int], num_classes: int = 1000) -> dict[int, int]:
+    """The number of activations of a timm network by name, at several sizes.
+
+    Raises:
+        UnsupportedModelError: The network cannot take one of the sizes; names the nearest ones that it takes.
+    """
+    return _at_sizes(activations_of, architecture, sizes, num_classes)
+
+
+def _at_sizes(
+    count: Callable[[nn.Module, int], T], architecture: str, sizes: Iterable[int], num_classes: int
+) -> dict[int, T]:
+    found: dict[int, T] = {}
     model: nn.Module | None = None
     for size in sizes:
         kwargs = input_size.arguments(architecture, size)
@@ -32,5 +70,5 @@ def gmacs(architecture: str, sizes: Iterable[int], num_classes: int = 1000) -> d
             if model is None or kwargs:
                 model = without_weights(architecture, num_classes=num_classes, **kwargs).eval().requires_grad_(False)
             with torch.device("meta"):
-                found[size] = gmacs_of(model, size)
+                found[size] = count(model, size)
     return found

@@ -1,7 +1,7 @@
 """What a run would take, without running it: on torch's meta device, which computes shapes only."""
 
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,9 @@ class Plan:
         parameters: Number of parameters of the whole network.
         gmacs: Billions of multiply-adds of one image's forward pass, at the size that the stage works at.
         forwards: Number of images that go through the backbone to tune it.
-        evaluations: Number of images that go through it to be measured.
+        loads: Number of images that are read for that; fewer where an image has several views.
+        passes: What such an image costs, in forward passes: 3 where the whole network learns.
+        measured: Size of each evaluation of all images to measure on.
         total_gmacs: Billions of multiply-adds of the whole run: forward passes, backward passes of the base stage,
             evaluations.
         memory: Most bytes of tensors that live on a device at a time, in the recipe's precision; the allocator and
@@ -51,14 +53,17 @@ class Plan:
     parameters: int
     gmacs: float
     forwards: int
-    evaluations: int
+    loads: int
+    passes: int
+    measured: tuple[int, ...]
     total_gmacs: float
     memory: int
     feature_bytes: int
 
-    def device_hours(self, gmacs_per_second: float) -> float:
-        """Time on one device that sustains a throughput; on N devices it is shared out among them."""
-        return self.total_gmacs / gmacs_per_second / 3600
+    @property
+    def evaluations(self) -> int:
+        """Number of images that go through the backbone to be measured."""
+        return len(self.measured) * self.images[1]
 
 
 def plan_runs(recipes: Sequence[Recipe], data: Data | None, devices: int = 1, val_interval: int = 1) -> list[Plan]:
@@ -114,11 +119,12 @@ def plan(
     if recipe.method == "online":
         steps, size = online.steps_of_epoch(recipe, train, devices)
         epoch_images = size // devices
-        forwards = recipe.epochs * steps * size
+        forwards = loads = recipe.epochs * steps * size
         if epoch_images == 1:
             network.check_single_image(net, recipe)
     else:
         forwards = cached.forwards(net, recipe, train)
+        loads = cached.forwards(net, replace(recipe, views=1), train)
     base = recipe.stage == "base"
     measured = [recipe.train_size] if base else [recipe.train_size, recipe.test_size, recipe.test_size]
     between = (recipe.epochs - 1) // val_interval if val_interval else 0
@@ -140,21 +146,23 @@ def plan(
         parameters=sum(parameter.numel() for parameter in net.model.parameters()),
         gmacs=gmacs[work_size],
         forwards=forwards,
-        evaluations=len(measured) * validation,
+        loads=loads,
+        passes=passes,
+        measured=tuple(measured),
         total_gmacs=forwards * passes * gmacs[work_size] + sum(validation * gmacs[size] for size in measured),
         memory=_peak_memory(net, recipe, work_size, epoch_images),
         feature_bytes=(cached.feature_bytes(recipe, train, channels) + 4 * channels * validation * between) * stores,
     )
 
 
-def as_table(plans: Sequence[Plan], gmacs_per_second: float | None) -> list[list[str]]:
+def as_table(plans: Sequence[Plan]) -> list[list[str]]:
     """Header and one row per plan, for a terminal 80 columns wide."""
     header = ["variant", "method", "size", "epochs", "trained", "GMACs", "forwards", "memory", "EMACs"]
     rows = [
         [
             plan.recipe.variant,
             plan.recipe.method,
-            str(plan.recipe.train_size if plan.recipe.stage == "base" else plan.recipe.test_size),
+            str(plan.recipe.work_size),
             str(plan.recipe.epochs),
             _short(sum(plan.moving.values())),
             f"{plan.gmacs:.1f}",
@@ -164,14 +172,10 @@ def as_table(plans: Sequence[Plan], gmacs_per_second: float | None) -> list[list
         ]
         for plan in plans
     ]
-    if gmacs_per_second:
-        header[-1] = "hours"
-        for row, plan in zip(rows, plans, strict=True):
-            row[-1] = f"{plan.device_hours(gmacs_per_second):,.1f}"
     return [header, *rows]
 
 
-def describe(plan: Plan, gmacs_per_second: float | None) -> dict[str, str]:
+def describe(plan: Plan) -> dict[str, str]:
     """One plan in full: label → text."""
     recipe = plan.recipe
     warmup = f", {recipe.warmup_epochs} of them of warm-up" if recipe.warmup_epochs else ""
@@ -185,7 +189,6 @@ def describe(plan: Plan, gmacs_per_second: float | None) -> dict[str, str]:
     tensors = ", ".join(f"{name} ({count:,})" for name, count in moving[:8])
     if len(moving) > 8:
         tensors += f" and {len(moving) - 8} more"
-    size = recipe.train_size if recipe.stage == "base" else recipe.test_size
     described = {
         "variant": f"{recipe.variant} ({recipe.backbone})",
         "stage": f"{recipe.stage}, {recipe.method}, tune {recipe.tune}",
@@ -199,7 +202,7 @@ def describe(plan: Plan, gmacs_per_second: float | None) -> dict[str, str]:
         "moves": tensors,
         "values": f"{sum(plan.moving.values()):,} change, {plan.gradients:,} of them by gradients; the network has "
         f"{plan.parameters:,} parameters",
-        "forward": f"{plan.gmacs:.3f} GMACs per image at {size} pixels",
+        "forward": f"{plan.gmacs:.3f} GMACs per image at {recipe.work_size} pixels",
         "images": f"{plan.forwards:,} forward passes to tune, {plan.evaluations:,} to measure",
         "memory": f"about {plan.memory / 1e9:.2f} GB of tensors per device in {_PRECISIONS[recipe.mixed_precision]}, "
         "workspaces not counted",
@@ -207,11 +210,6 @@ def describe(plan: Plan, gmacs_per_second: float | None) -> dict[str, str]:
     if plan.feature_bytes:
         described["features"] = f"{plan.feature_bytes / 1e9:.2f} GB on disk"
     described["work"] = f"{plan.total_gmacs:,.0f} GMACs (10^9 multiply-adds) in all"
-    described["cost"] = (
-        f"{plan.device_hours(gmacs_per_second):,.1f} device-hours at {gmacs_per_second:,g} GMAC/s per device"
-        if gmacs_per_second
-        else "in device-hours with --throughput GMAC/s: images/s that a device reaches x GMACs per image"
-    )
     return described
 
 
