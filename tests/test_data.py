@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -20,6 +22,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from fixefficientnet.data.dataset import ImageDataset, follow, open_dataset
 from fixefficientnet.data.loading import Ahead, InEveryEpoch, load_batches, shard_tasks
+from fixefficientnet.data.names import Names, in_natural_order
 from fixefficientnet.errors import DataError, ImageError
 from fixefficientnet.preprocessing import FineTuningTransform, Preprocess, Views
 
@@ -498,6 +501,43 @@ def test_names_that_differ_in_case_or_zeros_alone_have_an_order(tmp_path: Path, 
         check=True,
     )
     assert done.stdout.strip() == "('07', '7', '10', 'Fox', 'fox')"
+
+
+def naturally(name: str) -> tuple[list[str | int], str]:
+    """The natural order, as plainly as can be."""
+    parts: list[str | int] = [*re.split(r"(\d+)", name.lower())]
+    parts[1::2] = map(int, parts[1::2])
+    return parts, name
+
+
+def test_a_million_names_have_the_natural_order(tmp_path: Path):
+    """Names of all shapes: numbers of other lengths and scripts, zeros before them, case, text that looks alike."""
+    generator = np.random.default_rng(0)
+
+    def text(signs: str, most: int) -> str:
+        return "".join(generator.choice([*signs], generator.integers(1, most)))
+
+    for signs in ("aA01", "0123456789ab.", "a\u03a3\u03c3\u03c2\u06631", "\u00e9-_ .09", "01", "K\u212a1\u0130i", "9"):
+        for _ in range(100):
+            before, after = text(signs, 4), text(signs, 4)
+            numbers = [text(generator.choice([signs, "0123456789"]), 5) for _ in range(generator.integers(1, 9))]
+            names = [f"{before}{number}{after if generator.random() < 0.95 else ''}" for number in numbers]
+            assert in_natural_order(names) == sorted(names, key=naturally)
+            assert (
+                [*Names.of(names)] == names == [Names([names[:3], [], names[3:]])[index] for index in range(len(names))]
+            )
+    for name in ("n1_9", "n1_10", "n01", "n1", "N1", "n1-", "n10", "1", "01"):
+        for image in ("x1.jpg", "x10.jpg", "x9.jpg", "x09.JPG", "X9.jpg", "y.png", "1.jpg"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / image).touch()
+    images = open_dataset(str(tmp_path), None)
+    found = [images.image_name(index) for index in range(len(images))]
+    assert found == sorted((path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*")), key=naturally)
+    assert images.classes == tuple(sorted((path.name for path in tmp_path.iterdir()), key=naturally))
+    for copy in (images, pickle.loads(pickle.dumps(images))):
+        labels = [copy.source[index][1] for index in range(len(copy))]
+        assert [copy.class_name(label) for label in labels] == [name.partition("/")[0] for name in found]
+        assert [copy.image_path(index) for index in range(len(copy))] == [str(tmp_path / name) for name in found]
 
 
 def test_a_named_data_set_that_needs_a_folder_asks_for_it():

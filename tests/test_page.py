@@ -15,6 +15,7 @@ import tiny
 from PIL import Image
 
 from fixefficientnet.data.dataset import ImageDataset, open_dataset
+from fixefficientnet.data.names import Names
 from fixefficientnet.evaluation import page
 from fixefficientnet.evaluation.outcome import Evaluation, ImagePrediction
 
@@ -182,8 +183,8 @@ def test_confused_classes(tmp_path: Path, count: int):
     generator = np.random.default_rng(1)
     labels = [number for number in range(count) for _ in range(9)]
     predicted = [int(generator.integers(count)) if generator.random() < 0.5 else label for label in labels]
-    samples = [dataset.source.samples[label] for label in labels]
-    dataset = replace(dataset, source=replace(dataset.source, samples=samples))
+    paths = Names([[dataset.source.names[label] for label in labels]])
+    dataset = replace(dataset, source=replace(dataset.source, names=paths, labels=dataset.source.labels[labels]))
     found = drawn(dataset, evaluation_of(labels, predicted, [0.5] * len(labels)))
     counts = Counter(zip(labels, predicted, strict=True))
     table = found.table("truth")

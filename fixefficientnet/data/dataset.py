@@ -5,11 +5,12 @@ Images are addressed by their index, and an image that cannot be read is named, 
 
 import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from timm.data import create_dataset
 
@@ -84,12 +85,17 @@ class ImageDataset:
     @property
     def files(self) -> bool:
         """Whether each image is read from a file that is opened for it, as several threads may do concurrently."""
-        return hasattr(self.source, "samples")
+        return isinstance(self.source, ImageFiles | TarShards) or hasattr(self.source, "samples")  # torchvision's
 
     def present(self) -> set[int]:
         """The model's class indices that images may have; all of them, if the source does not tell."""
-        if hasattr(self.source, "samples"):
-            return {self.targets.get(int(label), int(label)) for _, label in self.source.samples}
+        labels: Iterable[int] | None = None
+        if isinstance(self.source, ImageFiles | TarShards):
+            labels = np.unique(self.source.labels).tolist()
+        elif hasattr(self.source, "samples"):
+            labels = {int(label) for _, label in self.source.samples}
+        if labels is not None:
+            return {self.targets.get(label, label) for label in labels}
         return set(self.targets.values()) or set(range(len(self.classes)))
 
     def class_name(self, label: int) -> str:
@@ -105,15 +111,17 @@ class ImageDataset:
 
     def image_path(self, index: int) -> str:
         """Where an image is: its path, or its name where it has no file."""
-        in_tar = isinstance(self.source, TarShards)
-        return self.image_name(index) if in_tar or not self.files else str(self.source.samples[index][0])
+        if isinstance(self.source, ImageFiles):
+            return self.source.path(index)
+        listed = getattr(self.source, "samples", None)
+        return self.image_name(index) if listed is None else str(listed[index][0])
 
     def fingerprint(self) -> str:
         """sha256 over length, classes, labels and file names, as far as the source tells them; not over the pixels."""
         digest = hashlib.sha256(f"{len(self)} {self.classes} {sorted(self.targets.items())}".encode("utf-8", _ESCAPE))
-        if hasattr(self.source, "samples") and hasattr(self.source, "filename"):
-            for index, (_, label) in enumerate(self.source.samples):
-                digest.update(f"{self.image_name(index)}\0{label}\0".encode("utf-8", _ESCAPE))
+        if isinstance(self.source, ImageFiles | TarShards):
+            digest.update(self.source.names.tobytes())
+            digest.update(self.source.labels.numpy().astype("<i4").data)
         else:  # a name is all that there is to tell one from another, or Hugging Face's own fingerprint
             known = compat.dataset_fingerprint(getattr(self.source, "dataset", None))
             labels = [int(label) for label in getattr(self.source, "targets", ())]
@@ -184,7 +192,7 @@ def _in_folder(
     if folder == whole and not may_be_whole:
         part_of = ImageDataset(source, source.classes, {}, title).fingerprint()
         which = folders.synonym_of(split)
-        source = replace(source, samples=folders.automatic_split(source.samples, folder)[which])
+        source = folders.automatic_split(source)[which]
         title = f"{folder} (automatic {which} split)"
     return folders.without(source, exclusion), title, part_of
 

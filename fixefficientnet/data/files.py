@@ -8,6 +8,7 @@ SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .heic .heif .hif .avif .jp2 .ppm .pgm .pbm".split()
 )
 """Endings of images, in any case. What an image is, its bytes say."""
+_ENDINGS = tuple(sorted(SUFFIXES, key=lambda ending: (ending not in (".jpg", ".jpeg", ".png"), ending)))
 _LITTER = frozenset(("@eadir", "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini"))
 """What file managers and network storage leave in folders, besides hidden files."""
 
@@ -21,6 +22,17 @@ def entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
     """What lies in a folder, in no order; not what is hidden (`.ipynb_checkpoints`), or left by other programs."""
     with os.scandir(folder) as found:
         return [one for one in found if not (one.name.startswith(".") or one.name.lower() in _LITTER)]
+
+
+def images_and_others(folder: str | os.PathLike[str]) -> tuple[list[str], list[os.DirEntry[str]]]:
+    """Names of the images in a folder, not in its folders, and the rest of its `entries`."""
+    images, others = [], []
+    for one in entries(folder):  # of a million: a quick test of names that begin with no dot
+        if one.name.lower().endswith(_ENDINGS) and not one.is_dir():
+            images.append(one.name)
+        else:
+            others.append(one)
+    return images, others
 
 
 def below(folder: str | os.PathLike[str], _above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:

@@ -7,11 +7,20 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, compress, groupby
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from fixefficientnet._internal.checkpoint_file import listed
 from fixefficientnet.data import files, labels
+from fixefficientnet.data.names import Names, in_natural_order, natural
 from fixefficientnet.errors import DataError
+
+Array = np.ndarray[Any, Any]
 
 TRAIN, VALIDATION = "train", "validation"
 SYNONYMS = {
@@ -22,35 +31,44 @@ VALIDATION_SHARE = 0.2
 """Share of each class's images that validates where a folder has no splits."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageFiles:
     """Images in the files of a folder, each of one class.
 
     Attributes:
         root: The folder.
-        samples: Path and class of each image.
+        names: Path of each image in the folder.
+        labels: Class of each image; int32 [n].
         classes: Names of the classes.
         left_out: Names of the files beside the images that are none by their endings.
         excluded: Number of images that were left out because it was asked for; None: it was not.
     """
 
     root: str
-    samples: list[tuple[str, int]]
+    names: Names
+    labels: Tensor
     classes: tuple[str, ...]
     left_out: tuple[str, ...] = ()
     excluded: int | None = None
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[bytes, int]:
-        path, label = self.samples[index]
-        with open(path, "rb") as file:
-            return file.read(), label
+        with open(self.path(index), "rb") as file:
+            return file.read(), int(self.labels[index])
 
     def filename(self, index: int) -> str:
         """The path of an image in the folder."""
-        return _inside(self.samples[index][0], self.root)
+        return self.names[index]
+
+    def path(self, index: int) -> str:
+        """The path of an image."""
+        return os.path.join(self.root, self.names[index])
+
+    def where(self, kept: Array) -> "ImageFiles":
+        """Some of the images; bool [n] tells which."""
+        return replace(self, names=Names.of(compress(self.names, kept)), labels=self.labels[torch.from_numpy(kept)])
 
 
 @dataclass(frozen=True)
@@ -92,11 +110,11 @@ class Exclusion:
     def __bool__(self) -> bool:
         return bool(self.pattern or self.names)
 
-    def leaves_out(self, path: str, root: str) -> bool:
-        """Whether an image is left out, by its path and that of the split's folder."""
-        for folder in {root, self.data}:
-            name = _inside(path, folder).replace(os.sep, "/")
-            if name in self.names or (self.pattern and (self.pattern.match(name) or self.pattern.match(f"/{name}"))):
+    def leaves_out(self, name: str, root: str) -> bool:
+        """Whether an image is left out, by its path in the split's folder, and the path of that."""
+        for folder in {"", _inside(root, self.data)}:
+            path = os.path.join(folder, name).replace(os.sep, "/")
+            if path in self.names or (self.pattern and (self.pattern.match(path) or self.pattern.match(f"/{path}"))):
                 return True
         return False
 
@@ -105,14 +123,14 @@ def without(source: ImageFiles, exclusion: Exclusion) -> ImageFiles:
     """The images that are not left out; a class none of whose images remains is left out too."""
     if not exclusion:
         return source
-    kept = [sample for sample in source.samples if not exclusion.leaves_out(sample[0], source.root)]
-    there = sorted({label for _, label in kept})
-    number = {label: index for index, label in enumerate(there)}
+    left_out = np.fromiter((exclusion.leaves_out(name, source.root) for name in source.names), bool, len(source))
+    kept = source.where(~left_out)
+    there, numbers = torch.unique(kept.labels, return_inverse=True)
     return replace(
-        source,
-        samples=[(path, number[label]) for path, label in kept],
+        kept,
+        labels=numbers.int(),
         classes=tuple(source.classes[label] for label in there),
-        excluded=len(source.samples) - len(kept),
+        excluded=int(left_out.sum()),
     )
 
 
@@ -152,7 +170,7 @@ def synonym_of(split: str) -> str:
     return next((name for name, synonyms in SYNONYMS.items() if split in synonyms), "")
 
 
-def automatic_split(samples: Sequence[tuple[str, int]], folder: Path) -> dict[str, list[tuple[str, int]]]:
+def automatic_split(source: ImageFiles) -> dict[str, ImageFiles]:
     """Splits a folder of classes into training and validation images.
 
     About `VALIDATION_SHARE` of each class's images validates, at least one, and at least one trains. The sha256 of an
@@ -160,34 +178,29 @@ def automatic_split(samples: Sequence[tuple[str, int]], folder: Path) -> dict[st
     images that are added later move no other one, but for a class's only validation image.
 
     Args:
-        samples: Path and class of each image.
-        folder: The folder that the classes' folders are in.
+        source: The images of a folder of classes.
 
     Raises:
         DataError: A class has one image only.
     """
-    classes: dict[int, list[str]] = {}
-    for path, label in samples:
-        classes.setdefault(label, []).append(path)
-    validation: set[str] = set()
-    for paths in classes.values():
-        if len(paths) < 2:
-            raise DataError(
-                f"{folder} has no train/ and val/, and its class {Path(paths[0]).parent.name} has one image: splitting "
-                "it needs two."
-            )
-        drawn = sorted((_draw(Path(path).relative_to(folder).as_posix()), path) for path in paths)
-        inside = sum(number < VALIDATION_SHARE for number, _ in drawn)
-        validation.update(path for _, path in drawn[: min(max(1, inside), len(drawn) - 1)])
-    return {
-        TRAIN: [sample for sample in samples if sample[0] not in validation],
-        VALIDATION: [sample for sample in samples if sample[0] in validation],
-    }
+    labels = source.labels.numpy()
+    images = np.bincount(labels)
+    if alone := [source.classes[label] for label in labels[images[labels] < 2]]:
+        raise DataError(
+            f"{source.root} has no train/ and val/, and its class {alone[0]} has one image: splitting it needs two."
+        )
+    drawn = np.fromiter(map(_draw, source.names), float, len(source))
+    inside = np.bincount(labels[drawn < VALIDATION_SHARE], minlength=len(images))
+    ranked = np.lexsort((drawn, labels))  # by class, and in it as they are drawn
+    rank = np.empty(len(source), int)
+    rank[ranked] = np.arange(len(source)) - np.repeat(np.cumsum(images) - images, images)
+    validates = rank < np.clip(inside, 1, images - 1)[labels]
+    return {TRAIN: source.where(~validates), VALIDATION: source.where(validates)}
 
 
 def _draw(name: str) -> float:
     """A number in [0, 1) that is a function of a name."""
-    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    digest = hashlib.sha256(name.replace(os.sep, "/").encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
@@ -197,43 +210,50 @@ def open_classes(folder: Path) -> ImageFiles:
     Raises:
         DataError: A class has no images, or an image is in no class's folder.
     """
-    found: list[tuple[str, str]] = []
-    strays: list[str] = []
+    inside = files.entries(folder)
+    classes = in_natural_order(one.name for one in inside if one.is_dir())
+    strays = [one.path for one in inside if not one.is_dir() and files.is_image(one.name)]
+    number = {name: index for index, name in enumerate(classes)}
     left_out: list[str] = []
-    empty = []
-    for one in files.entries(folder):
-        if one.is_dir():
-            there = len(found)
-            for path, nested in _files_of_class(one.path):
-                if not files.is_image(path):
-                    left_out.append(path)
-                elif nested:
-                    strays.append(path)
-                else:
-                    found.append((path, one.name))
-            empty += [one.name] * (len(found) == there)
-        elif files.is_image(one.name):
-            strays.append(one.path)
-    if not found and not strays:
+    numbers: list[Array] = [np.empty(0, np.int32)]
+
+    def images() -> Iterator[list[str]]:
+        in_order = sorted(classes, key=lambda name: natural(name + os.sep))  # as paths sort
+        # images of classes that differ in case or leading zeros alone lie among each other
+        for _, group in groupby(in_order, lambda name: natural(name + os.sep)[0]):
+            alike = list(group)
+            paths = chain.from_iterable(_images_of_class(folder, name, strays, left_out) for name in alike)
+            found = in_natural_order(paths)
+            class_of = [number[path.partition(os.sep)[0]] for path in found] if len(alike) > 1 else number[alike[0]]
+            numbers.append(np.full(len(found), class_of, np.int32))
+            yield found
+
+    names = Names(images())
+    source = _in_files(folder, names, np.concatenate(numbers), classes, left_out)
+    if not len(source) and not strays:
         raise DataError(f"{folder} holds no images.")
     if strays:
         raise DataError(
             f"{min(strays)} is in no class's folder. {folder} takes one folder per class, with images directly in it."
         )
-    if empty:
+    images_of = np.bincount(source.labels, minlength=len(classes))
+    if empty := [name for name, count in zip(classes, images_of, strict=True) if not count]:
         raise DataError(
             f"The class {min(empty)} has no images in {folder / min(empty)}: add some, or remove the folder."
         )
-    return _in_files(folder, found, left_out)
+    return source
 
 
-def _files_of_class(folder: str) -> Iterator[tuple[str, bool]]:
-    """Path of each file in a folder, and whether it is in a further folder there."""
-    for one in files.entries(folder):
+def _images_of_class(folder: Path, name: str, strays: list[str], left_out: list[str]) -> list[str]:
+    """Paths in the folder of the images of a class; paths of images in further folders, and of other files, apart."""
+    images, others = files.images_and_others(folder / name)
+    for one in others:
         if one.is_dir():
-            yield from ((path, True) for path in files.below(one.path))
+            for path in files.below(one.path):
+                (strays if files.is_image(path) else left_out).append(path)
         else:
-            yield one.path, False
+            left_out.append(one.path)
+    return [f"{name}{os.sep}{image}" for image in images]
 
 
 def open_labelled(folder: Path, file: Path, exclusion: Exclusion) -> ImageFiles:
@@ -247,38 +267,39 @@ def open_labelled(folder: Path, file: Path, exclusion: Exclusion) -> ImageFiles:
     Raises:
         DataError: The file cannot be read, or is not about all of these images and no others.
     """
-    root, images, excluded, left_out = str(folder), {}, [], []
+    root, images, excluded, left_out = str(folder), [], [], []
     for path in files.below(folder):
-        name = _inside(path, root).replace(os.sep, "/")
+        name = _inside(path, root)
         if not files.is_image(path):
             left_out += [path] * (os.path.realpath(path) != os.path.realpath(file))
-        elif exclusion.leaves_out(path, root):
-            excluded.append(name)
+        elif exclusion.leaves_out(name, root):
+            excluded.append(name.replace(os.sep, "/"))
         else:
-            images[name] = path
+            images.append(name)
     if not images:
         raise DataError(f"{folder} holds no images.")
-    label_of = labels.read(file, folder, sorted(images), excluded)
-    found = [(path, label_of[name]) for name, path in images.items()]
-    return replace(_in_files(folder, found, left_out), excluded=len(excluded) if exclusion else None)
-
-
-def _in_files(folder: Path, found: Sequence[tuple[str, str]], left_out: Sequence[str]) -> ImageFiles:
-    """Images by path and class, in order."""
-    root = str(folder)
-    classes = tuple(sorted({name for _, name in found}, key=_in_order))
+    slashed = {name: name.replace(os.sep, "/") for name in in_natural_order(images)}
+    label_of = labels.read(file, folder, sorted(slashed.values()), excluded)
+    classes = in_natural_order({*label_of.values()})
     number = {name: index for index, name in enumerate(classes)}
-    samples = sorted(((path, number[name]) for path, name in found), key=lambda one: _in_order(_inside(one[0], root)))
-    return ImageFiles(root, samples, classes, tuple(sorted(_inside(path, root) for path in left_out)))
+    numbers = [number[label_of[name]] for name in slashed.values()]
+    source = _in_files(folder, Names.of(slashed), numbers, classes, left_out)
+    return replace(source, excluded=len(excluded) if exclusion else None)
+
+
+def _in_files(
+    folder: Path, names: Names, labels: Sequence[int] | Array, classes: Sequence[str], left_out: Sequence[str]
+) -> ImageFiles:
+    root = str(folder)
+    return ImageFiles(
+        root,
+        names,
+        torch.from_numpy(np.asarray(labels, np.int32)),
+        tuple(classes),
+        tuple(sorted(_inside(path, root) for path in left_out)),
+    )
 
 
 def _inside(path: str, folder: str) -> str:
     """A path without the folder that it begins with."""
     return path.removeprefix(folder).lstrip(os.sep) if path.startswith(folder) else path
-
-
-def _in_order(name: str) -> tuple[list[str | int], str]:
-    """A key that sorts 2 before 10, and names that differ in case or leading zeros always alike."""
-    parts: list[str | int] = [*re.split(r"(\d+)", name.lower())]
-    parts[1::2] = map(int, parts[1::2])
-    return parts, name

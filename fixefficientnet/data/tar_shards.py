@@ -7,10 +7,14 @@ where each image lies.
 import io
 import json
 import tarfile
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from fixefficientnet.data.files import SUFFIXES
+from fixefficientnet.data.names import Names
 from fixefficientnet.errors import DataError
 
 
@@ -25,41 +29,44 @@ class TarShards:
         splits: Names for the split; the first that the folder has is taken. Without `_info.json` a split is
             the files with its name in theirs: "imagenet1k-train-0000.tar".
 
+    Attributes:
+        names: The tar file of each image, and the image's name in it.
+        labels: Class of each image; int32 [n].
+
     Raises:
         DataError: There is no such split, a file is damaged, or a sample lacks its image or label.
     """
 
     def __init__(self, folder: Path, splits: Sequence[str]):
         self._files = _files(folder, splits)
-        self._samples: list[tuple[int, int, int, int, str]] = []  # file, offset, bytes, class, name
-        for number, path in enumerate(self._files):
-            try:
-                self._index(number, path)
-            except (OSError, tarfile.TarError, ValueError) as error:
-                raise DataError(f"{path} cannot be read: {error}") from error
-        top = max((label for *_, label, _ in self._samples), default=-1)
-        self.classes = [str(label) for label in range(top + 1)]
+        rows = array("q")  # of each image: number of the tar file, offset, bytes, class
+
+        def names() -> Iterator[list[str]]:
+            for number, path in enumerate(self._files):
+                try:
+                    yield self._index(number, path, rows)
+                except (OSError, tarfile.TarError, ValueError, OverflowError) as error:
+                    raise DataError(f"{path} cannot be read: {error}") from error
+
+        self.names = Names(names())
+        table = torch.tensor(rows, dtype=torch.int64).view(-1, 4)
+        self._places, self.labels = table[:, :3].contiguous(), table[:, 3].int()
+        self.classes = [str(label) for label in range(int(self.labels.max()) + 1)] if len(self.names) else []
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[io.BytesIO, int]:
-        file, offset, size, label, _ = self._samples[index]
+        file, offset, size = self._places[index].tolist()
         with self._files[file].open("rb") as stream:
             stream.seek(offset)
-            return io.BytesIO(stream.read(size)), label
+            return io.BytesIO(stream.read(size)), int(self.labels[index])
 
     def filename(self, index: int) -> str:
         """The tar file of an image, and the image's name in it."""
-        file, *_, name = self._samples[index]
-        return f"{self._files[file].name}/{name}"
+        return self.names[index]
 
-    @property
-    def samples(self) -> list[tuple[str, int]]:
-        """Name and class of each image, as timm's folder reader has them."""
-        return [(name, label) for *_, label, name in self._samples]
-
-    def _index(self, number: int, path: Path) -> None:
+    def _index(self, number: int, path: Path, rows: "array[int]") -> list[str]:
         images: dict[str, tarfile.TarInfo] = {}
         labels: dict[str, int] = {}
         with tarfile.open(path, "r:") as tar:
@@ -81,9 +88,9 @@ class TarShards:
                 tar.members.clear()  # type: ignore[attr-defined]  # else each header stays in memory
         if lacking := sorted(images.keys() ^ labels.keys()):
             raise ValueError(f"{lacking[0].strip('/')} has an image or a class, but not both")
-        self._samples += [
-            (number, member.offset_data, member.size, labels[key], member.name) for key, member in images.items()
-        ]
+        for key, member in images.items():
+            rows.extend((number, member.offset_data, member.size, labels[key]))
+        return [f"{path.name}/{member.name}" for member in images.values()]
 
 
 def _files(folder: Path, splits: Sequence[str]) -> list[Path]:
