@@ -466,7 +466,7 @@ def test_shards_hold_every_image_once_and_no_batch_is_in_two(world: int):
         for shard in (1, 8, 64, 1000):
             for batch in (1, 3, 8, 100):
                 numbers = range(-(-length // shard))
-                parts = [shard_tasks(length, shard, batch, numbers[rank::world]) for rank in range(world)]
+                parts = [[*shard_tasks(length, shard, batch, numbers[rank::world])] for rank in range(world)]
                 tasks = [task for part in parts for task in part]
                 assert sorted(index for task in tasks for _, index in task) == list(range(length))
                 assert all(0 < len(task) <= batch for task in tasks)

@@ -13,7 +13,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -223,7 +223,7 @@ def load_batch(dataset: ImageDataset, transform: Transform, tasks: list[Task]) -
     return _Loading(dataset, transform, substitute=False).batch(tasks)
 
 
-def shard_tasks(length: int, shard: int, batch: int, shards: Sequence[int]) -> list[list[Task]]:
+def shard_tasks(length: int, shard: int, batch: int, shards: Iterable[int]) -> Iterator[list[Task]]:
     """Batches for whole shards of a dataset: fixed runs of `shard` images, so that no batch is in two.
 
     Args:
@@ -232,11 +232,10 @@ def shard_tasks(length: int, shard: int, batch: int, shards: Sequence[int]) -> l
         batch: Images per batch.
         shards: Numbers of the shards, in order.
     """
-    tasks = []
     for number in shards:
         indices = range(number * shard, min((number + 1) * shard, length))
-        tasks += [[(0, index) for index in indices[at : at + batch]] for at in range(0, len(indices), batch)]
-    return tasks
+        for at in range(0, len(indices), batch):
+            yield [(0, index) for index in indices[at : at + batch]]
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

@@ -3,8 +3,9 @@
 import contextlib
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -117,14 +118,14 @@ class EvaluationLoop:
     def _transform(self) -> Preprocess:
         return self.transform or Preprocess.of(self.test)
 
-    def _tasks(self, done: Finished) -> list[list[Task]]:
+    def _tasks(self, done: Finished) -> Iterator[list[Task]]:
         """The batches of this process that are not done."""
         rank, world = self._rank_and_world
         mine = range(rank, math.ceil(len(self.dataset) / self.shard), world)
         tasks = shard_tasks(len(self.dataset), self.shard, self.batch_size, mine)
-        return [batch for batch in tasks if not all(index in done.predictions for _, index in batch)]
+        return (batch for batch in tasks if not all(index in done.predictions for _, index in batch))
 
-    def _evaluate(self, tasks: list[list[Task]], now: Finished) -> None:
+    def _evaluate(self, tasks: Iterator[list[Task]], now: Finished) -> None:
         """Adds each batch to `now` as it is done."""
         start = time.perf_counter()
         # threads that still compute when this fails must end while the model is in eval mode
@@ -140,14 +141,15 @@ class EvaluationLoop:
                 if self.progress:
                     self.progress.advance((len(found.predictions) + len(found.unreadable)) * self._rank_and_world[1])
 
-    def _results(self, tasks: list[list[Task]]) -> Generator[Finished, None, None]:
+    def _results(self, tasks: Iterator[list[Task]]) -> Generator[Finished, None, None]:
         dataset, transform = self.dataset, InEveryEpoch(self._transform.pixels)
         if self.threads > 1:
             work = map_in_threads(lambda task: self._batch(load_batch(dataset, transform, task)), tasks, self.threads)
             yield from work
             return
-        device, workers = next(self.model.parameters()).device, min(self.workers, len(tasks))
-        yield from map(self._batch, load_batches(dataset, transform, tasks, workers=workers, device=device))
+        first = list(islice(tasks, self.workers))  # fewer batches than workers need fewer workers
+        device, tasks = next(self.model.parameters()).device, chain(first, tasks)
+        yield from map(self._batch, load_batches(dataset, transform, tasks, workers=len(first), device=device))
 
     def _batch(self, batch: Batch) -> Finished:
         found = Finished(unreadable=dict(batch.unreadable), unturned=set(batch.unturned))

@@ -127,10 +127,10 @@ def feature_bytes(recipe: Recipe, dataset: int, channels: int) -> int:
     return dataset * recipe.views * channels * np.dtype(recipe.feature_dtype).itemsize
 
 
-def _chosen(recipe: Recipe, length: int) -> list[int]:
+def _chosen(recipe: Recipe, length: int) -> Array:
     """Indices of the images for the statistics; datasets are sorted by class, so a part is drawn at random."""
     asked = recipe.statistics_images
-    return list(range(length)) if not asked or asked >= length else sorted(order(recipe, 0, length)[:asked])
+    return np.arange(length) if not asked or asked >= length else np.sort(order(recipe, 0, length)[:asked])
 
 
 def _estimate_statistics(
@@ -152,7 +152,7 @@ def _estimate_statistics(
         return {name: tensor.cpu() for name, tensor in sums.items()}
 
     chosen = _chosen(recipe, len(dataset))
-    key = _key(network, dataset, recipe, "statistics", chosen=chosen if len(chosen) < len(dataset) else None)
+    key = _key(network, dataset, recipe, "statistics", chosen=hashlib.sha256(chosen.tobytes()).hexdigest())
     place = folder / f"statistics-{key}"
     transform = Views(1, cast(Any, transform_of(replace(recipe, hflip=0.0))))
     hook = norm.register_forward_pre_hook(take)
@@ -183,17 +183,17 @@ def _sum(total: Shard, part: Shard) -> Shard:
 class _Subset:
     """Some images of a dataset, as a dataset."""
 
-    def __init__(self, dataset: ImageDataset, chosen: list[int]):
+    def __init__(self, dataset: ImageDataset, chosen: Array):
         self._images, self._chosen, self.name = dataset, chosen, dataset.name
 
     def __len__(self) -> int:
         return len(self._chosen)
 
     def __getitem__(self, index: int) -> Any:
-        return self._images[self._chosen[index]]
+        return self._images[int(self._chosen[index])]
 
     def image_path(self, index: int) -> str:
-        return self._images.image_path(self._chosen[index])
+        return self._images.image_path(int(self._chosen[index]))
 
 
 def _compute_features(
@@ -325,7 +325,7 @@ def _train_classifier(
     def step(position: Position) -> StepResult:
         if position.epoch not in sequences:
             sequences.clear()
-            sequences[position.epoch] = np.array(order(recipe, position.epoch, examples))
+            sequences[position.epoch] = order(recipe, position.epoch, examples)
         chosen = sequences[position.epoch][position.step * size : (position.step + 1) * size]
         row, view = np.divmod(chosen, recipe.views)
         places = torch.from_numpy(images[row] * recipe.views + view)

@@ -25,6 +25,8 @@ from fixefficientnet.reproduce.recipe import Recipe
 from fixefficientnet.reproduce.session import Session
 from fixefficientnet.reproduce.training import Schedule, StepResult, Validation, train
 
+Array = np.ndarray[Any, Any]
+
 
 @dataclass(frozen=True)
 class Tuned:
@@ -50,9 +52,9 @@ def transform_of(recipe: Recipe) -> FineTuningTransform | TrainingTransform:
     return FineTuningTransform(Preprocess.of(recipe.test), recipe.seed, recipe.hflip, recipe.color_jitter)
 
 
-def order(recipe: Recipe, epoch: int, length: int) -> list[int]:
-    """The order in which an epoch takes the images: their indices."""
-    return cast("list[int]", np.random.default_rng([recipe.seed, epoch]).permutation(length).tolist())
+def order(recipe: Recipe, epoch: int, length: int) -> Array:
+    """The order in which an epoch takes the images: their indices; int64 [length]."""
+    return np.random.default_rng([recipe.seed, epoch]).permutation(length)
 
 
 def steps_of_epoch(recipe: Recipe, length: int, world: int = 1) -> tuple[int, int]:
@@ -73,7 +75,7 @@ def tasks_from(position: Position, recipe: Recipe, length: int, rank: int = 0, w
     for epoch in range(position.epoch, recipe.epochs):
         sequence = order(recipe, epoch, length)
         for step in range(position.step if epoch == position.epoch else 0, steps):
-            yield [(epoch, index) for index in sequence[step * size + rank : (step + 1) * size : world]]
+            yield [(epoch, index) for index in sequence[step * size + rank : (step + 1) * size : world].tolist()]
 
 
 def tune(

@@ -72,7 +72,7 @@ class ShardPass:
         mine = range(session.rank, len(paths), session.world)
         left = [number for number in mine if self._read(paths[number], number) is None]
         tasks = shard_tasks(self._total, self._size, self.recipe.forward_batch, left)
-        device, workers = session.accelerator.device, min(session.workers, len(tasks))
+        device, workers = session.accelerator.device, min(session.workers, sum(map(self._length, left)))
         with session.log.bar(self.title, sum(map(self._length, mine))) as bar:
             bar.skip(sum(self._length(number) for number in set(mine) - set(left)))
             batches = load_batches(self.dataset, self.transform, tasks, workers=workers, device=device)
