@@ -1,7 +1,7 @@
 """What a forward pass costs."""
 
+import functools
 from collections.abc import Callable, Iterable
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fixefficientnet._internal import input_size
 from fixefficientnet._internal.meta_device import without_weights
-
-T = TypeVar("T")
 
 
 def gmacs_of(model: nn.Module, size: int) -> float:
@@ -47,7 +45,7 @@ def gmacs(architecture: str, sizes: Iterable[int], num_classes: int = 1000) -> d
     Raises:
         UnsupportedModelError: The network cannot take one of the sizes; names the nearest ones that it takes.
     """
-    return _at_sizes(gmacs_of, architecture, sizes, num_classes)
+    return {size: _at_size(gmacs_of, architecture, size, num_classes) for size in sizes}
 
 
 def activations(architecture: str, sizes: Iterable[int], num_classes: int = 1000) -> dict[int, int]:
@@ -56,19 +54,13 @@ def activations(architecture: str, sizes: Iterable[int], num_classes: int = 1000
     Raises:
         UnsupportedModelError: The network cannot take one of the sizes; names the nearest ones that it takes.
     """
-    return _at_sizes(activations_of, architecture, sizes, num_classes)
+    return {size: int(_at_size(activations_of, architecture, size, num_classes)) for size in sizes}
 
 
-def _at_sizes(
-    count: Callable[[nn.Module, int], T], architecture: str, sizes: Iterable[int], num_classes: int
-) -> dict[int, T]:
-    found: dict[int, T] = {}
-    model: nn.Module | None = None
-    for size in sizes:
-        kwargs = input_size.arguments(architecture, size)
-        with input_size.explained(architecture, size):
-            if model is None or kwargs:
-                model = without_weights(architecture, num_classes=num_classes, **kwargs).eval().requires_grad_(False)
-            with torch.device("meta"):
-                found[size] = count(model, size)
-    return found
+@functools.cache  # the plans of variants and methods ask for the same
+def _at_size(count: Callable[[nn.Module, int], float], architecture: str, size: int, num_classes: int) -> float:
+    kwargs = input_size.arguments(architecture, size)
+    with input_size.explained(architecture, size):
+        model = without_weights(architecture, num_classes=num_classes, **kwargs).eval().requires_grad_(False)
+        with torch.device("meta"):
+            return count(model, size)
