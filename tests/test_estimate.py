@@ -1,12 +1,13 @@
 """The hours of a plan: rates from gpus.toml, against the measurements that they come from."""
 
 import math
+import re
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
 import tiny
-from conftest import tiny_variants
+from conftest import ROOT, tiny_variants
 
 from fixefficientnet import manifest
 from fixefficientnet.cli import reproduce
@@ -105,3 +106,24 @@ def test_plan_with_a_gpu_tells_hours_of_both_methods_in_80_columns(tmp_path: Pat
     text, _ = tiny.cli("reproduce", "b0", *small, "--method", "cached")
     assert "classifier.weight" in text and "cached, h" in text and "online, h" not in text
     assert "--gpu goes with --plan" in tiny.cli("reproduce", "b0", "--gpu", "4090", status=2)[1]
+
+
+def test_docs_have_these_hours(monkeypatch: pytest.MonkeyPatch):
+    """Of two variants: all 18 take a minute. The sums are those of the rows, but for rounding."""
+    monkeypatch.setattr(plan, "_peak_memory", lambda *given: 0)  # slow, and not in the table
+    page = (ROOT / "docs" / "finetuning.md").read_text()
+    lines = page[page.index("## What it takes") :].splitlines()
+    rows = {cells[0]: cells[1:] for line in lines if len(cells := line.strip("| ").split(" | ")) == 6}
+    paper = [key for key, variant in manifest.load().items() if variant.paper]
+    assert set(paper) < set(rows)
+    sums = re.findall(r"[\d.]+(?= \|)", next(line for line in lines if "**all 18**" in line))
+    for key in ("b0", "b4"):
+        subject = recipes.subject_of_variant(manifest.find(key))
+        resolved = [
+            recipes.resolve(subject, {"method": one, "mixed_precision": "bf16"}) for one in ("online", "cached")
+        ]
+        online, cached = (estimate.estimate(plan.plan(recipe), "h100") for recipe in resolved)
+        rates = [f"{online.computed:,.0f}", f"{online.loaded:,.0f}"]
+        assert rows[key] == [str(online.plan.recipe.work_size), *rates, str(online), str(cached)]
+    for column, total in zip((3, 4), sums, strict=True):
+        assert float(total) == pytest.approx(sum(float(rows[key][column].split()[0]) for key in paper), abs=0.9)
