@@ -31,20 +31,24 @@ class StepNetwork(nn.Module):
         self.model = network.model
         self._normalise = Preprocess.of(recipe.test).normalise
         self._chunk = recipe.forward_batch
-        in_chunks = recipe.stage == "fixres" and _ends_features(network, recipe.work_size)
-        self._norm = network.norm if in_chunks else None
+        self.in_chunks = recipe.stage == "fixres" and _ends_features(network, recipe.work_size)
+        self._norm = network.norm if self.in_chunks else None
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Gives the logits, [n, classes], of a batch of images, uint8 [n, 3, S, S]."""
-        model = cast(Any, self.model)
-        if self._norm is None:
-            logits: Tensor = model(self._normalise(pixels))
-        else:
-            logits = model.forward_head(self._norm(self._entering_norm(pixels)))
+        if self.in_chunks:
+            return self.head(self.entering_norm(pixels))
+        logits: Tensor = self.model(self._normalise(pixels))
+        return logits
+
+    def head(self, entering: Tensor) -> Tensor:
+        """The logits of what the norm is given; where the frozen part runs in chunks."""
+        assert self._norm
+        logits: Tensor = cast(Any, self.model).forward_head(self._norm(entering))
         return logits
 
     @torch.no_grad()
-    def _entering_norm(self, pixels: Tensor) -> Tensor:
+    def entering_norm(self, pixels: Tensor) -> Tensor:
         """What the norm is given for a batch, [n, channels, h, w], or [n, positions, channels]."""
         assert self._norm
         whole: Tensor | None = None

@@ -226,12 +226,14 @@ class _LiveBytes:
     def __init__(self, model: nn.Module) -> None:
         self.peak = 0
         self._alive: MutableMapping[Any, int] = WeakIdKeyDictionary()
+        self._own: MutableMapping[Any, bool] = WeakIdKeyDictionary()
         for tensor in model.state_dict().values():
-            self._alive[tensor.untyped_storage()] = 0
+            self._own[tensor.untyped_storage()] = True
 
     def __call__(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        self._alive.setdefault(storage, storage.nbytes())
+        if storage not in self._own:
+            self._alive[storage] = storage.nbytes()
         self.peak = max(self.peak, sum(self._alive.values()))
 
 
@@ -244,23 +246,34 @@ def _peak_memory(net: network.Network, recipe: Recipe, size: int, step_images: i
         _in_half_precision(net)
     views = recipe.views if recipe.method == "cached" else 1
     dtype = next(net.model.parameters()).dtype
-    peak: int = 0
-    if recipe.method == "online":
-        step_network = StepNetwork(net, recipe)
-        net.train(recipe)
-        live = _LiveBytes(net.model)
-        with compat.showing_results(live), torch.set_grad_enabled(bool(net.trained)):
-            inputs = torch.empty(step_images, 3, size, size, dtype=torch.uint8, device="meta")
-            loss = F.cross_entropy(step_network(inputs), torch.zeros(step_images, dtype=torch.long, device="meta"))
-            if net.trained:
-                torch.autograd.grad(loss, list(net.trained.values()))
-            del loss, inputs
-        net.model.eval()
-        peak = live.peak
+    peak = _step_peak(net, recipe, size, step_images) if recipe.method == "online" else 0
     live = _LiveBytes(net.model)
     with compat.showing_results(live), torch.no_grad():
         net.model(torch.empty(recipe.forward_batch * views, 3, size, size, dtype=dtype, device="meta"))
     return fixed + max(peak, live.peak)
+
+
+def _step_peak(net: network.Network, recipe: Recipe, size: int, images: int) -> int:
+    """Most bytes of a training step's own tensors."""
+    step_network, chunk = StepNetwork(net, recipe), recipe.forward_batch
+    net.train(recipe)
+    live = _LiveBytes(net.model)
+    with compat.showing_results(live), torch.set_grad_enabled(bool(net.trained)):
+        pixels = torch.empty(images, 3, size, size, dtype=torch.uint8, device="meta")
+        if step_network.in_chunks:
+            one = step_network.entering_norm(pixels[:1])
+            # all chunks take the same: two stand for them, beside the room for what the others give
+            rest = one.new_empty((max(0, images - 2 * chunk), *one.shape[1:]))
+            step_network.entering_norm(pixels[: 2 * chunk])
+            del rest
+            logits = step_network.head(one.new_empty((images, *one.shape[1:])))
+        else:
+            logits = step_network(pixels)
+        if net.trained:
+            loss = F.cross_entropy(logits, torch.zeros(images, dtype=torch.long, device="meta"))
+            torch.autograd.grad(loss, list(net.trained.values()))
+    net.model.eval()
+    return live.peak
 
 
 def _in_half_precision(net: network.Network) -> None:
