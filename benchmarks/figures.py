@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import cost, finetune_runs
+from benchmarks import cost, finetune_runs, scale
 from fixefficientnet.evaluation import figures
 from fixefficientnet.evaluation.tables import from_csv
 
@@ -23,6 +23,7 @@ SPEED = DOCS / "results" / "speed.json"
 Rows = Sequence[Mapping[str, Any]]
 RESULTS: dict[str, tuple[str, "Callable[[Rows], Figure]"]] = {
     "finetuning.png": ("finetuning.csv", finetune_runs.draw),
+    "scale.png": ("scale.csv", scale.draw),
     "sweep.png": ("sweep.csv", figures.sweep),
     "statistics.png": ("sweep.csv", figures.activations),
     "sweep-lite0.png": ("sweep-lite0.csv", figures.sweep),

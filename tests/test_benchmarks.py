@@ -13,7 +13,7 @@ import tiny
 import torch
 from conftest import ROOT
 
-from benchmarks import loading, power, runner, tables
+from benchmarks import loading, power, runner, scale, tables
 from fixefficientnet.evaluation.statistics import compare
 
 pytestmark = pytest.mark.newest
@@ -185,11 +185,28 @@ def test_what_is_not_there_is_named():
     assert "no folders with images in them" in done.stderr and not done.stdout
 
 
+def test_each_part_of_a_large_data_set_is_measured(tmp_path: Path):
+    data = scale.layout(tmp_path, 12)
+    assert scale.layout(tmp_path, 12) == data and len([*data.glob("train/*/*.JPEG")]) == 12
+    found: list[Any] = []
+    for part in ("evaluation", *scale.PARTS):
+        tiny.forget_accelerate()
+        row = scale.child({"part": part, "data": str(data), "work": str(tmp_path / "work")})
+        assert row["seconds"] > 0 and row["memory"] >= 0
+        found = scale.merged(found, {"images": 12, "part": part, **row})
+    tiny.forget_accelerate()
+    assert [row["part"] for row in found] == [*scale.PARTS]
+    shown = scale.table([*found, {**found[0], "images": 99}])
+    assert "| | 12 images | 99 images |" in shown.replace("|  |", "| |")
+    assert shown.count("not run") == len(scale.PARTS) - 1
+    assert len(scale.draw(found).axes) == 2
+
+
 def test_help_names_what_there_is_and_does_nothing():
     said = benchmarks("--help").stdout
     assert all(f"\n  {name} " in said for name in tables.TABLES)
     assert max(map(len, said.splitlines())) <= 80
-    for module in ("tables", "cuda", "figures"):
+    for module in ("tables", "cuda", "figures", "scale"):
         assert f"usage: python -m benchmarks.{module}" in benchmarks("--help", module=f"benchmarks.{module}").stdout
 
 

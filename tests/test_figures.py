@@ -13,7 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from tiny import cli
 
-from benchmarks import base_stage, finetune_runs
+from benchmarks import base_stage, finetune_runs, scale
 from benchmarks import figures as drawings
 from fixefficientnet.errors import EvaluationError
 from fixefficientnet.evaluation import figures
@@ -227,3 +227,8 @@ def test_the_table_of_base_networks_shows_the_committed_figures():
     assert f"\n{table}\n" in (DOCS / "finetuning.md").read_text(), f"docs/finetuning.md is stale; put this in:\n{table}"
     timed = base_stage.timed_table(from_csv((DOCS / "results" / "base_stage_timed.csv").read_text()))
     assert f"\n{timed}\n" in (DOCS / "finetuning.md").read_text(), f"docs/finetuning.md is stale; put this in:\n{timed}"
+
+
+def test_the_table_of_large_data_sets_shows_the_committed_figures():
+    table = scale.table(from_csv((DOCS / "results" / "scale.csv").read_text()))
+    assert f"\n{table}\n" in (DOCS / "speed.md").read_text(), f"docs/speed.md is stale; {DRAW}, put this in:\n{table}"
