@@ -1,5 +1,7 @@
 """Fine-tuning end to end, on a tiny network and images that are made here."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -460,6 +462,68 @@ def test_asked_to_stop_it_saves_and_goes_on(uninterrupted, ground: Ground, tmp_p
         assert (tmp_path / "run" / "checkpoint" / "state.safetensors").exists()
         tiny.run(command, tmp_path / "said.txt")
     assert sha(tmp_path / "run") == sha(done)
+
+
+@pytest.mark.newest
+def test_one_request_that_comes_twice_is_one(ground: Ground, tmp_path: Path):
+    """As a terminal's Ctrl-C does, which a launcher passes on: with a save in each step, nothing must be torn."""
+    command = ground.fixres("--method", "online", "--epochs", "40", out=tmp_path)
+    process = tiny.start(command, tmp_path / "said.txt")
+    log = tmp_path / "run" / "log.jsonl"
+    until = time.monotonic() + 60
+    while process.is_alive() and not log.exists() and time.monotonic() < until:
+        time.sleep(0.001)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+        send(process, number)
+    process.join(60)
+    assert process.exitcode in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    assert (tmp_path / "run" / "checkpoint" / "state.safetensors").exists()
+
+
+@pytest.mark.newest
+def test_the_third_request_ends_what_does_not_stop(tmp_path: Path):
+    script = (
+        "import os, signal, sys, time; from pathlib import Path; from accelerate import Accelerator\n"
+        "from fixefficientnet.reproduce import session as s; from fixefficientnet.reproduce.log import Log\n"
+        "s._SAME_REQUEST_SECONDS = 0.0\n"
+        "place = Path(sys.argv[1])\n"
+        "session = s.Session(Accelerator(cpu=True), place, Log(place, enabled=False, console=None))\n"
+        "with session.stoppable():\n"
+        "    for count in range(3):\n"
+        "        time.sleep(0.01); os.kill(os.getpid(), signal.SIGTERM); print('alive', flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert done.returncode == -signal.SIGTERM
+    assert done.stdout == "alive\n" * 2
+    assert "A third signal ends the run" in done.stderr
+
+
+@pytest.mark.newest
+def test_a_file_system_without_locks_is_named(ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_lock(*arguments: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    with pytest.raises(RunError, match=f"cannot be locked: {os.strerror(errno.ENOLCK)}.*NFS.*--output"):
+        in_process(ground, tmp_path, {"method": "cached"})
+
+
+@pytest.mark.newest
+def test_another_number_of_processes_is_refused_with_the_reason(ground: Ground, tmp_path: Path):
+    online = ground.fixres("--method", "online", out=tmp_path)
+    tiny.run(online, tmp_path / "said.txt")
+    saved = tmp_path / "run" / "recipe.json"
+    document = json.loads(saved.read_text())
+    assert document["processes"] == 1
+    (tmp_path / "run" / "report.json").unlink()  # it is not finished, and was begun with two
+    saved.write_text(json.dumps({**document, "processes": 2}))
+    said = tiny.run(online, tmp_path / "said.txt", status=None)
+    assert "processes: 2 there, 1 here; the batch norm of each sees its part" in " ".join(said.split())
+    cached = ground.fixres("--method", "cached", out=tmp_path, experiment="cached")
+    tiny.run(cached, tmp_path / "said.txt")
+    assert json.loads((tmp_path / "cached" / "recipe.json").read_text())["processes"] is None
 
 
 @pytest.mark.newest

@@ -95,3 +95,22 @@ def check_output(paths: Iterable[Path], overwrite: bool, *, folder: bool = False
                 raise FixEfficientNetError(f"{path} is there, and is no file. Choose another --output.")
         if there and not overwrite:
             raise FixEfficientNetError(f"{path} is there already. Choose another --output, or replace it: --overwrite.")
+
+
+def why_no_lock(path: Path) -> str | None:
+    """Why a file cannot be locked, other than that somebody holds its lock; None: it can, or this system cannot tell.
+
+    Lock libraries take an error of the file system for a lock that is held, and wait.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            return error.strerror
+    return None

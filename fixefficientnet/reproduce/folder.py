@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fixefficientnet._internal import records
 from fixefficientnet._internal.files import write_atomically
+from fixefficientnet._internal.records import Positive
 from fixefficientnet.errors import CheckpointError, MissingFileError
 from fixefficientnet.models import DELTA, MODEL
 from fixefficientnet.reproduce import hours, probe, report
@@ -43,12 +44,15 @@ class Identity:
         train_images: Fingerprint of the training split.
         validation_images: Fingerprint of the validation split.
         network: Fingerprint of the weights that the run starts from.
+        processes: Number of processes that share each step's batch, as each one's norm sees its own part; None where
+            their number changes nothing (cached).
     """
 
     recipe: Recipe
     train_images: str
     validation_images: str
     network: str
+    processes: Positive | None = None
 
     @classmethod
     def load(cls, file: Path) -> "Identity":
@@ -83,4 +87,10 @@ class Identity:
         found = differences(self.recipe, other.recipe)
         for field_, text in (("train_images", "training images"), ("validation_images", "validation images")):
             found += [f"other {text}"] * (getattr(self, field_) != getattr(other, field_))
-        return found + ["another network"] * (self.network != other.network)
+        found += ["another network"] * (self.network != other.network)
+        if self.processes != other.processes:
+            found.append(
+                f"processes: {self.processes} there, {other.processes} here; the batch norm of each sees its part of a "
+                "batch, so that a run continues with as many as it began with"
+            )
+        return found

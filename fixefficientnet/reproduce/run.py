@@ -94,11 +94,11 @@ class _Inputs:
     model: nn.Module
     recipe: Recipe
 
-    @property
-    def identity(self) -> Identity:
-        """The identity of a run on these."""
+    def identity(self, world: int) -> Identity:
+        """The identity of a run on these in so many processes."""
         network = delta.fingerprint(self.model.state_dict())
-        return Identity(self.recipe, self.train.fingerprint(), self.validation.fingerprint(), network)
+        processes = world if self.recipe.method == "online" else None
+        return Identity(self.recipe, self.train.fingerprint(), self.validation.fingerprint(), network, processes)
 
 
 def run(job: Job, accelerator: Accelerator) -> Report:
@@ -192,7 +192,7 @@ def _run(job: Job, accelerator: Accelerator) -> Report:
         try:
             inputs = session.together(lambda: _open(job, session.world))
             job = replace(job, recipe=inputs.recipe)
-            identity = inputs.identity
+            identity = inputs.identity(session.world)
             finished = session.on_main(lambda: _claim(session, job, identity))
             if finished is not None:
                 session.on_main(lambda: _draw_page(job.folder, finished, inputs.validation))

@@ -1,6 +1,7 @@
 """What all parts of a run share: the processes, how to stop, what could not be read."""
 
 import contextlib
+import math
 import os
 import secrets
 import signal
@@ -15,12 +16,18 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub.utils import WeakFileLock
 
-from fixefficientnet._internal.files import remove_partial, write_atomically
+from fixefficientnet._internal.files import remove_partial, why_no_lock, write_atomically
 from fixefficientnet.errors import DataError, FixEfficientNetError, Interrupted, RunError
 from fixefficientnet.reproduce.log import Log
 
 T = TypeVar("T")
 _LOCK_SECONDS = 2
+_SAME_REQUEST_SECONDS = 1.0
+_ON_SIGNAL = (
+    b"\nStopping after this step, once all is saved.\n",
+    b"\nStill in this step, which will be saved. A third signal ends the run immediately, and loses it.\n",
+)
+"""What the first and the second request to stop are answered."""
 
 
 @dataclass
@@ -150,19 +157,27 @@ class Session:
 
     @contextlib.contextmanager
     def stoppable(self) -> Iterator[None]:
-        """Within, SIGINT and SIGTERM set `stopped_by` instead of ending the process; a second one ends it.
+        """Within, SIGINT and SIGTERM set `stopped_by` instead of ending the process; the third one ends it.
+
+        Terminals, launchers and schedulers each pass a signal on, so that one request may come several times: what
+        follows within a second counts as the same.
 
         Raises:
             Interrupted: At the end, if there was a signal that nobody has looked at.
         """
+        requests = 0
+        last = -math.inf
 
         def note(number: int, frame: FrameType | None) -> None:
-            if self.stopped_by:
+            nonlocal requests, last
+            now = time.monotonic()
+            requests, last = requests + (now - last > _SAME_REQUEST_SECONDS), now
+            if requests > len(_ON_SIGNAL):
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             self.stopped_by = number
             if self.main:
-                os.write(2, b"\nStopping after this step, once all is saved. A second signal ends it immediately.\n")
+                os.write(2, _ON_SIGNAL[requests - 1])
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -173,6 +188,18 @@ class Session:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def leaving_together(self) -> Iterator[None]:
+        """Within, a stop that all processes agreed on is waited with until the first one has saved.
+
+        A launcher kills what is left as soon as one process has ended.
+        """
+        try:
+            yield
+        except Interrupted:
+            self.accelerator.wait_for_everyone()
+            raise
 
     @contextlib.contextmanager
     def locked(self, folder: Path) -> Iterator[None]:
@@ -189,7 +216,14 @@ class Session:
             try:
                 # loading processes share the lock, and end a moment after a parent that was killed
                 stack.enter_context(WeakFileLock(folder / ".lock", timeout=_LOCK_SECONDS))
-            except TimeoutError:
+            except OSError as error:
+                if reason := why_no_lock(folder / ".lock"):
+                    raise RunError(
+                        f"{folder} cannot be locked: {reason}. Its file system may be mounted without locks (NFS "
+                        "without a lock service, Lustre without the option flock). Choose another with --output."
+                    ) from error
+                if not isinstance(error, TimeoutError):
+                    raise
                 pid = owner.read_text().partition(" ")[0] if owner.exists() else "unknown"
                 raise RunError(
                     f"{folder} is in use by the process {pid}. Wait for it, or choose another folder."
