@@ -13,7 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from tiny import cli
 
-from benchmarks import base_stage, finetune_runs, scale
+from benchmarks import base_stage, finetune_runs, power, scale
 from benchmarks import figures as drawings
 from fixefficientnet.errors import EvaluationError
 from fixefficientnet.evaluation import figures
@@ -220,6 +220,11 @@ def test_the_docs_table_of_fine_tuning_runs_is_of_the_committed_data():
     assert f"\n{table}\n" in (DOCS / "finetuning.md").read_text(), (
         f"the table in docs/finetuning.md is stale; {DRAW}, and put this into the page:\n{table}"
     )
+
+
+def test_the_docs_table_of_needed_images_is_of_the_committed_data():
+    table = power.table(from_csv((DOCS / "results" / "finetuning.csv").read_text()), 865)
+    assert f"\n{table}\n" in (DOCS / "finetuning.md").read_text(), f"docs/finetuning.md is stale; put this in:\n{table}"
 
 
 def test_the_table_of_base_networks_shows_the_committed_figures():
