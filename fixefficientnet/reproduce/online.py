@@ -115,7 +115,7 @@ def tune(
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
     schedule = Schedule(*steps_of_epoch(recipe, len(dataset), session.world))
     network.train(recipe)
-    with session.stoppable(), session.leaving_together():
+    with session.stoppable():
         batches = _batches(session, dataset, recipe, replace(position))
 
         def step(position: Position) -> StepResult:

@@ -258,16 +258,21 @@ def _claim(session: Session, job: Job, identity: Identity) -> Report | None:
     saved = _checkpoints(session, job, identity).saved_identity()
     earlier = {file: Identity.load(file) if file.exists() else None}
     earlier[folder / CHECKPOINT] = Identity.of(saved, folder / CHECKPOINT) if saved is not None else None
-    for path, there in earlier.items():
-        if there is None or there == identity or not any((folder / name).exists() for name in PROGRESS):
-            continue
-        raise RunError(
-            f"{path} is of another run:\n  "
-            + "\n  ".join(there.differences(identity))
-            + "\nChoose another folder with --experiment, or start anew in this one with --overwrite."
-        )
     weights = [DELTA, probe.FILENAME] * (job.recipe.stage == "fixres") + [MODEL] * _keeps_network(job.recipe)
-    if all((folder / name).exists() for name in (report.FILENAME, report.TEXT, *weights)):
+    finished = all((folder / name).exists() for name in (report.FILENAME, report.TEXT, *weights))
+    begun = any((folder / name).exists() for name in PROGRESS)
+    for path, there in earlier.items():
+        if there is None or not begun:
+            continue
+        if finished or saved is None:  # nothing is trained, or all of it anew: any number of processes may do that
+            there = replace(there, processes=identity.processes)
+        if found := there.differences(identity):
+            raise RunError(
+                f"{path} is of another run:\n  "
+                + "\n  ".join(found)
+                + "\nChoose another folder with --experiment, or start anew in this one with --overwrite."
+            )
+    if finished:
         return Report.load(folder)
     identity.dump(file)
     return None

@@ -25,7 +25,7 @@ _LOCK_SECONDS = 2
 _SAME_REQUEST_SECONDS = 1.0
 _ON_SIGNAL = (
     b"\nStopping after this step, once all is saved.\n",
-    b"\nStill in this step, which will be saved. A third signal ends the run immediately, and loses it.\n",
+    b"\nStill in this step, which will be saved. Ctrl-C once more ends the run immediately, and loses the step.\n",
 )
 """What the first and the second request to stop are answered."""
 
@@ -53,6 +53,7 @@ class Session:
     unreadable: dict[str, set[str]] = field(default_factory=dict)
     unturned: dict[str, set[str]] = field(default_factory=dict)
     stopped_by: int = 0
+    _working_alone: bool = field(default=False, init=False)
 
     @property
     def main(self) -> bool:
@@ -115,15 +116,23 @@ class Session:
             raise
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Does something in the first process alone; its result, or its failure, is that of all."""
+        """Does something in the first process alone; its result, or its failure, is that of all.
+
+        Within such work, the first process just does it.
+        """
+        if self._working_alone:
+            return work()
         outcome: list[Any] = [None, None]
         failure: Exception | None = None
         if self.main:
+            self._working_alone = True
             try:
                 outcome[0] = work()
             except Exception as error:  # whatever it is: the others wait
                 failure = error
                 outcome[1] = error.number if isinstance(error, Interrupted) else f"{type(error).__name__}: {error}"
+            finally:
+                self._working_alone = False
         if self.world > 1:
             broadcast_object_list(outcome)
         if failure is not None:
@@ -157,10 +166,10 @@ class Session:
 
     @contextlib.contextmanager
     def stoppable(self) -> Iterator[None]:
-        """Within, SIGINT and SIGTERM set `stopped_by` instead of ending the process; the third one ends it.
+        """Within, SIGINT and SIGTERM set `stopped_by` instead of ending the process; a third Ctrl-C ends it.
 
-        Terminals, launchers and schedulers each pass a signal on, so that one request may come several times: what
-        follows within a second counts as the same.
+        Terminals and launchers pass a signal on, so that one request may come several times: what follows within a
+        second counts as the same. More SIGTERM change nothing: who sends them sends SIGKILL in the end.
 
         Raises:
             Interrupted: At the end, if there was a signal that nobody has looked at.
@@ -170,14 +179,17 @@ class Session:
 
         def note(number: int, frame: FrameType | None) -> None:
             nonlocal requests, last
+            self.stopped_by = self.stopped_by or number
             now = time.monotonic()
-            requests, last = requests + (now - last > _SAME_REQUEST_SECONDS), now
-            if requests > len(_ON_SIGNAL):
+            again, last = now - last <= _SAME_REQUEST_SECONDS, now
+            if again:
+                return
+            requests += 1
+            if requests > len(_ON_SIGNAL) and number == signal.SIGINT:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
-            self.stopped_by = number
             if self.main:
-                os.write(2, _ON_SIGNAL[requests - 1])
+                os.write(2, _ON_SIGNAL[min(requests, len(_ON_SIGNAL)) - 1])
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -188,18 +200,6 @@ class Session:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-    @contextlib.contextmanager
-    def leaving_together(self) -> Iterator[None]:
-        """Within, a stop that all processes agreed on is waited with until the first one has saved.
-
-        A launcher kills what is left as soon as one process has ended.
-        """
-        try:
-            yield
-        except Interrupted:
-            self.accelerator.wait_for_everyone()
-            raise
 
     @contextlib.contextmanager
     def locked(self, folder: Path) -> Iterator[None]:

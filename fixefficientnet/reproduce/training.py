@@ -109,10 +109,13 @@ def train(
                 done = step(position)
                 position.advance(schedule.steps)
                 ledger.note(at, done, rate)
-                saves = done.stop or checkpoints.due(position) or position.epoch == recipe.epochs
+                last = done.stop or position.epoch == recipe.epochs
+                saves = last or checkpoints.due(position)
                 if saves or position.epoch > epoch:
                     ledger.read()
-                if saves:
+                if last:  # others wait, as a launcher kills what is left once one process has ended
+                    session.on_main(lambda: checkpoints.save(position, state))
+                elif saves:
                     with session.alike():
                         checkpoints.save(position, state)
                 if done.stop:
