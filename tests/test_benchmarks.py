@@ -14,6 +14,9 @@ import torch
 from conftest import ROOT
 
 from benchmarks import loading, power, runner, scale, tables
+from benchmarks.check import autotune, chunks, command, forward, runs, step
+from benchmarks.check import loading as check_loading
+from benchmarks.check.setting import Setting
 from fixefficientnet.evaluation.statistics import compare
 
 pytestmark = pytest.mark.newest
@@ -213,6 +216,35 @@ def test_help_names_what_there_is_and_does_nothing():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_gpus_benchmark_says_so():
     assert "no CUDA device" in benchmarks(module="benchmarks.cuda", status=1).stderr
+
+
+def test_the_gpus_check_runs_on_tiny_networks(tmp_path: Path):
+    data = tiny.make_data(tmp_path / "data", train=4, val=2)
+    setting = Setting("cpu", str(tmp_path), tiny=True, data=str(data))
+    for row in chunks.rows(setting):
+        assert max(row[name] for name in ("logits", "gradients", "statistics")) < 1e-4, row
+    for row in step.rows(setting):
+        assert row["images/s"] > 0 and row["GB, --plan"] > 0, row
+    for part, columns in ((forward, {"contiguous", "4 times the batch"}), (autotune, {"contiguous", "channels last"})):
+        for row in part.rows(setting):
+            assert columns <= row.keys(), row
+    assert not torch.backends.cudnn.benchmark
+    for row in check_loading.rows(setting):
+        assert all(row[method] > 0 for method in loading.METHODS), row
+    rows = list(runs.rows(setting))
+    cases = [(method, precision) for method in runs.METHODS for precision in ("no", "bf16")]
+    assert [(row["method"], row["precision"]) for row in rows] == cases
+    assert all(row["publishable"] for row in rows), rows
+
+
+def test_a_part_of_the_check_that_fails_or_takes_too_long_is_a_row(tmp_path: Path):
+    setting = Setting("cpu", str(tmp_path), tiny=True)
+    (late,) = command.rows_of("chunks", setting, 0.1)
+    assert late == {"failed": "not done after 0.1 s"}
+    (failed,) = command.rows_of("nothing", setting, 60)
+    assert failed == {"failed": "ModuleNotFoundError: No module named 'benchmarks.check.nothing'"}
+    table = command.shown([{"case": "a|b", "rate": 12345.6, "same": True}, failed]).splitlines()
+    assert table[2] == "| a\\|b | 12,346 | yes |  |"
 
 
 def test_so_many_images_show_a_gain_as_often_as_was_asked():

@@ -1,0 +1,30 @@
+"""Runs one part in this process, and prints each row as a line of JSON: python -m benchmarks.check PART SETTING."""
+
+import contextlib
+import importlib
+import json
+import sys
+import traceback
+
+from benchmarks.check.setting import Setting, said
+from benchmarks.machine import Row
+
+
+def main() -> None:
+    name, setting = sys.argv[1], Setting(**json.loads(sys.argv[2]))
+    lines = sys.stdout
+
+    def show(row: Row) -> None:
+        print(json.dumps(row), file=lines, flush=True)
+
+    with contextlib.redirect_stdout(sys.stderr):  # whatever else is printed is no row
+        try:
+            for row in importlib.import_module(f"benchmarks.check.{name}").rows(setting):
+                show(row)
+        except Exception as error:
+            traceback.print_exc()
+            show({"failed": said(error)})
+
+
+if __name__ == "__main__":
+    main()
