@@ -16,10 +16,11 @@ IMAGES = 1024
 def rows(setting: Setting) -> Iterator[Row]:
     folder = Path(str(setting.data), "train")
     count = min(IMAGES, sum(1 for _ in folder.glob("*/*")))
+    workers = max(1, setting.workers)
     for size in (64,) if setting.tiny else (320, 472):
-        given = {"folder": str(folder), "size": size, "batch": loading.BATCH, "workers": [setting.workers], "rounds": 2}
+        given = {"folder": str(folder), "size": size, "batch": loading.BATCH, "workers": [workers], "rounds": 2}
         given |= {"images": count, "device": setting.device}
-        yield case({"size": size, "workers": setting.workers, "images": count}, lambda: _rates(given))  # noqa: B023
+        yield case({"size": size, "workers": workers, "images": count}, lambda: _rates(given))  # noqa: B023
 
 
 def _rates(given: dict[str, object]) -> Row:
