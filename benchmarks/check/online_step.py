@@ -36,7 +36,8 @@ class OnlineStep:
         torch.manual_seed(0)
         with torch.device(setting.device):
             model = timm.create_model(recipe.backbone.partition(".")[0])
-            self.images = torch.randint(256, (recipe.batch_size, 3, recipe.test_size, recipe.test_size)).byte()
+            shape = recipe.batch_size, 3, recipe.test_size, recipe.test_size
+            self.images = torch.randint(256, shape, dtype=torch.uint8)
             self.targets = torch.randint(1000, (recipe.batch_size,))
         self.images = self.images.contiguous(memory_format=torch.channels_last)
         self.network = network.prepare(model.to(memory_format=torch.channels_last), recipe)

@@ -29,10 +29,11 @@ def rows(setting: Setting) -> Iterator[Row]:
 def _measured(step: OnlineStep, device: str) -> Row:
     planned = plan.plan(step.recipe).memory
     on_cuda = device == "cuda"
-    step(step.in_chunks, 2 * step.recipe.forward_batch)  # loads the kernels
     before = 0.0 if on_cuda else machine.forget_peak()
     if on_cuda:
+        torch.cuda.empty_cache()  # what making network and images took is no part of it
         torch.cuda.reset_peak_memory_stats()
+    step(step.in_chunks, 2 * step.recipe.forward_batch)  # loads the kernels
     start = machine.settled(device)
     step(step.in_chunks)
     seconds = machine.settled(device) - start
