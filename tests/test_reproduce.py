@@ -942,7 +942,7 @@ def test_out_of_memory(ground: Ground, tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(RunError, match=r"Out of memory with batch_size 12.*--auto-batch"):
         in_process(ground, tmp_path, {"batch_size": 12, "forward_batch": 8})
     found = in_process(ground, tmp_path, {"batch_size": 12, "forward_batch": 8}, auto_batch=True)
-    assert (found.recipe.batch_size, found.recipe.forward_batch) == (3, 2)
+    assert (found.recipe.batch_size, found.recipe.forward_batch) == (6, 4)
     again = in_process(ground, tmp_path, {"batch_size": 12, "forward_batch": 8}, auto_batch=True)
     assert again == found  # the same call finds what it did
 

@@ -299,7 +299,8 @@ class _Loading(Dataset[Any]):
 
 
 def _room(count: int, tensor: Tensor, device: torch.device | None = None) -> Tensor:
-    """Room for a batch of tensors like this one, each as it lies in memory; in shared memory, in a worker."""
+    """Room for a batch of tensors like this one, in its order of dimensions; in shared memory, in a worker."""
+    tensor = torch.empty_like(tensor)  # without gaps, which a crop has between its rows
     flat = torch.empty(count * tensor.numel(), dtype=tensor.dtype, device=device)
     if get_worker_info() is not None:
         cast(Any, flat).share_memory_()  # else the whole batch would be copied there
