@@ -76,9 +76,9 @@ class Preprocess(TestTime):
             float32 of the same shape, with channels last in memory: what torchvision computes, in that order.
         """
         # a row at a time, as a CPU is slow where three values are all that lies together; and divided by a tensor, as
-        # a GPU multiplies by the reciprocal of a number, which is rounded
+        # a GPU multiplies by the reciprocal of a number, which is rounded; sent without waiting for what it computes
         constants = torch.tensor([(255.0,) * 3, self.mean, self.std], dtype=torch.float32)
-        whole, mean, std = constants.repeat(1, pixels.shape[-1]).to(pixels.device)
+        whole, mean, std = constants.repeat(1, pixels.shape[-1]).to(pixels.device, non_blocking=True)
         rows = pixels.movedim(-3, -1).flatten(-2).to(torch.float32).div_(whole).sub_(mean).div_(std)
         return rows.view(*rows.shape[:-1], -1, 3).movedim(-1, -3)
 

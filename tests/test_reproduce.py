@@ -408,6 +408,13 @@ def elapsed(seconds: float) -> Callable[[], bool]:
     return reached
 
 
+def wait_for(process: BaseProcess, file: Path) -> None:
+    """Waits until a process has made a file, or has ended."""
+    until = time.monotonic() + 60
+    while process.is_alive() and not file.exists() and time.monotonic() < until:
+        time.sleep(0.001)
+
+
 def send(process: BaseProcess, number: int) -> None:
     """Sends a signal to a process."""
     assert process.pid is not None
@@ -451,9 +458,7 @@ def test_asked_to_stop_it_saves_and_goes_on(uninterrupted, ground: Ground, tmp_p
     command = ground.fixres(*arguments, out=tmp_path)
     log = tmp_path / "run" / "log.jsonl"
     process = tiny.start(command, tmp_path / "said.txt")
-    until = time.monotonic() + 60
-    while process.is_alive() and not log.exists() and time.monotonic() < until:
-        time.sleep(0.001)
+    wait_for(process, log)
     send(process, number)
     process.join(60)
     assert process.exitcode in (0, 128 + number)  # 0: it was done by then
@@ -470,9 +475,7 @@ def test_one_request_that_comes_twice_is_one(ground: Ground, tmp_path: Path):
     command = ground.fixres("--method", "online", "--epochs", "40", out=tmp_path)
     process = tiny.start(command, tmp_path / "said.txt")
     log = tmp_path / "run" / "log.jsonl"
-    until = time.monotonic() + 60
-    while process.is_alive() and not log.exists() and time.monotonic() < until:
-        time.sleep(0.001)
+    wait_for(process, log)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
         send(process, number)
     process.join(60)
@@ -566,9 +569,7 @@ def test_a_state_saved_at_the_end_of_an_epoch_is_gone_on_from(ground: Ground, tm
     tiny.run([*command, "--experiment", "whole"], tmp_path / "said.txt")
     log = tmp_path / "run" / "log.jsonl"
     process = tiny.start(command, tmp_path / "said.txt")
-    until = time.monotonic() + 60
-    while process.is_alive() and not log.exists() and time.monotonic() < until:
-        time.sleep(0.001)
+    wait_for(process, log)
     send(process, signal.SIGTERM)
     process.join(60)
     tiny.run(command, tmp_path / "said.txt")
@@ -619,9 +620,7 @@ def test_a_signal_to_one_process_stops_both(ground: Ground, tmp_path: Path):
     command = ground.fixres("--method", "online", "--epochs", "200", out=tmp_path)
     processes = tiny.start_two(command, tmp_path / "said")
     log = tmp_path / "run" / "log.jsonl"
-    until = time.monotonic() + 60
-    while processes[0].is_alive() and not log.exists() and time.monotonic() < until:
-        time.sleep(0.001)
+    wait_for(processes[0], log)
     send(processes[1], signal.SIGTERM)
     for process in processes:
         process.join(60)
@@ -896,9 +895,7 @@ def test_a_base_stage_that_was_stopped_leaves_the_same_bytes_and_its_train_size(
     assert "2 images, others each time, are left out" in tiny.run([*base, "--experiment", "one"], tmp_path / "said.txt")
     log = tmp_path / "two" / "log.jsonl"
     process = tiny.start([*base, "--experiment", "two"], tmp_path / "said.txt")
-    until = time.monotonic() + 60
-    while process.is_alive() and not log.exists() and time.monotonic() < until:
-        time.sleep(0.001)
+    wait_for(process, log)
     send(process, signal.SIGTERM)
     process.join(60)
     tiny.run([*base, "--experiment", "two"], tmp_path / "said.txt")

@@ -31,8 +31,13 @@ class StepNetwork(nn.Module):
         self.model = network.model
         self._normalise = Preprocess.of(recipe.test).normalise
         self._chunk = recipe.forward_batch
-        self.in_chunks = recipe.stage == "fixres" and _ends_features(network, recipe.work_size)
-        self._norm = network.norm if self.in_chunks else None
+        in_chunks = recipe.stage == "fixres" and _ends_features(network, recipe.work_size)
+        self._norm = network.norm if in_chunks else None
+
+    @property
+    def in_chunks(self) -> bool:
+        """Whether the frozen part runs in chunks."""
+        return self._norm is not None
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Gives the logits, [n, classes], of a batch of images, uint8 [n, 3, S, S]."""
