@@ -19,7 +19,6 @@ from fixefficientnet.reproduce.recipe import Recipe
 
 IMAGENET = (1_281_167, 50_000)
 """Training and validation images of ImageNet-2012."""
-_PRECISIONS = {"no": "float32", "bf16": "bf16", "fp16": "fp16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +188,7 @@ def describe(plan: Plan) -> dict[str, str]:
     tensors = ", ".join(f"{name} ({count:,})" for name, count in moving[:8])
     if len(moving) > 8:
         tensors += f" and {len(moving) - 8} more"
+    precision = "float32" if recipe.mixed_precision == "no" else recipe.mixed_precision
     described = {
         "variant": f"{recipe.variant} ({recipe.backbone})",
         "stage": f"{recipe.stage}, {recipe.method}, tune {recipe.tune}",
@@ -204,8 +204,7 @@ def describe(plan: Plan) -> dict[str, str]:
         f"{plan.parameters:,} parameters",
         "forward": f"{plan.gmacs:.3f} GMACs per image at {recipe.work_size} pixels",
         "images": f"{plan.forwards:,} forward passes to tune, {plan.evaluations:,} to measure",
-        "memory": f"about {plan.memory / 1e9:.2f} GB of tensors per device in {_PRECISIONS[recipe.mixed_precision]}, "
-        "workspaces not counted",
+        "memory": f"about {plan.memory / 1e9:.2f} GB of tensors per device in {precision}, workspaces not counted",
     }
     if plan.feature_bytes:
         described["features"] = f"{plan.feature_bytes / 1e9:.2f} GB on disk"
