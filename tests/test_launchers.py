@@ -12,6 +12,9 @@ import pytest
 import tiny
 from conftest import ROOT
 
+from fixefficientnet._internal import processes
+from fixefficientnet.errors import FixEfficientNetError
+
 pytestmark = pytest.mark.newest
 
 SMALL = ["--train-size", "32", "--test-size", "48", "--batch-size", "4", "-j", "0", "--val-interval", "0"]
@@ -116,3 +119,11 @@ def test_torchrun_starts_a_killed_process_again_and_the_bytes_are_the_same(tmp_p
     assert "Continuing after step" in said
     deltas = [(tmp_path / name / "delta.safetensors").read_bytes() for name in ("whole", "killed")]
     assert deltas[0] == deltas[1]
+
+
+def test_processes_that_are_restarted_on_several_nodes_say_what_torchrun_needs(monkeypatch: pytest.MonkeyPatch):
+    restarted = {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in (restarted | {"WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(FixEfficientNetError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        processes.accelerator("cpu", "no")

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
+_PATIENCE = datetime.timedelta(days=1)
+"""How long a process waits for others: they wait while the first trains on features."""
+
 
 def usable_device(device: "str | torch.device | None") -> "torch.device":
     """A device, after a check that PyTorch can compute on it here.
@@ -78,7 +81,8 @@ def accelerator(device: str | None, mixed_precision: str) -> "Accelerator":
         mixed_precision: "no", "bf16" or "fp16".
 
     Raises:
-        FixEfficientNetError: The device or the precision cannot be used here.
+        FixEfficientNetError: The device or the precision cannot be used here; torchrun restarted processes of several
+            nodes, which cannot find each other.
     """
     requirements.need("accelerate", "torchmetrics")  # what begins here ends in accuracies
     import torch
@@ -93,8 +97,9 @@ def accelerator(device: str | None, mixed_precision: str) -> "Accelerator":
     check_precision(mixed_precision, cpu=cpu)
     handlers: list[Any] = [
         DistributedDataParallelKwargs(broadcast_buffers=False),  # statistics are averaged instead
-        InitProcessGroupKwargs(timeout=datetime.timedelta(days=1)),  # others wait while the first trains on features
+        InitProcessGroupKwargs(timeout=_PATIENCE),
     ]
+    _join_after_restart("gloo" if cpu else "nccl")
     try:
         return Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=handlers)
     except ValueError as error:  # Accelerate's state is the process's
@@ -102,6 +107,31 @@ def accelerator(device: str | None, mixed_precision: str) -> "Accelerator":
             f"Accelerate runs with another device or precision in this process already ({error}). Use the same one, "
             "or a process of its own."
         ) from error
+
+
+def _join_after_restart(backend: str) -> None:
+    """Joins the processes that torchrun restarted, by a store of their own; Accelerate then takes what it finds.
+
+    torchrun's store holds the addresses of the ended processes still, and who reads these waits for them (PyTorch's
+    issue 135712). Agents of several nodes count restarts differently, so that their count names no common store.
+
+    Raises:
+        FixEfficientNetError: The processes are on several nodes.
+    """
+    import torch.distributed as dist
+
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if attempt == "0" or not shared or not several() or dist.is_initialized():
+        return
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        raise FixEfficientNetError(
+            "Processes that torchrun restarts on several nodes cannot find each other. Start torchrun with "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment; the run continues where it was."
+        )
+    store, number, world = next(dist.rendezvous("env://"))
+    own = dist.PrefixStore(f"attempt {attempt}", store)
+    dist.init_process_group(backend, store=own, rank=number, world_size=world, timeout=_PATIENCE)
 
 
 @contextlib.contextmanager
