@@ -143,7 +143,7 @@ def ours(task: Task, method: str) -> dict[str, Any]:
             threads=threads,
             accelerator=computing,
         ).run()
-        return [prediction.top5[0] for prediction in evaluation.evaluated]
+        return [prediction.top5[0] for prediction in evaluation.predictions if prediction]
 
     with engines.running(loaded, test, engine, threads=threads, precision=precision):
         return {**_timed(task, loaded.network, once), "exporting": exporting}

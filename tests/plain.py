@@ -17,6 +17,7 @@ from torchvision import transforms
 
 from fixefficientnet.evaluation.loop import EvaluationLoop
 from fixefficientnet.evaluation.outcome import Evaluation
+from fixefficientnet.evaluation.predictions import ImagePrediction
 from fixefficientnet.manifest import TestTime
 
 TEST = TestTime(48, 0.875, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -44,6 +45,11 @@ def logits(model: nn.Module, images: Iterable[Path], test: TestTime = TEST) -> t
 def predict_dataset(*arguments: Any, **options: Any) -> Evaluation:
     """The evaluation of a model on a dataset."""
     return EvaluationLoop(*arguments, **options).run()
+
+
+def evaluated(found: Evaluation) -> list[ImagePrediction]:
+    """The predictions that there are, in order."""
+    return [prediction for prediction in found.predictions if prediction]
 
 
 def correct(logits: torch.Tensor, labels: Sequence[int], best: int = 1) -> str:

@@ -104,7 +104,7 @@ def test_a_models_own_classes_are_found_by_name(tmp_path: Path):
     model = plain.network(4, [*images, images[0]], [1, 3, 0, 2])
     plain.save_run(tmp_path / "run", model, classes)
     found = fixefficientnet.evaluate(str(tmp_path / "run"), tmp_path / "data", workers=0, device="cpu")
-    assert [prediction.labels for prediction in found.evaluated] == [(1,), (3,), (0,)]
+    assert [prediction.labels for prediction in plain.evaluated(found)] == [(1,), (3,), (0,)]
     assert found.correct == plain.correct(plain.logits(model, images), [1, 3, 0])
     make_folder(tmp_path / "data", ("apple", "pear", "plum"))
     with pytest.raises(DataError, match=r"data has classes that .*run lacks: pear, plum\."):
@@ -117,7 +117,11 @@ def test_a_models_own_classes_may_have_wordnet_ids(tmp_path: Path):
     images = [tmp_path / "data" / name / "0.png" for name in classes]
     plain.save_run(tmp_path / "run", plain.network(3, [*images, images[1]], [0, 1, 2, 2]), classes)
     found = fixefficientnet.evaluate(str(tmp_path / "run"), tmp_path / "data", workers=0, device="cpu")
-    assert [prediction.labels for prediction in found.evaluated] == [(1,), (0,), (2,)]  # by name of the folders
+    assert [prediction.labels for prediction in plain.evaluated(found)] == [
+        (1,),
+        (0,),
+        (2,),
+    ]  # by name of the folders
     out, _ = tiny.cli(
         "evaluate",
         tmp_path / "run",

@@ -12,7 +12,7 @@ import timm
 import tiny
 import torch
 from conftest import Network
-from plain import TEST, predict_dataset
+from plain import TEST, evaluated, predict_dataset
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
@@ -20,8 +20,9 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 from fixefficientnet.classes import Subset
 from fixefficientnet.data.dataset import ImageDataset, open_dataset
 from fixefficientnet.errors import DataError, EvaluationError
-from fixefficientnet.evaluation.journal import Finished
-from fixefficientnet.evaluation.outcome import Evaluation, ImagePrediction
+from fixefficientnet.evaluation.journal import Finished, FinishedBatch
+from fixefficientnet.evaluation.outcome import Evaluation
+from fixefficientnet.evaluation.predictions import ImagePrediction, Predictions
 
 
 @pytest.fixture(scope="module", params=[3, 7, 20])
@@ -83,7 +84,7 @@ def test_each_prediction_has_the_best_classes_with_their_probability_and_loss(gr
     model, images, labels, logits = ground
     found = predict_dataset(model, images, TEST, batch_size=4)
     losses = F.cross_entropy(logits, torch.tensor(labels), reduction="none").tolist()
-    for prediction, label, row, loss in zip(found.evaluated, labels, logits, losses, strict=True):
+    for prediction, label, row, loss in zip(evaluated(found), labels, logits, losses, strict=True):
         assert prediction.labels == (label,)
         assert list(prediction.top5) == row.argsort(descending=True)[:5].tolist()
         assert prediction.confidence == pytest.approx(row.softmax(0).max().item(), abs=1e-4)
@@ -118,7 +119,7 @@ def test_an_error_leaves_no_thread_and_the_model_as_it_was(ground):
         def read(self) -> Finished:
             return Finished()
 
-        def write(self, found: Finished) -> None:
+        def write(self, found: FinishedBatch) -> None:
             raise OSError("full")
 
     model, images, *_ = ground
@@ -172,8 +173,8 @@ def test_restricted_logits_are_a_plain_loops_with_the_columns_of_the_subset(grou
     assert found.correct == plain.correct(logits, targets)
     assert found.correct5 == plain.correct(logits, targets, best=5)
     assert_figures(found, logits, targets)
-    assert {predicted for prediction in found.evaluated for predicted in prediction.top5} <= set(chosen)
-    assert [prediction.labels[0] for prediction in found.evaluated] == [number[label] for label in labels]
+    assert {predicted for prediction in evaluated(found) for predicted in prediction.top5} <= set(chosen)
+    assert [prediction.labels[0] for prediction in evaluated(found)] == [number[label] for label in labels]
     assert found.top1 > predict_dataset(model, mapped, TEST, batch_size=4).top1
 
 
@@ -260,9 +261,9 @@ def test_a_model_of_one_class_is_always_correct(tmp_path: Path):
 
 def evaluation(*rows: tuple[int, tuple[int, ...]] | None, loss: float = 0.5) -> Evaluation:
     """An evaluation of images given as (label, predictions) each, or as None if unreadable."""
-    predictions = tuple(row and ImagePrediction((row[0],), row[1], 0.6, loss) for row in rows)
+    predictions = (row and ImagePrediction((row[0],), row[1], 0.6, loss) for row in rows)
     unreadable = {index: f"image {index} is damaged" for index, row in enumerate(rows) if row is None}
-    return Evaluation(48, 0.875, predictions, unreadable, seconds=2.0)
+    return Evaluation(48, 0.875, Predictions(predictions), unreadable, seconds=2.0)
 
 
 MIXED = evaluation(

@@ -163,7 +163,7 @@ def test_imagenets_classes_are_found_by_its_names(tmp_path: Path, evaluate):
         (tmp_path / "ids" / name).rename(tmp_path / "ids" / WORDNET_IDS[index])
     settings = {"size": 32, "workers": 0, "device": "cpu"}
     one, other = (fixefficientnet.evaluate("lite0", tmp_path / place, **settings) for place in ("data", "ids"))
-    assert sorted(one.evaluated) == sorted(other.evaluated)
+    assert sorted(plain.evaluated(one)) == sorted(plain.evaluated(other))
 
 
 def test_a_thousand_folders_of_words_are_never_taken_in_their_own_order(tmp_path: Path):
@@ -239,7 +239,7 @@ def test_an_order_that_a_model_cannot_tell_is_said(nameless: str, tmp_path: Path
     out, _ = evaluate(nameless, "--data", data)
     assert "class names taken as the numbers of the model's classes" in out
     found = fixefficientnet.evaluate(nameless, data, size=32, device="cpu", workers=0)
-    assert [prediction.labels for prediction in found.evaluated] == [(0,), (2,)]
+    assert [prediction.labels for prediction in plain.evaluated(found)] == [(0,), (2,)]
 
 
 # --- files of labels ------------------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def test_a_flat_folder_is_measured_as_one_with_folders_is(flat: Path, tmp_path: 
     settings = {"size": 32, "device": "cpu", "workers": 0}
     one = fixefficientnet.evaluate("lite0", tmp_path, **settings)
     other = fixefficientnet.evaluate("lite0", flat, labels=tmp_path / "labels.csv", **settings)
-    assert sorted(one.evaluated) == sorted(other.evaluated)
+    assert sorted(plain.evaluated(one)) == sorted(plain.evaluated(other))
     out, _ = evaluate("lite0", "--data", flat, "--labels", tmp_path / "labels.csv", "--real-labels")
     every = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 50_001)]
     known = RealLabelsImagenet(every).real_labels
@@ -371,7 +371,7 @@ def test_labels_are_of_own_classes_too_and_excluded_images_need_none(tmp_path: P
     (tmp_path / "labels.csv").write_text("a/1.png,oak\nb.png,elm\n")
     common = {"labels": tmp_path / "labels.csv", "workers": 0, "device": "cpu"}
     found = fixefficientnet.evaluate(run, tmp_path / "images", exclude=("a/2.png",), **common)
-    assert [prediction.labels for prediction in found.evaluated] == [(2,), (0,)]
+    assert [prediction.labels for prediction in plain.evaluated(found)] == [(2,), (0,)]
     with pytest.raises(DataError, match=r"1 images without a label: a/2\.png"):
         fixefficientnet.evaluate(run, tmp_path / "images", **common)
     (tmp_path / "labels.csv").write_text("a/1.png,2\na/2.png,0\nb.png,0\n")

@@ -11,7 +11,8 @@ from huggingface_hub import constants
 import fixefficientnet
 from fixefficientnet import classes, manifest
 from fixefficientnet.errors import RunError
-from fixefficientnet.evaluation.outcome import Evaluation, ImagePrediction
+from fixefficientnet.evaluation.outcome import Evaluation
+from fixefficientnet.evaluation.predictions import ImagePrediction, Predictions
 from fixefficientnet.reproduce import gate
 from fixefficientnet.reproduce import recipe as recipes
 
@@ -26,7 +27,7 @@ def measured(correct: int, images: int, num_classes: int = 1000) -> Evaluation:
         label = index % num_classes
         best = label if index < correct else (label + 1) % 1000
         made.append(ImagePrediction((label,), (best,), 0.5, 1.0))
-    return Evaluation(224, 0.875, tuple(made))
+    return Evaluation(224, 0.875, Predictions(made))
 
 
 def check(base: Evaluation, **choices: object) -> None:

@@ -19,19 +19,20 @@ from torch import nn
 import fixefficientnet
 from fixefficientnet.data.dataset import open_dataset
 from fixefficientnet.errors import EvaluationError
-from fixefficientnet.evaluation.journal import Finished, Journal, load
-from fixefficientnet.evaluation.outcome import Evaluation, ImagePrediction
+from fixefficientnet.evaluation.journal import Finished, FinishedBatch, Journal, load
+from fixefficientnet.evaluation.outcome import Evaluation
+from fixefficientnet.evaluation.predictions import ImagePrediction, Predictions
 
 pytestmark = pytest.mark.newest
 
 IMAGES = 30
 BATCH = 4
 
-ONE = Finished(
+ONE = FinishedBatch(
     {3: ImagePrediction((1,), (1, 0, 2), 0.1 + 0.2, 1 / 3), 0: ImagePrediction((0, 7), (2,), 1.0, 1e-30)}, {}, {3}, 0.5
 )
-TWO = Finished({}, {1: 'no "image"\n'}, set(), 0.25)
-THREE = Finished({2: ImagePrediction((2,), (2, 1), 0.9, 2.0)}, {4: "damaged"}, {2}, 2.0)
+TWO = FinishedBatch({}, {1: 'no "image"\n'}, set(), 0.25)
+THREE = FinishedBatch({2: ImagePrediction((2,), (2, 1), 0.9, 2.0)}, {4: "damaged"}, {2}, 2.0)
 
 
 # --- files ------------------------------------------------------------------------------------------------------
@@ -44,11 +45,12 @@ def test_what_was_written_is_read_again_also_of_several_processes(tmp_path: Path
     Journal(path, 0).write(TWO)
     Journal(path, 12).write(THREE)
     found = Journal(path, 1).read()
-    assert found.predictions == ONE.predictions | THREE.predictions
+    predictions = Predictions([ONE.predictions[0], None, THREE.predictions[2], ONE.predictions[3]])
+    assert found.predictions == predictions
+    assert [*found.predictions] == [ONE.predictions[0], None, THREE.predictions[2], ONE.predictions[3]]
     assert found.unreadable == TWO.unreadable | THREE.unreadable
     assert found.unturned == {2, 3}
     assert found.seconds == 2.0  # that of the process which took longest
-    assert sorted([*found.predictions, *found.unreadable]) == [0, 1, 2, 3, 4]
     with pytest.raises(EvaluationError, match="unfinished"):
         load(path)
     Journal(path, 0).note({"size": 48, "crop_pct": 0.5, "images": 5})
@@ -56,8 +58,7 @@ def test_what_was_written_is_read_again_also_of_several_processes(tmp_path: Path
     found.notes = {"size": 48, "crop_pct": 0.5, "images": 5}
     assert Journal(path).read() == found
     whole = load(path)
-    predictions = (ONE.predictions[0], None, THREE.predictions[2], ONE.predictions[3], None)
-    assert whole == Evaluation(48, 0.5, predictions, {1: 'no "image"\n', 4: "damaged"}, (2, 3))
+    assert whole == Evaluation(48, 0.5, Predictions([*predictions, None]), {1: 'no "image"\n', 4: "damaged"}, (2, 3))
     assert (whole.correct, whole.seconds) == ("0-11-", 2.0)
 
 
@@ -95,7 +96,7 @@ def test_lines_that_are_none_of_a_journals_are_passed_over(tmp_path: Path):
     journal = Journal(tmp_path / "name")
     (tmp_path / "name.0.jsonl").write_bytes(b"\n\n17\n[1]\nnull\n\xff\xfe\n{")
     journal.write(ONE)
-    assert journal.read() == ONE
+    assert journal.read() == Finished(Predictions([ONE.predictions[0], None, None, ONE.predictions[3]]), {}, {3}, 0.5)
 
 
 # --- going on -----------------------------------------------------------------------------------------------------

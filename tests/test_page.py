@@ -17,7 +17,8 @@ from PIL import Image
 from fixefficientnet.data.dataset import ImageDataset, open_dataset
 from fixefficientnet.data.names import Names
 from fixefficientnet.evaluation import page
-from fixefficientnet.evaluation.outcome import Evaluation, ImagePrediction
+from fixefficientnet.evaluation.outcome import Evaluation
+from fixefficientnet.evaluation.predictions import ImagePrediction, Predictions
 
 HEADINGS = ("h1", "h2", "h3", "h4")
 VOID = ("meta", "img", "wbr", "line", "circle", "polyline")
@@ -116,7 +117,7 @@ def dataset_of(folder: Path, classes: Sequence[str], per_class: int) -> ImageDat
 
 def evaluation_of(labels: Sequence[int], predicted: Sequence[int], confidences: Sequence[float], size: int = 32):
     images = zip(labels, predicted, confidences, strict=True)
-    return Evaluation(size, 1.0, tuple(ImagePrediction((a,), (b, a), c, 1.0) for a, b, c in images))
+    return Evaluation(size, 1.0, Predictions(ImagePrediction((a,), (b, a), c, 1.0) for a, b, c in images))
 
 
 def drawn(dataset: ImageDataset, *evaluations: Evaluation, compared: bool = False) -> Read:

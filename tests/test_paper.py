@@ -13,7 +13,8 @@ from tiny import cli
 
 import fixefficientnet
 from fixefficientnet._internal import records
-from fixefficientnet.evaluation.outcome import Evaluation, ImagePrediction
+from fixefficientnet.evaluation.outcome import Evaluation
+from fixefficientnet.evaluation.predictions import ImagePrediction, Predictions
 from fixefficientnet.evaluation.tables import from_csv
 from fixefficientnet.reproduce import recipe as recipes
 from fixefficientnet.reproduce.report import PairedTest, PaperFigures, Report
@@ -76,7 +77,8 @@ def evaluated(size: int, top1: float, top5: float, images: int = 50_000) -> Eval
     kinds = [ImagePrediction((0,), predicted, 0.5, 1.0) for predicted in ((0, 1), (1, 0), (1, 2))]
     first, five = round(images * top1 / 100), round(images * top5 / 100)
     counts = (first, five - first, images - five)
-    return Evaluation(size, 1.0, tuple(kind for kind, count in zip(kinds, counts, strict=True) for _ in range(count)))
+    every = (kind for kind, count in zip(kinds, counts, strict=True) for _ in range(count))
+    return Evaluation(size, 1.0, Predictions(every))
 
 
 def rows(*arguments: str | Path) -> list[dict[str, Any]]:

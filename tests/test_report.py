@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 import tiny
 
-from fixefficientnet.evaluation.outcome import Evaluation, ImagePrediction
+from fixefficientnet.evaluation.outcome import Evaluation
+from fixefficientnet.evaluation.predictions import ImagePrediction, Predictions
 from fixefficientnet.reproduce import recipe as recipes
 from fixefficientnet.reproduce.report import Gain, PairedTest, Report, as_markdown
 
 
 def evaluation(size: int, correct: str) -> Evaluation:
     """An evaluation with the images marked 1 classified correctly."""
-    return Evaluation(size, 1.0, tuple(ImagePrediction((1,), (int(digit), 2), 0.9, 1.0) for digit in correct))
+    return Evaluation(size, 1.0, Predictions(ImagePrediction((1,), (int(digit), 2), 0.9, 1.0) for digit in correct))
 
 
 def report(**correct: str) -> Report:

@@ -11,40 +11,69 @@ from pathlib import Path
 from typing import Any
 
 from fixefficientnet.errors import EvaluationError
-from fixefficientnet.evaluation.outcome import Evaluation, ImagePrediction
+from fixefficientnet.evaluation.outcome import Evaluation
+from fixefficientnet.evaluation.predictions import ImagePrediction, Predictions
 
 
 @dataclass
-class Finished:
-    """Images that are done.
+class FinishedBatch:
+    """A batch of images that is done.
 
     Attributes:
         predictions: Predictions by image index.
         unreadable: Reasons by image index.
         unturned: Indices of the images that have an EXIF orientation and were not turned.
-        seconds: Time that the batches took; of several processes, that of the slowest.
-        notes: Values that belong to the whole evaluation; of each key, the latest.
+        seconds: Time that the batch took.
     """
 
     predictions: dict[int, ImagePrediction] = field(default_factory=dict)
     unreadable: dict[int, str] = field(default_factory=dict)
     unturned: set[int] = field(default_factory=set)
     seconds: float = 0.0
+
+
+@dataclass
+class Finished:
+    """All images that are done.
+
+    Attributes:
+        predictions: Predictions per image, so far.
+        unreadable: Reasons by image index.
+        unturned: Indices of the images that have an EXIF orientation and were not turned.
+        seconds: Time that the batches took; of several processes, that of the slowest.
+        notes: Values that belong to the whole evaluation; of each key, the latest.
+    """
+
+    predictions: Predictions = field(default_factory=Predictions)
+    unreadable: dict[int, str] = field(default_factory=dict)
+    unturned: set[int] = field(default_factory=set)
+    seconds: float = 0.0
     notes: dict[str, Any] = field(default_factory=dict)
+
+    def take(self, batch: FinishedBatch) -> None:
+        """Takes in what this process finished next."""
+        self.predictions.put(batch.predictions)
+        self.unreadable |= batch.unreadable
+        self.unturned |= batch.unturned
+        self.seconds += batch.seconds
 
     def add(self, other: "Finished") -> None:
         """Takes in what another process finished at the same time."""
-        self.predictions |= other.predictions
+        self.predictions.add(other.predictions)
         self.unreadable |= other.unreadable
         self.unturned |= other.unturned
         self.seconds = max(self.seconds, other.seconds)
         self.notes |= other.notes
 
+    def __contains__(self, index: int) -> bool:
+        """Whether an image has a prediction."""
+        return index < len(self.predictions) and bool(self.predictions.evaluated[index])
+
     def evaluation(self, size: int, crop_pct: float, images: int) -> Evaluation:
         """The whole; all images must be in."""
-        predictions = tuple(self.predictions.get(index) for index in range(images))
+        self.predictions.extend_to(images)
         unreadable, unturned = dict(sorted(self.unreadable.items())), tuple(sorted(self.unturned))
-        return Evaluation(size, crop_pct, predictions, unreadable, unturned, self.seconds)
+        return Evaluation(size, crop_pct, self.predictions, unreadable, unturned, self.seconds)
 
 
 class Journal:
@@ -76,18 +105,17 @@ class Journal:
             part = Finished()
             for line in _lines(file):
                 if "indices" in line:
-                    part.predictions |= zip(line["indices"], map(_prediction, line["predictions"]), strict=True)
-                    part.unreadable |= {int(index): reason for index, reason in line["unreadable"].items()}
-                    part.unturned |= set(line.get("unturned", ()))
-                    part.seconds += line["seconds"]
+                    predictions = dict(zip(line["indices"], map(_prediction, line["predictions"]), strict=True))
+                    unreadable = {int(index): reason for index, reason in line["unreadable"].items()}
+                    unturned = set(line.get("unturned", ()))
+                    part.take(FinishedBatch(predictions, unreadable, unturned, line["seconds"]))
                 else:
                     part.notes |= line
             found.add(part)
-        fixed = found.unreadable.keys() & found.predictions.keys()
-        found.unreadable = {index: why for index, why in found.unreadable.items() if index not in fixed}
+        found.unreadable = {index: why for index, why in found.unreadable.items() if index not in found}
         return found
 
-    def write(self, batch: Finished) -> None:
+    def write(self, batch: FinishedBatch) -> None:
         """Appends one finished batch."""
         rows = [[*prediction] for prediction in batch.predictions.values()]
         line = {"indices": [*batch.predictions], "predictions": rows}

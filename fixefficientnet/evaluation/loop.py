@@ -18,8 +18,9 @@ from fixefficientnet._internal.threads import map_in_threads
 from fixefficientnet.data.dataset import ImageDataset
 from fixefficientnet.data.loading import Batch, InEveryEpoch, Task, load_batch, load_batches, shard_tasks
 from fixefficientnet.errors import DataError, EvaluationError, FixEfficientNetError, NotFiniteError
-from fixefficientnet.evaluation.journal import Finished, Journal
-from fixefficientnet.evaluation.outcome import Evaluation, ImagePrediction
+from fixefficientnet.evaluation.journal import Finished, FinishedBatch, Journal
+from fixefficientnet.evaluation.outcome import Evaluation
+from fixefficientnet.evaluation.predictions import ImagePrediction
 from fixefficientnet.manifest import TestTime
 from fixefficientnet.preprocessing import Preprocess
 
@@ -79,8 +80,9 @@ class EvaluationLoop:
         rank, world = self._rank_and_world
         done = self.journal.read() if self.journal else Finished()
         done.unreadable.clear()  # these may have been repaired
-        if self.progress and done.predictions:
-            self.progress.skip(len(done.predictions))
+        evaluated = done.predictions.evaluated
+        if self.progress and evaluated.any():
+            self.progress.skip(int(evaluated.sum()))
         now, failure = Finished(), None
         try:
             self._evaluate(self._tasks(done), now)
@@ -90,7 +92,7 @@ class EvaluationLoop:
         now.seconds += done.seconds
         now.add(done)
         total = len(self.dataset)
-        if not now.predictions:
+        if not now.predictions.evaluated.any():
             reason = next(iter(now.unreadable.values()))
             raise DataError(f"None of the {total} images of {self.dataset.name} could be read: {reason}")
         whole = {"size": self.test.size, "crop_pct": self.test.crop_pct, "images": total}
@@ -123,7 +125,7 @@ class EvaluationLoop:
         rank, world = self._rank_and_world
         mine = range(rank, math.ceil(len(self.dataset) / self.shard), world)
         tasks = shard_tasks(len(self.dataset), self.shard, self.batch_size, mine)
-        return (batch for batch in tasks if not all(index in done.predictions for _, index in batch))
+        return (batch for batch in tasks if not all(index in done for _, index in batch))
 
     def _evaluate(self, tasks: Iterator[list[Task]], now: Finished) -> None:
         """Adds each batch to `now` as it is done."""
@@ -134,14 +136,11 @@ class EvaluationLoop:
                 found.seconds, start = time.perf_counter() - start, time.perf_counter()
                 if self.journal:
                     self.journal.write(found)
-                now.predictions |= found.predictions
-                now.unreadable |= found.unreadable
-                now.unturned |= found.unturned
-                now.seconds += found.seconds
+                now.take(found)
                 if self.progress:
                     self.progress.advance((len(found.predictions) + len(found.unreadable)) * self._rank_and_world[1])
 
-    def _results(self, tasks: Iterator[list[Task]]) -> Generator[Finished, None, None]:
+    def _results(self, tasks: Iterator[list[Task]]) -> Generator[FinishedBatch, None, None]:
         dataset, transform = self.dataset, InEveryEpoch(self._transform.pixels)
         if self.threads > 1:
             work = map_in_threads(lambda task: self._batch(load_batch(dataset, transform, task)), tasks, self.threads)
@@ -151,8 +150,8 @@ class EvaluationLoop:
         device, tasks = next(self.model.parameters()).device, chain(first, tasks)
         yield from map(self._batch, load_batches(dataset, transform, tasks, workers=len(first), device=device))
 
-    def _batch(self, batch: Batch) -> Finished:
-        found = Finished(unreadable=dict(batch.unreadable), unturned=set(batch.unturned))
+    def _batch(self, batch: Batch) -> FinishedBatch:
+        found = FinishedBatch(unreadable=dict(batch.unreadable), unturned=set(batch.unturned))
         if len(batch.targets):
             device = next(self.model.parameters()).device
             inputs = self._transform.normalise(batch.inputs.to(device, non_blocking=True))

@@ -5,31 +5,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from fixefficientnet._internal.records import Count, Percent, Positive, Share
 from fixefficientnet.errors import EvaluationError
+from fixefficientnet.evaluation.predictions import Predictions
 from fixefficientnet.evaluation.statistics import wilson
 
 CALIBRATION_BINS = 15
-
-
-class ImagePrediction(NamedTuple):
-    """What a model made of one image.
-
-    Attributes:
-        labels: The classes that count as correct: one; of ReaL labels, any number.
-        top5: The classes of the largest logits, best first; fewer than five where there are fewer.
-        confidence: Softmax probability of the top-1 prediction, in [0, 1].
-        loss: Cross-entropy, in nats.
-    """
-
-    labels: tuple[int, ...]
-    top5: tuple[int, ...]
-    confidence: float
-    loss: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,20 +67,15 @@ class Evaluation:
 
     size: int
     crop_pct: float
-    predictions: tuple[ImagePrediction | None, ...] = field(repr=False)
+    predictions: Predictions = field(repr=False)
     unreadable: Mapping[int, str] = field(default_factory=dict)
     unturned: tuple[int, ...] = ()
     seconds: float = field(default=0.0, compare=False)
 
     @cached_property
-    def evaluated(self) -> list[ImagePrediction]:
-        """The predictions that there are, in order."""
-        return [prediction for prediction in self.predictions if prediction is not None]
-
-    @property
     def images(self) -> int:
         """How many were evaluated; unreadable ones are not."""
-        return len(self.evaluated)
+        return int(self.predictions.evaluated.sum())
 
     @cached_property
     def correct(self) -> str:
@@ -106,9 +88,13 @@ class Evaluation:
         return self._correct(5)
 
     def _correct(self, best: int) -> str:
-        return "".join(
-            "-" if j is None else "01"[not set(j.top5[:best]).isdisjoint(j.labels)] for j in self.predictions
-        )
+        digits = np.where(self.predictions.correct(best), b"1", b"0")
+        return np.where(self.predictions.evaluated, digits, b"-").tobytes().decode()
+
+    @property
+    def _evaluated(self) -> npt.NDArray[Any]:
+        """The records of the images that were evaluated."""
+        return self.predictions.rows[self.predictions.evaluated]
 
     @property
     def top1(self) -> float:
@@ -133,15 +119,15 @@ class Evaluation:
     @property
     def loss(self) -> float:
         """Mean cross-entropy, in nats."""
-        return math.fsum(prediction.loss for prediction in self.evaluated) / self.images
+        return math.fsum(self._evaluated["loss"]) / self.images
 
     @property
     def calibration_error(self) -> float:
         """Expected calibration error of the top-1 prediction: 15 bins of equal width, L1; in [0, 1]."""
         from torchmetrics.functional.classification import binary_calibration_error
 
-        confidence = torch.tensor([prediction.confidence for prediction in self.evaluated])
-        correct = torch.tensor([digit == "1" for digit in self.correct if digit != "-"]).long()
+        confidence = torch.from_numpy(self._evaluated["confidence"].astype(np.float32))
+        correct = torch.from_numpy(self.predictions.correct(1)[self.predictions.evaluated]).long()
         return float(binary_calibration_error(confidence, correct, n_bins=CALIBRATION_BINS, norm="l1"))
 
     @property
@@ -173,18 +159,15 @@ class Evaluation:
         Raises:
             EvaluationError: None of the evaluated images has a label.
         """
-        predictions = tuple(
-            prediction._replace(labels=tuple(allowed)) if prediction and allowed else None
-            for prediction, allowed in zip(self.predictions, labels, strict=True)
-        )
-        if not any(predictions):
+        predictions = self.predictions.relabelled(labels)
+        if not predictions.evaluated.any():
             raise EvaluationError("None of the evaluated images has such a label.")
         return replace(self, predictions=predictions)
 
     @property
     def has_one_label_each(self) -> bool:
         """Whether each image that was evaluated has one label, which ReaL labels need not be."""
-        return all(len(prediction.labels) == 1 for prediction in self.evaluated)
+        return self.predictions.have_one_label_each
 
     def confusion(self) -> Counter[tuple[int, int]]:
         """How many images there are by label and top-1 prediction; those with one label each.
@@ -194,7 +177,13 @@ class Evaluation:
         """
         if not self.has_one_label_each:
             raise EvaluationError("A table per class needs one label per image, which ReaL labels are not.")
-        return Counter((prediction.labels[0], prediction.top5[0]) for prediction in self.evaluated)
+        labels, predicted = self._labels_and_predicted()
+        pairs, counts = np.unique(np.stack([labels, predicted]), axis=1, return_counts=True)
+        return Counter(dict(zip(zip(*pairs.tolist(), strict=True), counts.tolist(), strict=True)))
+
+    def _labels_and_predicted(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        rows = self._evaluated
+        return rows["label"], rows["top5"][:, 0]
 
     def per_class(self) -> list[dict[str, Any]]:
         """One row per class that has images: counts, accuracy, interval, the most common wrong prediction.
@@ -205,20 +194,17 @@ class Evaluation:
         confusion = self.confusion()
         from torchmetrics.functional.classification import multiclass_stat_scores
 
-        labels = [prediction.labels[0] for prediction in self.evaluated]
-        predicted = [prediction.top5[0] for prediction in self.evaluated]
-        classes = sorted({*labels, *predicted})
-        number = {name: index for index, name in enumerate(classes)}
+        labels, predicted = self._labels_and_predicted()
+        classes = np.union1d(labels, predicted)
+        number = {name: index for index, name in enumerate(classes.tolist())}
         scores = multiclass_stat_scores(
-            torch.tensor([number[label] for label in predicted]),
-            torch.tensor([number[label] for label in labels]),
+            torch.from_numpy(np.searchsorted(classes, predicted)),
+            torch.from_numpy(np.searchsorted(classes, labels)),
             num_classes=max(2, len(classes)),
             average=None,
         ).tolist()
-        top5: Counter[int] = Counter()
-        wrong: dict[int, Counter[int]] = {label: Counter() for label in labels}
-        for prediction in self.evaluated:
-            top5[prediction.labels[0]] += prediction.labels[0] in prediction.top5
+        top5 = Counter(self.predictions.rows["label"][self.predictions.correct(5)].tolist())
+        wrong: dict[int, Counter[int]] = {label: Counter() for label in np.unique(labels).tolist()}
         for (label, first), times in confusion.items():
             if first != label:
                 wrong[label][first] = times

@@ -219,12 +219,12 @@ def _most_confident(row: Row, indices: Iterable[int], most: int, before: Row | N
     """The images of an evaluation's most confident predictions, and what was predicted before."""
     found, names = row.evaluation.predictions, _Names(row.dataset)
     shown: list[dict[str, Any]] = []
-    predicted = ((index, prediction) for index in indices if (prediction := found[index]))
-    for index, prediction in sorted(predicted, key=lambda one: (-one[1].confidence, one[0])):
+    confidences = found.rows["confidence"]
+    for index in sorted(indices, key=lambda index: (-confidences[index], index)):
         if len(shown) == most:
             break
-        image = _thumbnail(row.dataset, index)
-        if image is None:
+        prediction, image = found[index], _thumbnail(row.dataset, index)
+        if prediction is None or image is None:
             continue
         shown.append(image)
         image |= {"truth": names.any_of(prediction.labels), "prediction": names(prediction.top5[0])}

@@ -4,8 +4,9 @@ import contextlib
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 from timm.data import ImageNetInfo
@@ -72,13 +73,12 @@ def per_class_rows(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     return rows
 
 
-def prediction_rows(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+def prediction_rows(measured: Iterable[Measured]) -> Iterator[dict[str, Any]]:
     """One row per model and image, in the dataset's order; None where there is nothing to tell.
 
     Classes are given by name, or by index where the dataset names none. "image" is the file's path in the split's
     folder; "truth" joins several ReaL labels with |; "left_out" says why an image does not count.
     """
-    rows = []
     for one in measured:
         dataset, found = one.dataset, one.evaluation
         for index, (prediction, correct) in enumerate(zip(found.predictions, found.correct, strict=True)):
@@ -90,8 +90,7 @@ def prediction_rows(measured: Sequence[Measured]) -> list[dict[str, Any]]:
                 row |= {"confidence": prediction.confidence, "correct": int(correct), "loss": prediction.loss}
             else:
                 row["left_out"] = found.unreadable.get(index, "no ReaL label").removeprefix(f"{image}: ")
-            rows.append(row)
-    return rows
+            yield row
 
 
 _PREDICTIONS = ("prediction", *(f"prediction{place}" for place in range(2, 6)))
@@ -116,16 +115,17 @@ def comparison(first: Measured, second: Measured, found: Comparison) -> dict[str
     }
 
 
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
     """Rows that have the same keys, as CSV with a header."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+    stream, rows = io.StringIO(), iter(rows)
+    first = next(rows, {})
+    writer = csv.DictWriter(stream, fieldnames=list(first), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(chain([first] if first else [], rows))
     return stream.getvalue()
 
 
-def as_json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
+def as_json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
     """Rows as one JSON object a line."""
     return "".join(f"{json.dumps(row)}\n" for row in rows)
 

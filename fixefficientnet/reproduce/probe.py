@@ -57,10 +57,8 @@ def take(model: nn.Module, dataset: "ImageDataset", evaluation: "Evaluation", te
         evaluation: The evaluation on it.
         test: The test-time preprocessing.
     """
-    evaluated = [index for index, prediction in enumerate(evaluation.predictions) if prediction is not None]
-    chosen = [
-        evaluated[position] for position in np.linspace(0, len(evaluated) - 1, min(COUNT, len(evaluated))).astype(int)
-    ]
+    evaluated = np.flatnonzero(evaluation.predictions.evaluated)
+    chosen = evaluated[np.linspace(0, len(evaluated) - 1, min(COUNT, len(evaluated))).astype(int)].tolist()
     preprocess = Preprocess.of(test)
     images, labels = zip(*(dataset[index] for index in chosen), strict=True)
     squares = torch.stack([torch.from_numpy(np.array(preprocess.crop(image))) for image in images])
