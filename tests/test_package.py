@@ -89,9 +89,10 @@ def test_wheel_from_the_sdist_works_outside_the_checkout(sdist: Path, tmp_path: 
     assert "39,711,744 forward passes" in plan  # which needs the packaged recipes.toml
 
 
-def test_fine_tuning_without_its_extra_says_what_to_install():
+@pytest.mark.parametrize("arguments", [["--data", "."], ["--plan"]])
+def test_fine_tuning_without_its_extra_says_what_to_install(arguments: list[str]):
     code = (
-        "import sys; sys.modules['accelerate'] = None; sys.argv = ['reproduce', 'b2', '--data', '.'];"
+        f"import sys; sys.modules['accelerate'] = None; sys.argv = ['reproduce', 'b2', *{arguments}];"
         "from fixefficientnet.reproduce.__main__ import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -157,6 +157,7 @@ def reproduce(
     estimate.check()
     subjects = recipes.subjects(list(variants), start.backbone)
     chosen: dict[str, Any] = asdict(choices) if choices else {}
+    _need_extra()
     if estimate.plan:
         _plan(subjects, chosen, data, made(Options, options), estimate)
         return
@@ -169,6 +170,16 @@ def reproduce(
     _run_all(subjects, chosen, start, data, place, publishing, made(Options, options))
 
 
+def _need_extra() -> None:
+    from fixefficientnet._internal import requirements
+
+    try:
+        requirements.need("accelerate", "jinja2", "matplotlib", "tensorboard", "torchmetrics")
+    except ModuleNotFoundError as error:
+        extra = "pip install 'fixefficientnet[reproduce]'"
+        raise RunError(f"Fine-tuning needs {error.name}: {extra}") from None
+
+
 def _run_all(
     subjects: "list[Subject]",
     chosen: dict[str, Any],
@@ -178,13 +189,7 @@ def _run_all(
     publishing: Publishing,
     options: Options,
 ) -> None:
-    from fixefficientnet._internal import processes, requirements
-
-    try:
-        requirements.need("accelerate", "jinja2", "matplotlib", "tensorboard", "torchmetrics")
-    except ModuleNotFoundError as error:
-        extra = "pip install 'fixefficientnet[reproduce]'"
-        raise RunError(f"Fine-tuning needs {error.name}: {extra}") from None
+    from fixefficientnet._internal import processes
     from fixefficientnet.models import checkpoint_of
     from fixefficientnet.publishing.series import Series
     from fixefficientnet.reproduce.run import Job, with_weights

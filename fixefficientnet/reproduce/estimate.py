@@ -3,6 +3,7 @@
 The rates are those of gpus.toml, which says where each comes from.
 """
 
+import functools
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ class Estimate:
         return f"{self.hours:,.1f} {self.limit}"
 
 
+@functools.cache
 def rates() -> Rates:
     """Reads gpus.toml."""
     document = tomllib.loads(Path(__file__).with_name("gpus.toml").read_text(encoding="utf-8"))
