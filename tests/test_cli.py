@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,27 @@ def test_info():
 
 def test_version():
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", cli("--version")[0])
+
+
+def test_bash_completes_commands_and_options(tmp_path: Path):
+    script = tmp_path / "completion"
+    with mock.patch.object(Path, "home", return_value=tmp_path):  # the file that bash reads is there
+        cli("--install-completion", "--shell", "bash", "--output", script)
+    assert str(script) in (tmp_path / ".bashrc").read_text()
+
+    def completed(*words: str) -> list[str]:
+        code = f"""
+        . {script}
+        [[ $(complete -p fixefficientnet) =~ -F\\ ([^ ]+) ]]
+        COMP_WORDS=(fixefficientnet {shlex.join(words)}) COMP_CWORD={len(words)}
+        "${{BASH_REMATCH[1]}}"
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+        """
+        return subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+    assert completed("pre") == ["predict"]
+    assert "--mixed-precision" in completed("reproduce", "--mix")
+    assert {"onnx", "openvino"} <= set(completed("predict", "--engine", "o"))
 
 
 def test_predict_says_what_it_runs_and_sees():

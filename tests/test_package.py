@@ -78,9 +78,11 @@ def test_wheel_from_the_sdist_works_outside_the_checkout(sdist: Path, tmp_path: 
     (tmp_path / "cat.jpg").write_bytes((ROOT / "examples" / "cat.jpg").read_bytes())
     out = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=python_path(site))
     assert out.splitlines() == [f"{site / 'fixefficientnet' / '__init__.py'} 21", "Egyptian cat"]
-    floors = "from fixefficientnet import requirements; print(sorted(requirements.floors().items()))"
-    out = run(sys.executable, "-c", floors, cwd=tmp_path, PYTHONPATH=python_path(site))  # from the wheel's metadata
-    assert out.strip() == str(sorted(requirements.floors().items()))
+    told = "{name: sorted(requirements.packages(name)) for name in ['', *requirements.extras()]}, requirements.floors()"
+    code = f"from fixefficientnet import requirements; print(({told}))"
+    out = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=python_path(site))  # from the wheel's metadata
+    packages = {name: sorted(requirements.packages(name)) for name in ["", *requirements.extras()]}
+    assert ast.literal_eval(out) == (packages, requirements.floors())
     command = site / "bin" / "fixefficientnet"
     assert "b4_ns" in run(sys.executable, command, "list", cwd=tmp_path, PYTHONPATH=python_path(site))
     plan = run(

@@ -17,7 +17,7 @@ MODELS = ("torch", "torchvision", "timm", "huggingface_hub", "safetensors", "num
 """What every model needs."""
 COMMAND_LINE = ("cyclopts", "rich")
 """What the command line needs besides."""
-_MODULES = {"pillow": "PIL"}
+MODULES = {"pillow": "PIL"}
 """Modules with another name than the package's on PyPI."""
 
 
@@ -65,19 +65,46 @@ def version(package: str) -> str:
         found: str | None = metadata.version(package)
         if found:  # None where the folder of a removed package was left behind
             return found
-    return str(getattr(importlib.import_module(_MODULES.get(package, package)), "__version__", "unknown"))
+    return str(getattr(importlib.import_module(MODULES.get(package, package)), "__version__", "unknown"))
 
 
 def _is_there(package: str) -> bool:
     try:
-        return importlib.util.find_spec(_MODULES.get(package, package)) is not None
+        return importlib.util.find_spec(MODULES.get(package, package)) is not None
     except ValueError:  # imported, by whoever put it there without a spec
         return True
 
 
 @functools.cache
 def floors() -> dict[str, str]:
-    """The oldest release of each package, extras included, with _ for - in its name.
+    """The oldest release of each package, extras included, with _ for - in its name."""
+    found = (re.match(r"([\w.-]+)\s*>=\s*([\w.]+)", one) for listed in _listed().values() for one in listed)
+    return {match[1].replace("-", "_"): match[2] for match in found if match}
+
+
+def packages(extra: str = "") -> list[str]:
+    """Names on PyPI, with _ for -, of what an extra brings, those of the extras in it included.
+
+    Args:
+        extra: Its name; "": what the package itself needs.
+    """
+    found: dict[str, None] = {}
+    for requirement in _listed().get(extra, []):
+        if match := re.match(r"fixefficientnet\[([\w,-]+)\]", requirement):
+            found |= dict.fromkeys(name for one in match[1].split(",") for name in packages(one))
+        elif match := re.match(r"[\w.-]+", requirement):
+            found[match[0].replace("-", "_")] = None
+    return list(found)
+
+
+def extras() -> list[str]:
+    """Names of the extras."""
+    return [name for name in _listed() if name]
+
+
+@functools.cache
+def _listed() -> dict[str, list[str]]:
+    """The requirements by extra, the package's own under "".
 
     They are the checkout's, or those of what pip installed.
     """
@@ -88,14 +115,15 @@ def floors() -> dict[str, str]:
     project = {}
     with contextlib.suppress(OSError, ValueError):
         project = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {})
-    listed: list[str] = []
     if project.get("name") == "fixefficientnet":  # and not what somebody left beside an installed package
-        listed = sum(project["optional-dependencies"].values(), project["dependencies"])
-    else:
-        with contextlib.suppress(metadata.PackageNotFoundError):  # copied by hand: nothing to hold anything against
-            listed = metadata.requires("fixefficientnet") or []
-    found = (re.match(r"([\w.-]+)\s*>=\s*([\w.]+)", requirement) for requirement in listed)
-    return {match[1].replace("-", "_"): match[2] for match in found if match}
+        return {"": project["dependencies"], **project["optional-dependencies"]}
+    found: dict[str, list[str]] = {"": []}
+    with contextlib.suppress(metadata.PackageNotFoundError):  # copied by hand: nothing to hold anything against
+        for line in metadata.requires("fixefficientnet") or []:
+            requirement, _, marker = line.partition(";")
+            extra = re.search(r"extra == ['\"]([\w-]+)['\"]", marker)
+            found.setdefault(extra[1] if extra else "", []).append(requirement.strip())
+    return found
 
 
 def _release(version: str) -> tuple[float, ...]:

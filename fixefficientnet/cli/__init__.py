@@ -1,6 +1,6 @@
 """The command line: each command calls one function of the package.
 
-`list`, `info` and `--help` import no torch.
+`list`, `info`, `env` and `--help` import no torch.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from fixefficientnet.errors import FixEfficientNetError, Interrupted, OptionErro
 
 # the modules add their commands, which stand in this order in --help
 # isort: off
-from fixefficientnet.cli import zoo, prediction, evaluation, reproduce, deployment  # noqa: F401
+from fixefficientnet.cli import zoo, prediction, evaluation, reproduce, deployment, environment  # noqa: F401
 # isort: on
 
 _EXTRAS = dict.fromkeys(("accelerate", "jinja2", "matplotlib", "torchmetrics"), "evaluate")
 _EXTRAS |= dict.fromkeys(("onnx", "onnxruntime", "onnxscript", "sympy"), "onnx")
 _EXTRAS |= dict.fromkeys(("nncf", "openvino"), "openvino")
-_WITHOUT_MODELS = (zoo.list_, zoo.info)
+_WITHOUT_MODELS = (zoo.list_, zoo.info, environment.env)
 
 _OBJECTS_BETWEEN_COLLECTIONS = 100_000
 """Importing torch and timm makes hundreds of thousands of objects that stay: looking for garbage there takes 0.3 s."""

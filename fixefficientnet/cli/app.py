@@ -33,6 +33,7 @@ app = cyclopts.App(
         show_default=lambda value: None if value is False else value,
     ),
 )
+app.register_install_completion_command(help="Complete commands and options in bash, zsh or fish.")
 out = Console(highlight=False, quiet=processes.rank() > 0)  # the first process speaks for all
 err = Console(stderr=True, highlight=False)
 
