@@ -43,6 +43,10 @@ def test_readmes_table_is_the_manifests():
     assert table == models_table(), "the README's table is stale; it must read:\n" + models_table()
 
 
+def test_the_readme_is_two_screens_before_its_table():
+    assert (ROOT / "README.md").read_text().partition(START)[0].count("\n") <= 100
+
+
 PAGES = [
     *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
     *sorted((ROOT / "docs").glob("*.md")),
