@@ -1,7 +1,8 @@
-"""The model card: README.md of a published repository, of deltas or of a whole model."""
+"""The model card: README.md of a published repository, of deltas or of a whole model; or before there are weights."""
 
 import json
 from pathlib import Path, PurePath
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -17,6 +18,7 @@ from fixefficientnet.reproduce.report import TITLES, Report
 FILENAME = "README.md"
 IMAGENET_DATASET = "ILSVRC/imagenet-1k"
 """ImageNet's name on the Hub."""
+_TAGS = ["image-classification", "timm", "fixres", "efficientnet", "arxiv:2003.08237", "arxiv:1906.06423"]
 
 
 def render(repository: str, index: Index) -> bytes:
@@ -28,10 +30,9 @@ def render(repository: str, index: Index) -> bytes:
     """
     first, licenses = next(iter(index.models)), _licenses(index)
     known = manifest.load().get(first)
-    template = Path(__file__).with_name("card.md.jinja")
-    card = ModelCard.from_template(
+    return _filled(
+        "card.md.jinja",
         _metadata(repository, index, list(licenses)),
-        template_str=template.read_text(encoding="utf-8"),
         name=repository.partition("/")[2],
         repository=repository,
         version=index.version,
@@ -41,8 +42,33 @@ def render(repository: str, index: Index) -> bytes:
         not_comparable=[key for key, model in index.models.items() if model.paper and not model.comparable],
         recipes={key: manifest_rows.dumps(records.to_json(model.recipe)) for key, model in index.models.items()},
         licenses=licenses,
+        citation=_citation(),
     )
-    return f"{str(card).rstrip()}\n".encode()
+
+
+def planned() -> dict[str, bytes]:
+    """The model cards of the paper's models that have no published weights yet, by timm's name.
+
+    They name the paper's figures as the paper's, and no result: what is measured comes with the weights.
+    """
+    return {
+        variant.timm_name: _filled(
+            "planned_card.md.jinja",
+            ModelCardData(
+                license=variant.backbone.license,
+                library_name="timm",
+                pipeline_tag="image-classification",
+                tags=_TAGS,
+                base_model=variant.backbone.repository,
+                base_model_relation="finetune",
+                datasets=[IMAGENET_DATASET],
+            ),
+            variant=variant,
+            citation=_citation(),
+        )
+        for variant in manifest.load().values()
+        if variant.paper and not variant.weights
+    }
 
 
 def render_model(repository: str, loaded: LoadedModel, license: str, report: Report | None) -> bytes:
@@ -69,9 +95,9 @@ def render_model(repository: str, loaded: LoadedModel, license: str, report: Rep
         model_name=name,
         eval_results=_accuracies(final, dataset, f"at {final.size} pixels") if final else None,
     )
-    card = ModelCard.from_template(
+    return _filled(
+        "whole_card.md.jinja",
         data,
-        template_str=Path(__file__).with_name("whole_card.md.jinja").read_text(encoding="utf-8"),
         name=name,
         repository=repository,
         loaded=loaded,
@@ -82,7 +108,17 @@ def render_model(repository: str, loaded: LoadedModel, license: str, report: Rep
         classes=json.dumps(loaded.own_classes, indent=1, ensure_ascii=False) if loaded.own_classes else "",
         recipe=manifest_rows.dumps(records.to_json(report.recipe)) if report else "",
     )
+
+
+def _filled(template: str, data: ModelCardData, **values: Any) -> bytes:
+    """A template of this folder, filled."""
+    text = Path(__file__).with_name(template).read_text(encoding="utf-8")
+    card = ModelCard.from_template(data, template_str=text, **values)
     return f"{str(card).rstrip()}\n".encode("utf-8", "replace")
+
+
+def _citation() -> str:
+    return Path(__file__).with_name("citation.bib").read_text(encoding="utf-8").rstrip()
 
 
 def dataset_name(report: Report) -> str:
@@ -118,7 +154,7 @@ def _metadata(repository: str, index: Index, licenses: list[str]) -> ModelCardDa
         license_name=None if len(licenses) == 1 else " and ".join(licenses),
         library_name="fixefficientnet",
         pipeline_tag="image-classification",
-        tags=["image-classification", "timm", "fixres", "efficientnet", "arxiv:2003.08237", "arxiv:1906.06423"],
+        tags=_TAGS,
         base_model=[model.backbone_repository for model in models.values()],
         datasets=[IMAGENET_DATASET] if every_imagenet else None,
         metrics=["accuracy"],
