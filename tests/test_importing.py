@@ -15,8 +15,9 @@ FILES = ("hubconf.py", "weights_manifest.json", "recipes.toml", "pyproject.toml"
 NAMES = """
 import timm
 assert timm.is_model("fixefficientnet_b0"), "not registered"
+import fixefficientnet
 names = timm.list_models("fixefficientnet*", include_tags=True)
-assert len(names) == len(set(names)) == 21, names
+assert len(names) == len(set(names)) == len(fixefficientnet.list_models()), names
 assert timm.create_model("fixefficientnet_b0.ns_jft_in1k", device="meta").variant.key == "b0_ns"
 """
 

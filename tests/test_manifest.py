@@ -138,11 +138,11 @@ def test_row_agrees_with_timm(key: str):
         assert variant.test.crop_pct == 1.0
 
 
-def test_there_are_18_models_of_the_paper_and_3_of_ours():
+def test_there_are_18_models_of_the_paper_and_others_say_that_they_are_none():
     variants = manifest.load().values()
     assert sum(v.paper is not None for v in variants) == 18
     ours = [v for v in variants if v.paper is None]
-    assert [v.key for v in ours] == ["lite0", "lite1", "lite2"]
+    assert {"lite0", "lite1", "lite2"} <= {v.key for v in ours}
     assert all(v.backbone_only and "not from the paper" in (v.note or "").lower() for v in ours)
 
 

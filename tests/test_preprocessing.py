@@ -34,11 +34,14 @@ def random_image(rng: random.Random, mode: str, width: int, height: int) -> Imag
 @pytest.mark.parametrize("key", manifest.load())
 def test_pixels_equal_an_independent_torchvision_composition(key: str):
     variant = fixefficientnet.info(key)
-    size = variant.test.size
+    size, test = variant.test.size, variant.test
     mean, std = IMAGENET if variant.family == "noisy_student" else HALF
+    crop_pct, interpolation = 1.0, "bicubic"
+    if not variant.paper:
+        mean, std, crop_pct, interpolation = test.mean, test.std, test.crop_pct, test.interpolation
     reference = transforms.Compose(
         [
-            transforms.Resize(int(size / 1.0), transforms.InterpolationMode.BICUBIC),
+            transforms.Resize(int(size / crop_pct), transforms.InterpolationMode(interpolation)),
             transforms.CenterCrop(size),
             transforms.ToTensor(),
             transforms.Normalize(mean, std),

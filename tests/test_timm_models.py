@@ -43,7 +43,7 @@ def test_cfg_is_the_manifests(key: str):
     cfg = timm.get_pretrained_cfg(variant.timm_name)
     assert cfg is not None
     assert cfg.input_size == (3, variant.test.size, variant.test.size)
-    assert (cfg.crop_pct, cfg.interpolation) == (1.0, "bicubic")
+    assert (cfg.crop_pct, cfg.interpolation) == (variant.test.crop_pct, variant.test.interpolation)
     assert (cfg.mean, cfg.std) == (variant.test.mean, variant.test.std)
     assert (cfg.architecture, cfg.tag) == (variant.architecture, variant.backbone.tag)
     assert cfg.license == "apache-2.0"
