@@ -55,7 +55,12 @@ def test_the_slurm_job_runs_on_two_nodes(hub_cache: Path, tmp_path: Path):
         (tmp_path / "bin" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
-    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "2"}
+    slurm = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "1",
+    }
     env = environment(**slurm, SLURM_CPUS_PER_TASK="7", HF_HUB_CACHE=str(hub_cache))
     env["PATH"] = f"{tmp_path / 'bin'}:{env['PATH']}"
     job = ["bash", str(ROOT / "examples" / "reproduce.slurm"), "b0", "--data", str(images), "--method", "cached"]

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -34,7 +35,7 @@ from fixefficientnet import delta
 from fixefficientnet.data import dataset
 from fixefficientnet.errors import RunError
 from fixefficientnet.preprocessing import FineTuningTransform, Preprocess
-from fixefficientnet.reproduce import online
+from fixefficientnet.reproduce import cached, online
 from fixefficientnet.reproduce import recipe as recipes
 from fixefficientnet.reproduce.checkpoints import Checkpoints, Position
 from fixefficientnet.reproduce.network import TrainingState, optimizer_of, prepare
@@ -786,7 +787,7 @@ def test_classes_that_do_not_match(ground: Ground, tmp_path: Path, hub_cache: Pa
 # --- memory and disk: what cannot be made to happen for real here ---------------------------------------------
 
 
-def in_process(ground: Ground, out: Path, choices: dict[str, object], **more: Any) -> Report:
+def in_process(ground: Ground, out: Path, choices: dict[str, object], *, workers: int = 0, **more: Any) -> Report:
     from accelerate import Accelerator
 
     from fixefficientnet.reproduce.options import Data, Options
@@ -795,7 +796,7 @@ def in_process(ground: Ground, out: Path, choices: dict[str, object], **more: An
     subject = recipes.subject_of_backbone(tiny.NETWORK[1])
     given = {"train_size": 32, "test_size": 48, "weights": "sha256:0", "epochs": 1, "shard": 8}
     recipe, data = recipes.resolve(subject, given | choices), Data(str(ground.images))
-    options = Options(workers=0, **more)
+    options = Options(workers=workers, **more)
     return run(Job(subject, recipe, data, out / "run", ground.checkpoint, options=options), Accelerator(cpu=True))
 
 
@@ -944,7 +945,40 @@ def test_out_of_memory(ground: Ground, tmp_path: Path, monkeypatch: pytest.Monke
     assert again == found  # the same call finds what it did
 
 
+@pytest.mark.parametrize("method", ["online", "cached"])
+def test_an_error_of_the_device_leaves_no_loading_process(
+    ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+):
+    """One that is left does not end on SIGTERM, and the process waits for it when it ends, for ever."""
+
+    def fail(*given: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(*{"online": (online, "_step"), "cached": (cached, "_forward")}[method], fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):  # which is held, and all that it refers to
+        in_process(ground, tmp_path, {"method": method}, workers=1)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.newest
+def test_only_the_process_that_writes_looks_at_the_clock(tmp_path: Path):
+    due = [
+        Checkpoints(tmp_path / "state", {}, 10, every_seconds=0, enabled=enabled).due(Position(0, 3, 3))
+        for enabled in (True, False)
+    ]
+    assert due == [True, False]
+
+
 # --- the plan -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.newest
+def test_plan_of_a_network_of_ones_own(ground: Ground, tmp_path: Path):
+    network = [*tiny.NETWORK, "--plan", "--test-size", "48"]
+    text, _ = tiny.cli("reproduce", *network, "--checkpoint", ground.checkpoint)
+    assert "trained at 32, tested at 48" in text  # as the checkpoint tells
+    assert "there is no such file" in tiny.cli("reproduce", *network, "--checkpoint", "nowhere.pth", status=1)[1]
+    assert "--publish does not go with it" in tiny.cli("reproduce", "b0", "--plan", "--publish", "a/b", status=2)[1]
 
 
 def test_plan_of_one():

@@ -13,7 +13,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -130,7 +130,7 @@ def load_batches(
     workers: int = 0,
     substitute: bool = False,
     device: torch.device | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Loads batches of images, in order, in worker processes if asked.
 
     Args:

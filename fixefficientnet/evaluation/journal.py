@@ -67,7 +67,7 @@ class Finished:
 
     def __contains__(self, index: int) -> bool:
         """Whether an image has a prediction."""
-        return index < len(self.predictions) and bool(self.predictions.evaluated[index])
+        return index < len(self.predictions) and self.predictions.has(index)
 
     def evaluation(self, size: int, crop_pct: float, images: int) -> Evaluation:
         """The whole; all images must be in."""

@@ -93,6 +93,10 @@ class Predictions(Sequence[ImagePrediction | None]):
         found: npt.NDArray[np.bool_] = self.rows["top5"][:, 0] != _NONE
         return found
 
+    def has(self, index: int) -> bool:
+        """Whether an image has a prediction."""
+        return bool(self._rows[index]["top5"][0] != _NONE)
+
     @property
     def classes(self) -> set[int]:
         """The classes that are labels of evaluated images."""

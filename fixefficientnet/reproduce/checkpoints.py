@@ -72,8 +72,9 @@ class Checkpoints:
     _at: Position | None = None
 
     def due(self, position: Position) -> bool:
-        """Whether it is time to save."""
-        return position.steps % self.every_steps == 0 or time.monotonic() - self._saved >= self.every_seconds
+        """Whether it is time to save; by the clock, for the process that writes alone."""
+        late = self.enabled and time.monotonic() - self._saved >= self.every_seconds
+        return late or position.steps % self.every_steps == 0
 
     def save(self, position: Position, state: TrainingState) -> None:
         """Writes the state; whatever happens, either the last state or this one is on disk.

@@ -16,7 +16,7 @@ _DEVIATIONS = 3.29
 """Standard deviations that 99.9% of normally distributed values lie within."""
 
 
-def check(subject: Subject, recipe: Recipe, base: Evaluation, images: str) -> None:
+def check(subject: Subject, recipe: Recipe, base: Evaluation, images: str) -> str | None:
     """Refuses to go on where the untuned network is not as accurate as timm publishes it.
 
     Only a variant with its own weights and timm's preprocessing is held against timm's figure, and only where images of
@@ -28,16 +28,21 @@ def check(subject: Subject, recipe: Recipe, base: Evaluation, images: str) -> No
         base: The untuned network at its train size.
         images: Name of the images that it was measured on.
 
+    Returns:
+        What came of it; None where there is no figure of timm's for these weights.
+
     Raises:
         RunError: Its top-1 differs by more than the tolerance.
     """
     published = subject.variant.backbone.top1 if subject.variant else None
     as_timm = recipe.weights == "pretrained" and recipe.base == subject.base
-    if published is None or not as_timm or len(base.predictions.classes) < IMAGENET[1]:
-        return
+    if published is None or not as_timm:
+        return None
+    if (classes := len(base.predictions.classes)) < IMAGENET[1]:
+        return f"not held against timm's top-1 ({published:.2f}): images of {classes} of {IMAGENET[1]:,} classes"
     tolerance = _tolerance(published, base.images)
     if abs(base.top1 - published) <= tolerance:
-        return
+        return f"timm publishes {published:.2f}; up to {tolerance:.2f} from it, tuning begins"
     raise RunError(
         f"{recipe.variant}, untuned: top-1 {base.top1:.2f} at {base.size} pixels on the {base.images:,} images of "
         f"{images}; timm publishes {published:.2f}, and {tolerance:.2f} is what they may differ by. Nothing was "

@@ -3,9 +3,10 @@
 The base stage, where the whole network trains, runs here too.
 """
 
+import contextlib
 import signal
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -115,8 +116,9 @@ def tune(
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
     schedule = Schedule(*steps_of_epoch(recipe, len(dataset), session.world))
     network.train(recipe)
-    with session.stoppable():
-        batches = _batches(session, dataset, recipe, replace(position))
+    loaded = _batches(session, dataset, recipe, replace(position))
+    # a failure must not leave loading processes behind
+    with session.stoppable(), contextlib.closing(loaded) as batches:
 
         def step(position: Position) -> StepResult:
             batch = next(batches)  # the first one draws a seed for the loading processes
@@ -187,7 +189,9 @@ def _synchronise(network: Network) -> None:
     norm.forward = forward
 
 
-def _batches(session: Session, dataset: ImageDataset, recipe: Recipe, position: Position) -> Iterator[Batch]:
+def _batches(
+    session: Session, dataset: ImageDataset, recipe: Recipe, position: Position
+) -> Generator[Batch, None, None]:
     tasks = tasks_from(position, recipe, len(dataset), session.rank, session.world)
     transform, device = transform_of(recipe), session.accelerator.device
     for batch in load_batches(dataset, transform, tasks, workers=session.workers, substitute=True, device=device):

@@ -52,7 +52,7 @@ class Recipe:
         batch_size: Images per step, all devices together.
         base_lr: Base of the learning rate, which is 8 * base_lr * batch_size / 512.
         schedule: "step": times lr_decay every lr_decay_epochs; "cosine": to 0 along half a cosine.
-        lr_decay: NotNegative of the step schedule.
+        lr_decay: Factor of the step schedule.
         lr_decay_epochs: Period of the step schedule, in epochs.
         momentum: Momentum of SGD.
         weight_decay: Weight decay of SGD.

@@ -270,7 +270,8 @@ def _claim(session: Session, job: Job, identity: Identity) -> Report | None:
             raise RunError(
                 f"{path} is of another run:\n  "
                 + "\n  ".join(found)
-                + "\nChoose another folder with --experiment, or start anew in this one with --overwrite."
+                + "\nMove this folder away, choose another one (--experiment, --output), or start anew in it with "
+                "--overwrite."
             )
     if finished:
         return Report.load(folder)
@@ -335,7 +336,8 @@ def _measure_untuned(session: Session, job: Job, measurements: "Measurements", u
     measurements.take("base", job.recipe.base, untuned)
     if not job.options.no_check_base:
         base = measurements.found["base"]
-        session.on_main(lambda: gate.check(job.subject, job.recipe, base, images))
+        if said := session.on_main(lambda: gate.check(job.subject, job.recipe, base, images)):
+            session.log.say(f"  {said}")
     measurements.take("base_at_test", job.recipe.test)
 
 

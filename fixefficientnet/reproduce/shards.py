@@ -75,11 +75,12 @@ class ShardPass:
         device, workers = session.accelerator.device, min(session.workers, sum(map(self._length, left)))
         with session.log.bar(self.title, sum(map(self._length, mine))) as bar:
             bar.skip(sum(self._length(number) for number in set(mine) - set(left)))
-            batches = load_batches(self.dataset, self.transform, tasks, workers=workers, device=device)
-            for number in left:
-                self._compute(number, paths[number], batches, bar.advance)
-                if session.stopped_by:
-                    raise Interrupted(session.stopped_by)
+            loaded = load_batches(self.dataset, self.transform, tasks, workers=workers, device=device)
+            with contextlib.closing(loaded) as batches:  # a failure must not leave loading processes behind
+                for number in left:
+                    self._compute(number, paths[number], batches, bar.advance)
+                    if session.stopped_by:
+                        raise Interrupted(session.stopped_by)
         session.accelerator.wait_for_everyone()
         session.on_main(lambda: self._check(paths))
         return [self._load(path) for path in paths]
