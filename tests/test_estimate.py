@@ -105,6 +105,9 @@ def test_plan_with_a_gpu_tells_hours_of_both_methods_in_80_columns(tmp_path: Pat
     assert "not measured: device-hours of one A10G, 24 GB, with 1000000 loading processes" in " ".join(text.split())
     text, _ = tiny.cli("reproduce", "b0", *small, "--method", "cached")
     assert "classifier.weight" in text and "cached, h" in text and "online, h" not in text
+    text, _ = tiny.cli("reproduce", "b0", *small, "--tune", "bn", "-j", "0")  # which needs the online method
+    assert "Not cached: " in text and "online, h" in text and "cached, h" not in text
+    assert "with no loading processes on 1 core," in " ".join(text.split())
     assert "--gpu goes with --plan" in tiny.cli("reproduce", "b0", "--gpu", "4090", status=2)[1]
 
 

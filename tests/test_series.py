@@ -125,6 +125,29 @@ def test_a_refused_publication_ends_nothing_and_is_made_up_for(road: Road):
     }
 
 
+def test_a_run_that_fails_ends_nothing_and_is_tried_again(road: Road):
+    backbone = next((road.folder / "hub").glob("models--*b0*/snapshots/*/model.safetensors"))
+    good = backbone.read_bytes()
+    backbone.write_bytes(good[:100])
+    said, error = road.reproduce(status=1)
+    assert "b0 failed. " in said and "Failed: b0; the reasons are above" in error
+    assert road.published() == ["v1.0: add b1"]
+    backbone.write_bytes(good)
+    road.reproduce()
+    assert road.published() == ["v1.0: add b1", "v1.1: add b0"]
+
+
+def test_the_table_has_what_is_published_whatever_lies_in_the_folder(road: Road):
+    road.reproduce()
+    before = road.table()
+    report = road.folder / "runs" / "b0" / "report.json"
+    document = json.loads(report.read_text())
+    document["measured"]["tuned"]["top1"] = 1.0
+    report.write_text(json.dumps(document))
+    road.reproduce()
+    assert road.table()["b0"] == [*before["b0"][:-2], "-", "v1.0"]  # the hours are those of another run
+
+
 def test_killed_runs_are_completed_by_the_same_command(road: Road):
     said = road.folder / "said.txt"
     process = tiny.start(road.command(), said, **road.environment)

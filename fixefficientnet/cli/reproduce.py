@@ -158,16 +158,28 @@ def reproduce(
     subjects = recipes.subjects(list(variants), start.backbone)
     chosen: dict[str, Any] = asdict(choices) if choices else {}
     _need_extra()
-    if estimate.plan:
-        _plan(subjects, chosen, data, made(Options, options), estimate)
-        return
-    if data is None:
-        raise UsageError("--data is missing: a folder with train/ and val/ in it, or hfds/NAME, torch/NAME, wds/NAME.")
     if start.no_pretrained and start.checkpoint:
         raise UsageError("--no-pretrained and --checkpoint exclude each other.")
     if len(subjects) > 1 and (place.experiment or start.checkpoint):
         raise UsageError("--experiment and --checkpoint go with one network only.")
+    if estimate.plan:
+        if publishing.publish:
+            raise UsageError("--plan runs nothing: --publish does not go with it.")
+        _, chosen = _with_weights(chosen, start)
+        _plan(subjects, chosen, data, made(Options, options), estimate)
+        return
+    if data is None:
+        raise UsageError("--data is missing: a folder with train/ and val/ in it, or hfds/NAME, torch/NAME, wds/NAME.")
     _run_all(subjects, chosen, start, data, place, publishing, made(Options, options))
+
+
+def _with_weights(chosen: dict[str, Any], start: Start) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint to start from, and the choices with what it decides."""
+    from fixefficientnet.models import checkpoint_of
+    from fixefficientnet.reproduce.run import with_weights
+
+    checkpoint = start.checkpoint and checkpoint_of(start.checkpoint.expanduser())
+    return checkpoint, with_weights(chosen, checkpoint, pretrained=not start.no_pretrained)
 
 
 def _need_extra() -> None:
@@ -190,12 +202,10 @@ def _run_all(
     options: Options,
 ) -> None:
     from fixefficientnet._internal import processes
-    from fixefficientnet.models import checkpoint_of
     from fixefficientnet.publishing.series import Series
-    from fixefficientnet.reproduce.run import Job, with_weights
+    from fixefficientnet.reproduce.run import Job
 
-    checkpoint = start.checkpoint and checkpoint_of(start.checkpoint.expanduser())
-    chosen = with_weights(chosen, checkpoint, pretrained=not start.no_pretrained)
+    checkpoint, chosen = _with_weights(chosen, start)
     if chosen.get("stage") != "base" and chosen.get("mixed_precision") is None:
         chosen["mixed_precision"] = processes.usual_precision(place.device)
     resolved = [recipes.resolve(subject, chosen) for subject in subjects]
@@ -236,10 +246,15 @@ def _plan(
         chosen = chosen | {"mixed_precision": "bf16"}  # as a run on these chooses by itself
     one = chosen.get("method") or ("online" if chosen.get("stage") == "base" else None)
     workers = estimate.WORKERS if options.workers is None else options.workers
-    by_method = {
-        method: [estimate.estimate(each, asked.gpu, workers) for each in plans(method=method)]
-        for method in ([one] if one else ["online", "cached"])
-    }
+    by_method, refused = {}, None
+    for method in [one] if one else ["online", "cached"]:
+        try:
+            by_method[method] = [estimate.estimate(each, asked.gpu, workers) for each in plans(method=method)]
+        except RecipeError as error:
+            refused = error
+            console.print(escape(f"Not {method}: {error}"))
+    if refused and not by_method:
+        raise refused
     first = next(iter(by_method.values()))[0]
     if len(subjects) == 1:
         _print_plans([first.plan], console)
@@ -247,10 +262,11 @@ def _plan(
     print_table(header, rows, to=console)
     train, validation = first.plan.images
     console.print(
-        f"Estimated, not measured: device-hours of one {first.gpu.title}, with {workers} loading processes on as many "
-        f"cores, for {train:,} images to train on and {validation:,} to measure on. computed/s: images that the GPU "
-        "computes forward at that size; loaded/s: that the cores bring; the hours say which of the two they wait for. "
-        "memory: tensors per device; ! where they exceed the GPU's. Where the rates are from: gpus.toml."
+        f"Estimated, not measured: device-hours of one {first.gpu.title}, with {workers or 'no'} loading processes on "
+        f"{workers or 1} core{'s' * (workers > 1)}, for {train:,} images to train on and {validation:,} to measure on. "
+        "computed/s: images that the GPU computes forward at that size; loaded/s: that the cores bring; the hours say "
+        "which of the two they wait for. memory: tensors per device; ! where they exceed the GPU's. Where the rates "
+        "are from: gpus.toml."
     )
 
 

@@ -9,7 +9,7 @@ from huggingface_hub import get_token
 
 from fixefficientnet import manifest
 from fixefficientnet._internal.files import write_text
-from fixefficientnet.errors import FixEfficientNetError, PublishError
+from fixefficientnet.errors import FixEfficientNetError, PublishError, RunError
 from fixefficientnet.options import PublishOptions
 from fixefficientnet.publishing.index import PublishedModel
 from fixefficientnet.publishing.publish import publish, published
@@ -63,32 +63,49 @@ class Series:
     def run(self) -> None:
         """Runs what is not published yet.
 
-        A publication that fails ends nothing: the next run begins, and the same call publishes later what is finished.
+        A run or a publication that fails ends nothing: the next run begins, and the same call tries again later. Of
+        several processes, a run that fails ends all, as they may not have failed alike.
 
         Raises:
             PublishError: The Hub does not tell what it has, before anything is run; or runs were not published.
-            FixEfficientNetError: A run failed; those before it are finished, and published.
+            RunError: Runs failed; the others are finished, and published.
+            FixEfficientNetError: The only run failed, or one of several processes.
         """
         self._there, differing = self._session.on_main(self._ask)
         for key, differences in differing.items():
             self._say(f"{self._name} has {key} by another recipe:\n  " + "\n  ".join(differences))
-        failed = list(differing)
+        unpublished, failed = list(differing), []
         for job in self._jobs:
             key = job.recipe.variant
             if key in self._there:
                 self._say(f"{key} is published already: {self._name} {self._there[key].version}.")
             elif key not in differing:
-                runs.run(job, self._accelerator)
-                self._say(f"{job.folder}/report.md, {job.folder}/report.html")
-                failed += [key] * (not self._publish(job))
+                if not self._run(job):
+                    failed.append(key)
+                elif not self._publish(job):
+                    unpublished.append(key)
             self._session.on_main(self._grow)
-        if failed:
-            with self._session.alike():
+        with self._session.alike():
+            if failed:
+                raise RunError(f"Failed: {', '.join(failed)}; the reasons are above. The same command tries again.")
+            if unpublished:
                 raise PublishError(
-                    f"Not published: {', '.join(failed)}; the reasons are above. The same command publishes what is "
-                    "finished. What is there by another recipe stays: choose another repository, or replace it with "
+                    f"Not published: {', '.join(unpublished)}; the reasons are above. The same command publishes what "
+                    "is finished. What is there by another recipe stays: choose another repository, or replace it with "
                     "`fixefficientnet publish --replace`."
                 )
+
+    def _run(self, job: Job) -> bool:
+        """Runs to the end; whether that succeeded."""
+        try:
+            runs.run(job, self._accelerator)
+        except FixEfficientNetError as error:
+            if len(self._jobs) == 1 or self._session.world > 1:
+                raise
+            self._say(f"{job.recipe.variant} failed. {error}")
+            return False
+        self._say(f"{job.folder}/report.md, {job.folder}/report.html")
+        return True
 
     @property
     def _name(self) -> str:
@@ -137,9 +154,10 @@ class Series:
         rows = []
         for key, folder in (folders | mine).items():
             variant, there = manifest.find(key), self._there.get(key)
-            row = Row.of_run(variant, folder, there.version if there else None)
-            if there and not row.measured:
-                row = Row(variant, there.measured, there.comparable, None, there.version)
+            row = Row.of_run(variant, folder)
+            if there:  # whose figures count, whatever lies in the folder
+                known = row.hours if row.measured == there.measured else None
+                row = Row(variant, there.measured, there.comparable, known, there.version)
             rows += [row] * bool(row.measured or key in mine)
         write_text(self._output / table.FILENAME, table.as_markdown(rows))
         self._show(rows)

@@ -237,19 +237,30 @@ class _LiveBytes:
 
 
 def _peak_memory(net: network.Network, recipe: Recipe, size: int, step_images: int) -> int:
-    """The tensors of the network itself, its average, its gradients and momentum, and its largest forward or step."""
+    """The tensors of the network itself, its average, its gradients and momentum, and its largest forward or step.
+
+    Evaluations are in float32, with as many images at once, whatever the recipe's precision.
+    """
     fixed: int = sum(tensor.nbytes for tensor in net.model.state_dict().values())
     fixed *= 2 if recipe.model_ema_decay else 1
     fixed += 2 * sum(parameter.nbytes for parameter in net.trained.values())
+    peaks = [_forward_peak(net, size, recipe.forward_batch)]
     if recipe.stage == "fixres" and recipe.mixed_precision != "no":
         _in_half_precision(net)
-    views = recipe.views if recipe.method == "cached" else 1
-    dtype = next(net.model.parameters()).dtype
-    peak = _step_peak(net, recipe, size, step_images) if recipe.method == "online" else 0
+    if recipe.method == "cached":
+        peaks.append(_forward_peak(net, size, recipe.forward_batch * recipe.views))
+    else:
+        peaks.append(_step_peak(net, recipe, size, step_images))
+    return fixed + max(peaks)
+
+
+def _forward_peak(net: network.Network, size: int, images: int) -> int:
+    """Most bytes of a forward pass's own tensors."""
     live = _LiveBytes(net.model)
+    dtype = next(net.model.parameters()).dtype
     with compat.showing_results(live), torch.no_grad():
-        net.model(torch.empty(recipe.forward_batch * views, 3, size, size, dtype=dtype, device="meta"))
-    return fixed + max(peak, live.peak)
+        net.model(torch.empty(images, 3, size, size, dtype=dtype, device="meta"))
+    return live.peak
 
 
 def _step_peak(net: network.Network, recipe: Recipe, size: int, images: int) -> int:

@@ -39,13 +39,13 @@ class Row:
     version: str | None = None
 
     @classmethod
-    def of_run(cls, variant: Variant, folder: Path, version: str | None = None) -> "Row":
+    def of_run(cls, variant: Variant, folder: Path) -> "Row":
         """The row of a run, by its folder; one without figures, where it is not finished."""
         with contextlib.suppress(FixEfficientNetError):
             found = Report.load(folder)
             comparable = found.paper is not None and found.paper.comparable
-            return cls(variant, found.measured, comparable, hours.read(folder), version)
-        return cls(variant, {}, version=version)
+            return cls(variant, found.measured, comparable, hours.read(folder))
+        return cls(variant, {})
 
     def cells(self) -> list[str]:
         """The texts under `HEADER`."""
