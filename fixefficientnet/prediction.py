@@ -159,7 +159,7 @@ def iter_predictions(
         )
 
     def classify(usable: Sequence[ImageSource], inputs: torch.Tensor) -> list[Prediction]:
-        return _ranked(loaded, usable, passing.autocast(forward, inputs).float().softmax(dim=1), options.topk)
+        return ranked(loaded, usable, passing.autocast(forward, inputs).float().softmax(dim=1), options.topk)
 
     return passing.results(images, classify, on_error)
 
@@ -207,7 +207,7 @@ def placed(
     return loaded
 
 
-def _ranked(
+def ranked(
     loaded: LoadedModel, images: Sequence[ImageSource], probabilities: torch.Tensor, topk: int
 ) -> list[Prediction]:
     """The most probable labels of each image, of float32 [N, classes]."""

@@ -25,12 +25,13 @@ from fixefficientnet.errors import FixEfficientNetError, Interrupted, OptionErro
 
 # the modules add their commands, which stand in this order in --help
 # isort: off
-from fixefficientnet.cli import zoo, prediction, evaluation, reproduce, deployment, environment  # noqa: F401
+from fixefficientnet.cli import zoo, prediction, demo, evaluation, reproduce, deployment, environment  # noqa: F401
 # isort: on
 
 _EXTRAS = dict.fromkeys(("accelerate", "jinja2", "matplotlib", "torchmetrics"), "evaluate")
 _EXTRAS |= dict.fromkeys(("onnx", "onnxruntime", "onnxscript", "sympy"), "onnx")
 _EXTRAS |= dict.fromkeys(("nncf", "openvino"), "openvino")
+_EXTRAS |= {"gradio": "demo"}
 _WITHOUT_MODELS = (zoo.list_, zoo.info, environment.env)
 
 _OBJECTS_BETWEEN_COLLECTIONS = 100_000

@@ -137,7 +137,7 @@ def render(page: Page) -> bytes:
     """
     template = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")
     environment = Environment(
-        autoescape=True, finalize=_inert, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True, finalize=inert, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     most = max(1, min(MISTAKES, MISTAKES_IN_ALL // max(1, len(page.detailed))))
     html = environment.from_string(template).render(
@@ -150,7 +150,7 @@ def render(page: Page) -> bytes:
     return html.encode()
 
 
-def _inert(value: Any) -> Any:
+def inert(value: Any) -> Any:
     """Text that a page can hold: half of a surrogate pair and control characters become what Python writes for them."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
