@@ -116,13 +116,14 @@ class Offer:
         one, other = self[left], self[right]
         if one is not other:
             return "Two models, each at its own size." if other.untuned != one.name else "Before FixRes, and after it."
-        same = "both sides are the same network. Give each another size, or choose another model."
+        name, same = (
+            inert(one.name),
+            "both sides are the same network. Give each another size, or choose another model.",
+        )
         if one.tuned:
-            return (
-                f"What {one.name} was before FixRes is not known here (name that run on the command line too): {same}"
-            )
+            return f"{name} before FixRes is another run (name both on the command line): {same}"
         if one.variant is None:
-            return f"FixRes has not tuned {one.name}: {same}"
+            return f"FixRes has not tuned {name}: {same}"
         none = "has no FixRes weights" if one.variant.backbone_only else "is shown without FixRes weights"
         return f"{one.variant.key} {none}: {same}"
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from fixefficientnet import manifest
 from fixefficientnet._internal import requirements
 from fixefficientnet.demo.offer import Offer
-from fixefficientnet.errors import OptionError
+from fixefficientnet.errors import FixEfficientNetError
 
 HOST, PORT = "127.0.0.1", 7860
 """Where the page is, where nothing else is asked for: Gradio's own."""
 UPLOAD_LIMIT = "20mb"
 """Longest file that is taken; how many pixels an image may have, `open_image` says."""
-_SETTINGS = {
+SETTINGS = {
     "GRADIO_ANALYTICS_ENABLED": "False",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "GRADIO_RUN_HISTORY": "False",
@@ -43,9 +43,8 @@ def serve(
         on_start: Called with the page's address once it is there.
 
     Raises:
-        OptionError: The port or the host cannot be used.
+        FixEfficientNetError: The port or the host cannot be used; or as `load` raises.
         ModuleNotFoundError: Gradio is not installed.
-        FixEfficientNetError: As `load` raises.
     """
     with serving(models, host=host, port=port) as address, contextlib.suppress(KeyboardInterrupt):
         on_start(address)
@@ -59,7 +58,7 @@ def serving(models: Sequence[str], *, host: str = HOST, port: int = PORT) -> Ite
     offer = Offer(models)
     with tempfile.TemporaryDirectory(prefix="fixefficientnet-demo-") as folder:
         files = Path(folder).resolve()
-        os.environ.update(_SETTINGS, GRADIO_TEMP_DIR=str(files))
+        os.environ.update(SETTINGS, GRADIO_TEMP_DIR=str(files))
         from starlette.middleware import Middleware
 
         from fixefficientnet.demo import page
@@ -85,8 +84,8 @@ def serving(models: Sequence[str], *, host: str = HOST, port: int = PORT) -> Ite
                 app_kwargs={"middleware": [Middleware(Guard, files=files)]},
             )
         except OSError as error:
-            raise OptionError(
-                f"--host {host} --port {port} cannot be listened on; is another program there? Try another --port."
+            raise FixEfficientNetError(
+                f"{host}:{port} cannot be listened on; is another program there? Choose another --port, or --host."
             ) from error
         try:
             yield address
