@@ -153,7 +153,7 @@ def test_the_keyboard_alone_will_do(opened: Opened):
 
 def test_a_run_shows_what_it_mistakes(opened: Opened):
     tab = opened.tab
-    tab.get_by_role("tab", name="Mistakes of").last.click()
+    tab.get_by_role("tab", name="Mistakes of mine0").click()
     tab.frame_locator("iframe").get_by_role("heading", name="Mistakes").wait_for()
     assert "scripted" not in tab.frame_locator("iframe").locator("body").inner_text()
     tab.get_by_role("button", name="3 classes").click()

@@ -6,6 +6,8 @@ import json
 import os
 import socket
 import struct
+import subprocess
+import sys
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -18,9 +20,13 @@ import pytest
 import timm
 import tiny
 import torch
-from conftest import ROOT, lively
+from conftest import ROOT, lively, python_path
+from huggingface_hub import metadata_load
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import fixefficientnet
+from fixefficientnet._internal import requirements
 from fixefficientnet.demo import server
 
 pytest.importorskip("gradio")
@@ -76,8 +82,12 @@ class Page:
 
     def __init__(self, address: str):
         self.address = address
-        self.files = Path(os.environ["GRADIO_TEMP_DIR"])
         self.config: dict[str, Any] = self.get("/config").json()
+
+    @property
+    def files(self) -> Path:
+        """The folder of the uploaded files."""
+        return Path(os.environ["GRADIO_TEMP_DIR"])
 
     def get(self, path: str) -> httpx.Response:
         return httpx.get(f"{self.address}{path}", timeout=60)
@@ -255,7 +265,7 @@ def test_twenty_people_at_once_are_all_answered(page: Page, run: Path, image: Pa
 
 def test_a_run_shows_its_classes_and_its_page(page: Page, run: Path):
     tabs = [one["props"]["label"] for one in page.config["components"] if one["type"] == "tabitem"]
-    assert tabs == ["Your photos", f"Mistakes of {run}"]
+    assert tabs == ["Your photos", "Mistakes of mine"]
     classes = next(one for one in page.config["components"] if 'class="classes"' in str(one["props"].get("value")))
     assert "&lt;img src=x onerror=alert(1)&gt;" in classes["props"]["value"]
     (frame,) = page.ask("lambda", [])["output"]["data"]
@@ -267,3 +277,27 @@ def test_a_busy_port_is_one_error():
         port = other.getsockname()[1]
         _, err = tiny.cli("demo", "--port", port, status=1, columns=200)
         assert err.startswith(f"Error: 127.0.0.1:{port} cannot be listened on; ") and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_space_is_the_demo(tmp_path: Path):
+    """Its app.py, run as Spaces run it, but on loopback."""
+    space, port = ROOT / "examples" / "space", free_port()
+    settings = metadata_load(space / "README.md")
+    assert settings is not None
+    assert Version(settings["sdk_version"]) >= Version(requirements.floors()["gradio"])
+    (wanted,) = map(Requirement, (space / "requirements.txt").read_text().splitlines())
+    assert wanted.name == "fixefficientnet" and wanted.extras == {"bundled", "demo"}
+    where = {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "PYTHONPATH": python_path(ROOT)}
+    command = [sys.executable, space / settings["app_file"]]
+    with subprocess.Popen(command, env=os.environ | where, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == f"http://127.0.0.1:{port}/\n"
+            page = Page(f"http://127.0.0.1:{port}")
+            photos = page.photos("cat.jpg", (ROOT / "examples" / "cat.jpg").read_bytes())
+            found = page.show(photos, "lite0", 224, other_size=256)
+            assert [found["output"]["data"][place]["label"] for place in (2, 7)] == ["Egyptian cat"] * 2
+        finally:
+            process.kill()
+    assert not list(tmp_path.iterdir())

@@ -11,8 +11,8 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _PATHS = re.compile(
-    r"/|/(assets|static)/[^?]*|/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt)"
-    r"|/gradio_api/(file=.*|upload|upload_progress|queue/(join|data)|heartbeat/\w+|startup-events|cancel|reset|info)/?"
+    r"/|/(assets|static)/.*|/(config|theme\.css|favicon\.ico)"
+    r"|/gradio_api/(file=.*|upload|upload_progress|queue/(join|data)|heartbeat/\w+|startup-events)"
 )
 """What the page itself asks for; Gradio answers much else: proxies, streams, downloads."""
 _LONGEST = 2**17

@@ -60,8 +60,9 @@ class Offer:
         before = untuned if untuned in self._named else first
         self.sides = (first, others[0]) if others else (before, first)
         """The names of the two models that stand side by side at first."""
-        self.reports = dict(_reports(named))
-        """The page of each run of the command line: what it classifies wrongly, by the run's name."""
+        pages = {inert(name): _report(name) for name in named}
+        self.reports = {name: page for name, page in pages.items() if page or self._named[name].own_classes}
+        """The page of each run of the command line, also None where it has classes of its own alone."""
 
     def __getitem__(self, name: object) -> LoadedModel:
         """Opens a model.
@@ -139,8 +140,6 @@ def _zoo() -> Iterator[str]:
             yield variant.key if variant.backbone_only else f"{variant.key}:backbone"
 
 
-def _reports(named: Sequence[str]) -> Iterator[tuple[str, str]]:
-    for name in named:
-        page = Path(name).expanduser() / report.PAGE
-        if page.is_file():
-            yield inert(name), page.read_text(encoding="utf-8")
+def _report(name: str) -> str | None:
+    page = Path(name).expanduser() / report.PAGE
+    return page.read_text(encoding="utf-8") if page.is_file() else None

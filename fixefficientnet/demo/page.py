@@ -34,7 +34,9 @@ CSS = """
 .gradio-container { width: 100%; max-width: 72rem !important; margin: 0 auto !important; }
 .shown .image-frame { width: 100%; }
 .shown img { width: 100% !important; aspect-ratio: 1; object-fit: contain !important; }
+.captioned { gap: .4rem !important; }
 .quiet, .quiet p { color: var(--body-text-color-subdued); margin: 0; }
+.quiet .html-container { padding: 0 !important; }
 .report iframe { width: 100%; height: 80vh; border: 0; }
 .classes { columns: 12rem; overflow-wrap: anywhere; }
 """
@@ -100,7 +102,7 @@ def build(offer: Offer) -> gr.Blocks:
             with gr.Tab("Your photos"):
                 _photos(offer)
             for name, page in offer.reports.items():
-                _report(offer, name, page)
+                _about(offer, name, page)
     blocks.queue(max_size=_WAITING, api_open=False, default_concurrency_limit=1)
     return blocks
 
@@ -187,9 +189,9 @@ def _saying(text: str | None) -> Any:
 
 def _captioned() -> tuple[gr.Image, gr.HTML]:
     """An image, and what is said below it."""
-    with gr.Column(min_width=120):
+    with gr.Column(min_width=120, elem_classes="captioned"):
         image = gr.Image(show_label=False, interactive=False, format="jpeg", buttons=[], elem_classes="shown")
-        return image, gr.HTML(elem_classes="quiet", padding=False)
+        return image, gr.HTML(elem_classes="quiet")
 
 
 def _bars(labels: Sequence[Label]) -> dict[str, float]:
@@ -229,16 +231,16 @@ def _curves(offer: Offer, one: str, other: str, photo: Image.Image) -> gr.LinePl
     return gr.LinePlot(pd.DataFrame(rows), color_map=colours, x_lim=[min(sizes), max(sizes)])
 
 
-def _report(offer: Offer, name: str, page: str) -> None:
+def _about(offer: Offer, name: str, page: str | None) -> None:
     """A tab with a run's classes and its own page, on which no script runs; sent when it is opened."""
-    with gr.Tab(f"Mistakes of {name}") as tab:
+    with gr.Tab(f"{'Mistakes' if page else 'Classes'} of {Path(name).name}") as tab:
         if classes := offer[name].own_classes:
             listed = "".join(f"<div><bdi>{_escaped(one)}</bdi></div>" for one in classes)
-            with gr.Accordion(f"{len(classes):,} classes", open=False):
+            with gr.Accordion(f"{len(classes):,} classes", open=not page):
                 gr.HTML(f'<div class="classes">{listed}</div>')
-        frame = gr.HTML(elem_classes="report", padding=False)
-    framed = f'<iframe sandbox title="Report" srcdoc="{html.escape(page)}"></iframe>'
-    tab.select(lambda: framed, None, frame, **_EVENT)
+        if page:
+            framed = f'<iframe sandbox title="Report" srcdoc="{html.escape(page)}"></iframe>'
+            tab.select(lambda: framed, None, gr.HTML(elem_classes="report"), **_EVENT)
 
 
 def _escaped(text: str) -> str:

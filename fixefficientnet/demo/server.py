@@ -27,12 +27,16 @@ SETTINGS = {
 """Of the process: Gradio looks at them when it is imported, and at some whatever its functions are told."""
 
 
+def _say(address: str) -> None:
+    print(address, flush=True)  # whoever waits for it through a pipe must not wait longer
+
+
 def serve(
     models: Sequence[str] = (manifest.DEFAULT_MODEL,),
     *,
     host: str = HOST,
     port: int = PORT,
-    on_start: Callable[[str], object] = print,
+    on_start: Callable[[str], object] = _say,
 ) -> None:
     """Shows the page until the process is interrupted.
 
