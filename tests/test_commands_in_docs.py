@@ -38,6 +38,7 @@ ONLY_PARSED = {
     r"caltech101-half|imagenet-sample": "images that are not here",
     r"reproduce \*_ns|--all --data": "many networks: test_series.py",
     r"--all --plan": "minutes, for the largest networks: test_estimate.py",
+    r"^fixefficientnet demo": "serves until it is ended: test_demo_server.py",
     r"--mixed-precision bf16": "not every processor has it: test_engines.py",
     r"photos|runs/flowers": "test_your_own_images.py runs these",
     r"^python -c": "needs the shell's variables: test_publishing.py",
