@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from argparse import Namespace
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,9 @@ import torch
 from conftest import ROOT
 
 from benchmarks import loading, power, runner, scale, tables
-from benchmarks.check import autotune, chunks, command, forward, runs, step
+from benchmarks.check import autotune, chunks, command, forward, limits, runs, step
 from benchmarks.check import loading as check_loading
-from benchmarks.check.setting import Setting
+from benchmarks.check.setting import Setting, case, relative
 from fixefficientnet.evaluation.statistics import compare
 
 pytestmark = pytest.mark.newest
@@ -224,6 +227,7 @@ def test_the_gpus_check_runs_on_tiny_networks(tmp_path: Path):
     setting = Setting("cpu", str(tmp_path), tiny=True, data=str(data))
     for row in chunks.rows(setting):
         assert max(row[name] for name in ("logits", "gradients", "statistics")) < 1e-4, row
+        assert {name for limit in limits.LIMITS["chunks"] for name in limit.columns} <= row.keys()
     for row in step.rows(setting):
         assert row["images/s"] > 0 and row["GB, --plan"] > 0, row
     for part, columns in ((forward, {"contiguous", "4 times the batch"}), (autotune, {"contiguous", "channels last"})):
@@ -234,7 +238,7 @@ def test_the_gpus_check_runs_on_tiny_networks(tmp_path: Path):
         assert all(row[method] > 0 for method in loading.METHODS), row
     rows = list(islice(runs.rows(setting), 2))
     assert [(row["method"], row["precision"]) for row in rows] == [("online", "no"), ("online", "bf16")]
-    assert all(row["publishable"] for row in rows), rows
+    assert all(row["publishable"] for row in rows) and rows[1]["like the CPU's"] is True, rows
 
 
 def test_a_part_of_the_check_that_fails_or_takes_too_long_is_a_row(tmp_path: Path):
@@ -245,6 +249,102 @@ def test_a_part_of_the_check_that_fails_or_takes_too_long_is_a_row(tmp_path: Pat
     assert failed == {"failed": "ModuleNotFoundError: No module named 'benchmarks.check.nothing'"}
     table = command.shown([{"case": "a|b", "rate": 12345.6, "same": True}, failed]).splitlines()
     assert table[2] == "| a\\|b | 12,346 | yes |  |"
+
+
+def test_what_else_a_part_prints_is_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    python = tmp_path / "python"  # in place of the interpreter, with a part that a C library prints in
+    python.write_text(
+        f"""#!/bin/sh
+exec '{sys.executable}' - "$@" <<'END'
+import os, sys, types
+os.write(1, b"before the part: \\xff\\n5\\n")
+sys.path.insert(0, {str(ROOT)!r})
+from benchmarks.check import __main__ as child
+def rows(setting):
+    os.write(1, b"a C library\\n")
+    print("Python", flush=True)
+    yield {{"case": 1}}
+    os.write(1, b"no end of line")
+    yield {{"case": 2}}
+sys.modules["benchmarks.check.noisy"] = types.SimpleNamespace(rows=rows)
+sys.argv[1:] = sys.argv[3:]
+child.main()
+END
+"""
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert list(command.rows_of("noisy", Setting("cpu", str(tmp_path)), 60)) == [{"case": 1}, {"case": 2}]
+    assert capsys.readouterr().err.count("noisy printed, which is no row: ") == 2
+
+
+def test_a_case_keeps_its_names_where_the_device_is_spoiled(monkeypatch: pytest.MonkeyPatch):
+    def spoiled() -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", spoiled)
+    row = case({"variant": "b0", "precision": "bf16"}, spoiled)
+    assert row.pop("failed").startswith("RuntimeError: CUDA error")
+    assert row == {"variant": "b0", "precision": "bf16"}
+    assert case({"variant": "b0"}, lambda: {"logits": 0.0}) == {"variant": "b0", "logits": 0.0}
+
+
+def test_the_check_fails_where_a_row_is_not_acceptable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    apart = {"precision": "bf16", "logits": 0.01, "gradients": 0.01, "statistics": 0.01}
+    assert limits.judged("chunks", apart) == apart
+    for part, row, said in (
+        ("chunks", {**apart, "gradients": 0.3}, "gradients: 0.3, at most 0.05"),
+        ("chunks", {**apart, "precision": "no"}, "logits: 0.01, at most 0.005; gradients: "),
+        ("chunks", {**apart, "logits": float("nan")}, "logits: nan, at most 0.05"),
+        ("stop", {"same bytes": False, "same scaler": True}, "same bytes: no"),
+        ("runs", {"publishable": False, "failed": "this and that"}, "this and that; publishable: no"),
+        ("step", {"times --plan": 2.0}, "times --plan: 2, at most 1.25"),
+        ("export", {"format": "onnx", "logits": 0.5}, "logits: 0.5, at most 0.01"),
+    ):
+        assert limits.judged(part, row)["failed"].startswith(said)
+    assert relative(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
+
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(command.machine, "use", lambda *_: None)
+    options = {"train": None, "checkpoint": None, "only": ["chunks"], "dry_run": True, "device": "cpu", "threads": 1}
+    given = Namespace(**options, json=tmp_path / "check.json")
+    for rows, status in (([apart], None), ([{**apart, "logits": 1.0}], "not acceptable"), ([], "not acceptable")):
+        monkeypatch.setattr(command, "rows_of", lambda *_, rows=rows: iter(rows))
+        with nullcontext() if status is None else pytest.raises(SystemExit, match=status):
+            command.run(given)
+        assert "- Acceptable: logits, gradients, statistics (bf16): at most 0.05; " in capsys.readouterr().out
+        (row,) = json.loads(given.json.read_text())["rows"]
+        assert ("failed" in row) == (status is not None)
+
+
+def test_the_check_refuses_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(command.machine, "use", lambda *_: pytest.fail("it began"))
+    data = tiny.make_data(tmp_path / "data", train=1, val=1)
+    tiny.draw(tmp_path / "half" / "train" / "apple" / "0.jpg", 0, 0)
+    (tmp_path / "empty").mkdir()
+    for given, said in (
+        ({"train": tmp_path / "none"}, f"--train: there is no folder {tmp_path / 'none'}."),
+        ({"train": tmp_path / "empty"}, f"--train: {tmp_path / 'empty' / 'train'} has no folders with images in them"),
+        ({"train": tmp_path / "half"}, f"--train: {tmp_path / 'half' / 'val'} has no folders with images in them"),
+        ({"train": data, "checkpoint": tmp_path / "none"}, f"--checkpoint: there is no file {tmp_path / 'none'}."),
+        ({"train": data, "checkpoint": Path(__file__), "dry_run": True}, "--checkpoint is of a Lite0, and a dry run"),
+    ):
+        options = {"train": None, "checkpoint": None, "only": None, "dry_run": False} | given
+        with pytest.raises(SystemExit, match=re.escape(said)):
+            command.run(Namespace(**options))
+
+
+def test_a_dry_run_takes_few_images_and_the_check_those_it_says(tmp_path: Path):
+    data = tiny.make_data(tmp_path / "data", classes=("a", "b", "c", "d"), train=14, val=9)
+    (data / "train" / "a" / "0.txt").write_text("no image")
+    images = {split: command.machine.images_in(data / split) for split in command.IMAGES}
+    for is_tiny, counts in ((True, {"train": 3 * 4, "val": 3 * 2}), (False, {"train": 4 * 12, "val": 4 * 8})):
+        found = command._some_of(images, tmp_path / str(is_tiny), tiny=is_tiny)
+        for split, count in counts.items():
+            files = list(found.glob(f"{split}/*/*"))
+            assert len(files) == count and all(file.suffix == ".jpg" for file in files)
+    with pytest.raises(SystemExit, match="no class in common"):
+        command._some_of({**images, "val": []}, tmp_path / "none", tiny=True)
 
 
 def test_so_many_images_show_a_gain_as_often_as_was_asked():

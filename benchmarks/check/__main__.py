@@ -1,8 +1,8 @@
 """Runs one part in this process, and prints each row as a line of JSON: python -m benchmarks.check PART SETTING."""
 
-import contextlib
 import importlib
 import json
+import os
 import sys
 import traceback
 
@@ -12,12 +12,13 @@ from benchmarks.machine import Row
 
 def main() -> None:
     name, setting = sys.argv[1], Setting(**json.loads(sys.argv[2]))
-    lines = sys.stdout
+    rows = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed, by a C library too, is no row
 
     def show(row: Row) -> None:
-        print(json.dumps(row), file=lines, flush=True)
+        print(json.dumps(row), file=rows, flush=True)
 
-    with contextlib.redirect_stdout(sys.stderr):  # whatever else is printed is no row
+    with rows:
         try:
             for row in importlib.import_module(f"benchmarks.check.{name}").rows(setting):
                 show(row)

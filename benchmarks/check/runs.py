@@ -2,6 +2,7 @@
 
 Publishing computes a run's probe again from its delta: `probe` is the largest difference of the run's logits from those
 that the CPU computes with the run's weights, relative to the largest; publishing accepts `probe.TOLERANCE`.
+`like the CPU's` is whether the same run's top-1 on the CPU lies within the 95% interval of this one's.
 """
 
 import time
@@ -31,12 +32,16 @@ BASE = {"stage": "base", "epochs": 4}
 def rows(setting: Setting) -> Iterator[Row]:
     places = [("cpu", "no"), *((setting.device, precision) for precision in setting.precisions)]
     for method in METHODS:
+        on_cpu: float | None = None
         for device, precision in dict.fromkeys(places):
             names = {"method": method, "device": device, "precision": precision}
-            yield case(names, lambda: _measured(setting, *names.values()))  # noqa: B023
+            row = case(names, lambda: _measured(setting, *names.values(), on_cpu=on_cpu))  # noqa: B023
+            if (device, precision) == places[0]:
+                on_cpu = row.get("top-1, tuned")
+            yield row
 
 
-def _measured(setting: Setting, method: str, device: str, precision: str) -> Row:
+def _measured(setting: Setting, method: str, device: str, precision: str, *, on_cpu: float | None) -> Row:
     checkpoint = base_network(setting)
     start, name = time.perf_counter(), f"{method}-{device}-{precision}"
     report = reproduced(setting, name, device, precision, checkpoint, {"method": method, **TUNING[method]})
@@ -45,7 +50,9 @@ def _measured(setting: Setting, method: str, device: str, precision: str) -> Row
     left = probe.load(Path(setting.folder, name, probe.FILENAME))
     network = fixefficientnet.load(str(Path(setting.folder, name))).network
     apart = probe.difference(left, probe.logits(network.cpu(), left.images, report.recipe.test))
-    return {**found, "probe": apart, "publishable": apart <= probe.TOLERANCE, "seconds": seconds}
+    tuned = report.measured["tuned"]
+    like = {} if on_cpu is None else {"like the CPU's": tuned.top1_low <= on_cpu <= tuned.top1_high}
+    return {**found, **like, "probe": apart, "publishable": apart <= probe.TOLERANCE, "seconds": seconds}
 
 
 def base_network(setting: Setting) -> Path:

@@ -1,6 +1,8 @@
 """What a check runs on, and a case of it, whose failure is a row as well."""
 
+import contextlib
 import gc
+import math
 import os
 import traceback
 from collections.abc import Callable
@@ -52,7 +54,8 @@ def case(names: Row, measure: Callable[[], Row]) -> Row:
         return {**names, "failed": said(error)}
     finally:
         gc.collect()
-        torch.cuda.empty_cache()
+        with contextlib.suppress(Exception):  # after an error on the device, this raises it again
+            torch.cuda.empty_cache()
 
 
 def said(error: Exception) -> str:
@@ -62,8 +65,9 @@ def said(error: Exception) -> str:
 
 
 def relative(found: Any, expected: Any) -> float:
-    """Largest difference of a tensor from another, relative to the largest value of that."""
-    return float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
+    """Largest difference of a tensor from another, relative to the largest value of that; infinite if no number."""
+    apart = float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
+    return apart if math.isfinite(apart) else math.inf  # of which, unlike NaN, a maximum tells
 
 
 def under_autocast(device: str, precision: str) -> Any:
