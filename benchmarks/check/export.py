@@ -25,8 +25,8 @@ def rows(setting: Setting) -> Iterator[Row]:
     model = timm.create_model("test_efficientnet" if setting.tiny else "tf_efficientnet_lite0").eval()
     size = 64 if setting.tiny else 224
     images = torch.rand(8, 3, size, size)
-    for kind, suffix in formats.SUFFIXES.items():
-        path = Path(setting.folder, f"model{suffix}")
+    for kind in _LOADERS:
+        path = Path(setting.folder, f"model{formats.SUFFIXES[kind]}")
         yield case({"format": kind}, lambda: _exported(model, path, images))  # noqa: B023
         if path.exists():
             yield case({"format": kind}, lambda: _on_device(model, path, images, setting.device))  # noqa: B023
@@ -35,6 +35,7 @@ def rows(setting: Setting) -> Iterator[Row]:
 def _exported(model: Any, path: Path, images: Tensor) -> Row:
     start = time.perf_counter()
     made = exporting.export(from_module(model.cpu()), path, ExportOptions(size=images.shape[-1]))
+    assert made.agreement is not None
     return {"on": "cpu", "seconds to export": time.perf_counter() - start, "logits": made.agreement.relative}
 
 
@@ -63,7 +64,7 @@ def _onnx(path: Path, device: str) -> Runner | str:
     if provider not in onnxruntime.get_available_providers():
         return f"not on {device}: this onnxruntime is not onnxruntime-gpu"
     session = onnxruntime.InferenceSession(str(path), providers=[provider])
-    return lambda images: session.run([formats.OUTPUT], {formats.INPUT: images.cpu().numpy()})[0]
+    return lambda images: session.run([formats.LOGITS], {formats.INPUT: images.cpu().numpy()})[0]
 
 
 def _openvino(path: Path, device: str) -> Runner | str:

@@ -9,9 +9,11 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from torch import Tensor, nn
+    from torch.export import ExportedProgram
 
 
 def freezing() -> AbstractContextManager[None]:
@@ -22,6 +24,35 @@ def freezing() -> AbstractContextManager[None]:
     import torch._inductor.config
 
     return cast("AbstractContextManager[None]", torch._inductor.config.patch(freezing=True))
+
+
+def compile_package(program: "ExportedProgram", path: "Path", metadata: "Mapping[str, str]") -> None:
+    """Compiles a program to native code, in a package that torch documents, by functions without a public name."""
+    import torch._inductor
+
+    with freezing():  # which lays the weights out as the kernels want them
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(path), inductor_configs={"aot_inductor.metadata": dict(metadata)}
+        )
+
+
+def load_package(path: "Path") -> "Callable[[Tensor], Tensor]":
+    """Loads what `compile_package` wrote, whose native code runs from then on."""
+    import torch._inductor
+
+    return cast("Callable[[Tensor], Tensor]", torch._inductor.aoti_load_package(str(path)))
+
+
+def names_in_archive(path: "Path") -> list[str]:
+    """Names of what is in a file of torch's, as torch itself reads them; runs nothing of it."""
+    import zipfile
+
+    import torch
+
+    try:
+        return torch._C.PyTorchFileReader(str(path)).get_all_records()
+    except RuntimeError:  # a plain archive, as torch before 2.8 writes and reads them
+        return zipfile.ZipFile(path).namelist()
 
 
 def has_hooks(module: "nn.Module") -> bool:

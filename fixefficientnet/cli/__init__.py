@@ -31,7 +31,7 @@ from fixefficientnet.cli import zoo, prediction, demo, evaluation, reproduce, de
 _EXTRAS = dict.fromkeys(("accelerate", "jinja2", "matplotlib", "torchmetrics"), "evaluate")
 _EXTRAS |= dict.fromkeys(("onnx", "onnxruntime", "onnxscript", "sympy"), "onnx")
 _EXTRAS |= dict.fromkeys(("nncf", "openvino"), "openvino")
-_EXTRAS |= {"gradio": "demo"}
+_EXTRAS |= {"executorch": "executorch", "gradio": "demo"}
 _WITHOUT_MODELS = (zoo.list_, zoo.info, environment.env)
 
 _OBJECTS_BETWEEN_COLLECTIONS = 100_000

@@ -136,7 +136,7 @@ def export(
     /,
     *,
     output: Annotated[Path, Output],
-    format: Literal["onnx", "openvino", "torch-export", "torchscript"] | None = None,
+    format: Literal["onnx", "openvino", "executorch", "torch-export", "torchscript", "aotinductor"] | None = None,
     options: Annotated[OptionFlags, Flags] = OptionFlags(),  # noqa: B008 - frozen
     calibration: Annotated[Int8, Flags] = Int8(),
     overwrite: bool = False,
@@ -147,8 +147,8 @@ def export(
 
     Args:
         model: A variant (b4_ns; b4_ns:backbone, b4_ns:FILE), or any other model that `predict` takes.
-        output: The file: .onnx, .xml, .pt2 or .pt.
-        format: Format of the file. Default: by the ending.
+        output: The file: .onnx, .xml, .pte, .pt2 or .pt.
+        format: Format of the file. Default: by the ending; .pt2 is torch-export.
         options: Options of an export.
         calibration: 8-bit integers.
         overwrite: Replace the output if it is there.
@@ -179,12 +179,13 @@ def export(
             f"top-1 on the {done.int8.images} images of {calibration.data} that it was calibrated on: {before:.2f} "
             f"before, {after:.2f} after"
         )
-    else:
-        found = done.agreement
+    elif found := done.agreement:
         _say(
-            f"against eager: logits differ by up to {found.difference:.2g} ({found.relative:.1g} of the largest), "
-            f"same top-1 prediction for {found.top1:.0%} of {found.images} generated images"
+            f"against eager: {done.output} differ by up to {found.difference:.2g} ({found.relative:.1g} of the "
+            f"largest), same top-1 prediction for {found.top1:.0%} of {found.images} generated images"
         )
+    else:
+        _say("Not checked: Core ML runs on Apple's systems alone. Export it on a Mac to have it checked.")
 
 
 @app.command

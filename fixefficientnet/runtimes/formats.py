@@ -1,9 +1,10 @@
 """Exported files in their own runtimes."""
 
+import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,28 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from fixefficientnet._internal import compat, requirements
 from fixefficientnet.errors import ExportError
 
 Forward = Callable[[Tensor], Tensor]
 """A forward pass: float32 [N, 3, S, S] → float32 [N, classes]."""
-INPUT, OUTPUT = "pixel_values", "logits"
+INPUT, LOGITS, PROBABILITIES = "pixel_values", "logits", "probabilities"
 METADATA = "fixefficientnet"
 """Key of the preprocessing, as JSON, in a file's metadata."""
-SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2", "torchscript": ".pt"}
-"""File name endings by format."""
-PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
+SUFFIXES = {
+    "onnx": ".onnx",
+    "openvino": ".xml",
+    "executorch": ".pte",
+    "torch-export": ".pt2",
+    "torchscript": ".pt",
+    "aotinductor": ".pt2",
+}
+"""File name endings by format; of two formats with one ending, the first is meant where none is named."""
+PACKAGES = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+    "executorch": ("executorch",),
+}
 """Packages that a format needs besides torch."""
 
 
@@ -35,16 +48,15 @@ def format_of(path: Path, format: str | None = None) -> str:
     Raises:
         ExportError: There is no such format, or it has another ending.
     """
-    by_suffix = {suffix: name for name, suffix in SUFFIXES.items()}
     if format is not None and format not in SUFFIXES:
         raise ExportError(f"There is no format {format!r}; there are {', '.join(SUFFIXES)}.")
-    found = by_suffix.get(path.suffix)
-    if format is not None and found != format:
+    found = [name for name, suffix in SUFFIXES.items() if suffix == path.suffix]
+    if format is not None and format not in found:
         raise ExportError(f"{path}: the ending of a file of the format {format} is {SUFFIXES[format]}.")
-    if found is None:
+    if not found:
         endings = ", ".join(f"{suffix} ({name})" for name, suffix in SUFFIXES.items())
         raise ExportError(f"{path}: the ending of a file is one of {endings}.")
-    return found
+    return format or found[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,20 +88,22 @@ def openvino_has(precision: str) -> bool:
     return precision.upper() in capabilities
 
 
-def load(path: Path, options: RuntimeOptions | None = None) -> Forward:
+def load(path: Path, options: RuntimeOptions | None = None, *, format: str | None = None) -> Forward:
     """Opens an exported file.
 
     Args:
         path: Path of the file, whose ending tells the format.
         options: The runtime's options; None: float32, one calling thread, the runtime's own number of cores.
+        format: Name of the format; "aotinductor", whose files are native code that loading runs, must be named.
 
     Returns:
-        The file's forward pass, on the CPU.
+        The file's forward pass, on the CPU: of a file that normalises inside it takes pixels, uint8 [N, 3, S, S].
 
     Raises:
+        ExportError: The file is native code, and nobody said so; or the runtime does not go with this torch.
         ModuleNotFoundError: The format's runtime is not installed.
     """
-    return _LOADERS[format_of(path)](path, options or RuntimeOptions())
+    return _LOADERS[format_of(path, format)](path, options or RuntimeOptions())
 
 
 def _onnx(path: Path, options: RuntimeOptions) -> Forward:
@@ -99,7 +113,7 @@ def _onnx(path: Path, options: RuntimeOptions) -> Forward:
     # each caller computes, and has the help of further threads that all share
     settings.intra_op_num_threads = max(1, options.cores - options.threads + 1) if options.cores else 0
     session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+    return lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
 
 
 def _openvino(path: Path, options: RuntimeOptions) -> Forward:
@@ -121,7 +135,47 @@ def _openvino(path: Path, options: RuntimeOptions) -> Forward:
     return run
 
 
+def _executorch(path: Path, options: RuntimeOptions) -> Forward:
+    with executorch_going():
+        from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(path).load_method("forward")
+    return lambda images: method.execute([images.contiguous()])[0]
+
+
+@contextlib.contextmanager
+def executorch_going() -> Iterator[None]:
+    """Within, ExecuTorch is imported, which says which torch it wants by failing with another.
+
+    Raises:
+        ExportError: The two releases do not go together.
+    """
+    try:
+        yield
+    except (ImportError, AttributeError) as error:
+        releases = " and ".join(f"{name} {requirements.version(name)}" for name in ("executorch", "torch"))
+        raise ExportError(
+            f"{releases} do not go together: {error}. Of each, take the newest release: "
+            "pip install --upgrade torch torchvision executorch"
+        ) from error
+
+
+def executorch_backends() -> list[str]:
+    """What ExecuTorch can compute with on this machine: "XnnpackBackend", "CoreMLBackend", …"""
+    with executorch_going():
+        from executorch.runtime import Runtime
+
+    names: list[str] = Runtime.get().backend_registry.registered_backend_names
+    return names
+
+
 def _torch_export(path: Path, options: RuntimeOptions) -> Forward:
+    # torch.export.load runs any native code in the file, which whoever opens a program does not expect
+    if any("data/aotinductor/" in name for name in compat.names_in_archive(path)):
+        raise ExportError(
+            f"{path} holds native code, which loading would run: it is of the format aotinductor. Name the format if "
+            "you trust who made the file."
+        )
     module: Forward = torch.export.load(path).module()
     return module
 
@@ -131,18 +185,25 @@ def _torchscript(path: Path, options: RuntimeOptions) -> Forward:
     return module  # type: ignore[no-any-return]
 
 
+def _aotinductor(path: Path, options: RuntimeOptions) -> Forward:
+    package = compat.load_package(path)
+    return lambda images: package(images.contiguous())  # it takes the strides for granted
+
+
 _LOADERS: dict[str, Callable[[Path, RuntimeOptions], Forward]] = {
     "onnx": _onnx,
     "openvino": _openvino,
+    "executorch": _executorch,
     "torch-export": _torch_export,
     "torchscript": _torchscript,
+    "aotinductor": _aotinductor,
 }
 
 
 def main() -> None:
-    """Runs an exported file on batches of images, for `export`'s check: MODEL IMAGES.safetensors LOGITS.safetensors."""
-    path, images, logits = map(Path, sys.argv[1:])
-    forward = load(path)
+    """Runs an exported file on batches, for `export`'s check: FORMAT MODEL IMAGES.safetensors LOGITS.safetensors."""
+    path, images, logits = map(Path, sys.argv[2:])
+    forward = load(path, format=sys.argv[1])
     with torch.inference_mode():
         batches = safetensors.torch.load_file(images)
         found = {name: forward(batch).float().contiguous() for name, batch in batches.items()}

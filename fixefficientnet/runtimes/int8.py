@@ -33,20 +33,23 @@ class Calibration:
         dataset: The dataset, in the model's class order.
         transform: The test-time transform.
         count: Number of the images, at most.
+        raw: Whether the file takes pixels, which it normalises itself.
     """
 
     dataset: ImageDataset
     transform: Preprocess
     count: int
+    raw: bool = False
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs, float32 [n, 3, S, S], and classes, int64 [n]; images that cannot be read are left out."""
+        """Inputs, float32 or uint8 [n, 3, S, S], and classes, int64 [n]; images that cannot be read are left out."""
         count = min(self.count, len(self.dataset))
         indices = np.linspace(0, len(self.dataset) - 1, count).astype(int).tolist()
         tasks = [[(0, index) for index in indices[at : at + _BATCH]] for at in range(0, count, _BATCH)]
         for batch in load_batches(self.dataset, InEveryEpoch(self.transform.pixels), tasks):
             if len(batch.targets):
-                yield self.transform.normalise(batch.inputs).contiguous(), batch.targets
+                inputs = batch.inputs if self.raw else self.transform.normalise(batch.inputs)
+                yield inputs.contiguous(), batch.targets
 
     @torch.inference_mode()
     def correct(self, forward: Forward) -> tuple[int, int]:
