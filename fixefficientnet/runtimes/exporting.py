@@ -307,20 +307,21 @@ def _run_afresh(kind: str, path: Path, batches: Sequence[Tensor]) -> list[Tensor
 class _Around(nn.Module):
     """A model between what a file takes and what it gives."""
 
-    whole: Tensor
-    mean: Tensor
-    std: Tensor
+    pixel_whole: Tensor
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(self, model: nn.Module, test: TestTime, options: ExportOptions, *, half: bool):
         super().__init__()
         self.model = copy.deepcopy(model).half() if half else model
         self.half_, self.normalize, self.softmax = half, options.normalize, options.softmax
-        for name, value in (("whole", (255.0,) * 3), ("mean", test.mean), ("std", test.std)):
+        # whose names no operation has, as older exporters let them meet
+        for name, value in (("pixel_whole", (255.0,) * 3), ("pixel_mean", test.mean), ("pixel_std", test.std)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32)[:, None, None])
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         if self.normalize:  # in the order of `Preprocess.normalise`
-            pixel_values = pixel_values.float().div(self.whole).sub(self.mean).div(self.std)
+            pixel_values = pixel_values.float().div(self.pixel_whole).sub(self.pixel_mean).div(self.pixel_std)
         logits: Tensor = self.model(pixel_values.half() if self.half_ else pixel_values).float()
         return logits.softmax(1) if self.softmax else logits
 
