@@ -23,6 +23,8 @@ BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cost": ("each variant and its base model", ()),
     "forward": ("the forward pass alone", ()),
     "classify": ("from a folder of images to labels", ("images",)),
+    "serve": ("the server of docs/serving.md, beside predict", ("images",)),
+    "export": ("exported files, beside timmx's", ()),
     "finetune": ("fine-tuning steps and whole runs", ("train", "checkpoint")),
 }
 """What each benchmark measures, and the options that it needs."""

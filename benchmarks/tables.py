@@ -144,6 +144,36 @@ def loading(rows: Rows) -> str:
     return "\n\n".join(tables)
 
 
+def serve(rows: Rows) -> str:
+    header = ["Lite0 at 256", "images/s (times predict)", f"predictions equal, of {rows[0]['images']}"]
+    return markdown(
+        header,
+        (
+            [row["method"], f"{row['images_per_second']:.1f} ({row['times_predict']:.2f})", row["same_predictions"]]
+            for row in rows
+        ),
+    )
+
+
+def export(rows: Rows) -> str:
+    tables = []
+    for model in in_order(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model]
+        header = [model, "MB", "largest difference of a logit", "images/s", "s to export and check"]
+        lines = [
+            [
+                f"{row['format']}, {row['method']}",
+                f"{row['bytes'] / 1e6:.1f}",
+                f"{row['difference']:.0e} of {row['largest_logit']:.2g}",
+                f"{row['images_per_second']:.1f}",
+                f"{row['exporting_seconds']:.0f}",
+            ]
+            for row in mine
+        ]
+        tables.append(markdown(header, lines))
+    return "\n\n".join(tables)
+
+
 def accuracy(rows: Rows) -> str:
     variants = in_order(row["variant"] for row in rows)
 
@@ -350,6 +380,8 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "classify": classify,
     "preprocess": preprocess,
     "loading": loading,
+    "serve": serve,
+    "export": export,
     "accuracy": accuracy,
     "forward": forward,
     "load": load,
