@@ -49,7 +49,8 @@ def child(given: dict[str, Any]) -> dict[str, Any]:
     forward = _forward(Path(given["file"]), given["format"], options)
     with torch.inference_mode():
         found = torch.cat([torch.as_tensor(forward(image)) for image in images.tensor_split(len(images))])
-        until, taken = time.perf_counter() + SECONDS, []
+        until = time.perf_counter() + SECONDS
+        taken: list[float] = []
         while (start := time.perf_counter()) < until:
             forward(images[len(taken) % len(images)][None])
             taken.append(time.perf_counter() - start)
