@@ -44,9 +44,13 @@ def test_the_docs_show_the_committed_figures():
     assert tables.rendered(found, page) == page, again
 
 
-def test_the_docs_show_the_figures_of_loading_which_are_of_another_machine():
-    found = tables.read(ROOT / "docs" / "results" / "loading.json")
-    assert tables.every_table(found)["loading"] in (ROOT / "docs" / "speed.md").read_text()
+@pytest.mark.parametrize(
+    ("results", "name", "page"),
+    [("loading", "loading", "speed"), ("deploying", "serve", "serving"), ("deploying", "export", "deploying")],
+)
+def test_the_docs_show_the_figures_of_other_machines(results: str, name: str, page: str):
+    found = tables.read(ROOT / "docs" / "results" / f"{results}.json")
+    assert tables.every_table(found)[name] in (ROOT / "docs" / f"{page}.md").read_text()
 
 
 def test_tables_show_what_there_is(tmp_path: Path):
