@@ -64,6 +64,15 @@ def test_what_is_told_is_what_is_here(monkeypatch: pytest.MonkeyPatch):
     assert found["variables"]["HF_ENDPOINT"] == "https://mirror.example:8000/hub"
 
 
+@pytest.mark.parametrize("name", ["HF_ENDPOINT", "FIXEFFICIENTNET_MANIFEST"])
+@pytest.mark.parametrize("address", [f"me:{SECRET}@mirror", f"https://[me:{SECRET}@mirror", f"mirror?token={SECRET}"])
+def test_a_malformed_address_is_told_without_its_password(name: str, address: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(name, address)
+    monkeypatch.setattr(environment, "_ask_torch", lambda: {})
+    found = environment.look().variables[name]
+    assert "mirror" in found and SECRET not in found
+
+
 @pytest.mark.parametrize(
     ("code", "told"),
     [
@@ -97,7 +106,7 @@ def test_what_is_missing_and_what_others_bring(tmp_path: Path, monkeypatch: pyte
     assert found.extras["openvino"] == ["openvino"]
     assert found.extras["onnx"] == []
     assert found.caches["Hub"].startswith("ModuleNotFoundError")
-    out, _ = tiny.cli("env", columns=200)
+    out, _ = tiny.cli("env", columns=1000)
     assert "openvino missing" in out
     (extras,) = re.findall(r"^extras +(.*?) *$", out, re.M)
     assert "onnx" in extras.split(", ") and "openvino" not in extras.split(", ")

@@ -271,6 +271,12 @@ MIXED = evaluation(
 )
 
 
+def test_predictions_come_back_as_they_were_put_in_as_pythons_own_numbers():
+    given = [ImagePrediction((1, 2), (3, 1), 0.1, 0.2), None, ImagePrediction((4,), (4, 3, 2, 1, 0), 1.0, 0.0)]
+    assert [*Predictions(given)] == given
+    assert json.loads(json.dumps([*Predictions(given)])) == json.loads(json.dumps(given))
+
+
 def test_the_digits_say_what_is_correct_and_what_was_not_evaluated():
     assert (MIXED.correct, MIXED.correct5) == ("1101-0-1", "1111-0-1")
 

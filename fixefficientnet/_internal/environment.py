@@ -7,6 +7,7 @@ the home folder, which is written as ~.
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import warnings
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from fixefficientnet._internal import requirements
 from fixefficientnet._version import __version__
@@ -106,14 +106,14 @@ def _ask_torch() -> dict[str, Any]:
         "print(json.dumps(environment.torch_tells()))"
     )
     try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_PATIENCE)
+        done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=_PATIENCE)
     except subprocess.TimeoutExpired:
         return {"error": f"Importing it takes more than {_PATIENCE} s."}
     if done.returncode == 0:
         told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return told
     said = done.stderr.strip().splitlines() or [f"Importing it ends Python (status {done.returncode})."]
-    return {"error": said[-1]}
+    return {"error": _without_home(said[-1])}
 
 
 def torch_tells() -> dict[str, Any]:
@@ -133,7 +133,7 @@ def torch_tells() -> dict[str, Any]:
         "gpus": gpus,
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "warnings": [str(one.message) for one in warned],
+        "warnings": [_without_home(str(one.message)) for one in warned],
         "hub": torch.hub.get_dir(),
     }
 
@@ -143,7 +143,7 @@ def _caches(torch_hub: str | None) -> dict[str, str]:
     try:
         from huggingface_hub import constants
     except Exception as error:  # whatever a broken package raises
-        return found | {"Hub": f"{type(error).__name__}: {error}"}
+        return found | {"Hub": _without_home(f"{type(error).__name__}: {error}")}
     return found | {"Hub": _short(constants.HF_HUB_CACHE), "exported": _short(constants.HF_ASSETS_CACHE)}
 
 
@@ -164,11 +164,19 @@ def _short(path: str | Path) -> str:
         return str(path)
 
 
+def _without_home(text: str) -> str:
+    """A message whose paths have no name of the user."""
+    try:
+        return text.replace(str(Path.home()), "~")
+    except RuntimeError:  # there is no home
+        return text
+
+
 def _shown(name: str, value: str) -> str:
     """A variable's value without a password in an address, and without the whole of a manifest."""
-    if name == "HF_ENDPOINT":
-        parts = urlsplit(value)
-        return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
-    if name == "FIXEFFICIENTNET_MANIFEST":
-        return "JSON" if value.lstrip().startswith("{") else _short(value)
+    if name == "FIXEFFICIENTNET_MANIFEST" and value.lstrip().startswith("{"):
+        return "JSON"
+    if name in ("HF_ENDPOINT", "FIXEFFICIENTNET_MANIFEST"):
+        scheme, separator, rest = value.rpartition("://")
+        return _short(f"{scheme}{separator}{re.split('[?#]', rest.rpartition('@')[2])[0]}")
     return value

@@ -41,7 +41,8 @@ class Predictions(Sequence[ImagePrediction | None]):
     def __init__(self, predictions: Iterable[ImagePrediction | None] = ()):
         self._rows = np.empty(0, _ROW)  # more than there are images, so that few batches make it grow
         self._images = 0
-        self._labels: dict[int, tuple[int, ...]] = {}  # of the few images that have several
+        self.several: dict[int, tuple[int, ...]] = {}
+        """The labels of the few images that have several, by image index."""
         given = [*predictions]
         self.extend_to(len(given))
         self.put({index: prediction for index, prediction in enumerate(given) if prediction is not None})
@@ -58,28 +59,28 @@ class Predictions(Sequence[ImagePrediction | None]):
         self.extend_to(max(predictions, default=-1) + 1)
         for index, (labels, top5, confidence, loss) in predictions.items():
             self._rows[index] = labels[0], (*top5, *(_NONE,) * (_BEST - len(top5))), confidence, loss
-            self._labels.pop(index, None)
+            self.several.pop(index, None)
             if len(labels) > 1:
-                self._labels[index] = labels
+                self.several[index] = labels
 
     def add(self, other: "Predictions") -> None:
         """Takes in predictions for other images of the same dataset."""
         self.extend_to(len(other))
         there = other.evaluated
         self._rows[: len(there)][there] = other.rows[there]
-        self._labels |= other._labels
+        self.several |= other.several
 
     def relabelled(self, labels: Sequence[Sequence[int]]) -> "Predictions":
         """The same with other labels per image; None where an image has none."""
         made = Predictions()
         made.extend_to(len(self))
-        made._rows[:] = self.rows
-        made._rows[[not allowed for allowed in labels]] = _EMPTY
+        made.rows[:] = self.rows
+        made.rows[[not allowed for allowed in labels]] = _EMPTY
         there = made.evaluated
         firsts = np.fromiter((allowed[0] if allowed else _NONE for allowed in labels), np.int32, len(labels))
-        made._rows["label"] = np.where(there, firsts, _NONE)
+        made.rows["label"] = np.where(there, firsts, _NONE)
         several = {index: tuple(allowed) for index, allowed in enumerate(labels) if len(allowed) > 1}
-        made._labels = {index: allowed for index, allowed in several.items() if there[index]}
+        made.several = {index: allowed for index, allowed in several.items() if there[index]}
         return made
 
     @property
@@ -101,18 +102,18 @@ class Predictions(Sequence[ImagePrediction | None]):
     def classes(self) -> set[int]:
         """The classes that are labels of evaluated images."""
         firsts = np.unique(self.rows["label"][self.evaluated]).tolist()
-        return {*firsts, *chain.from_iterable(self._labels.values())}
+        return {*firsts, *chain.from_iterable(self.several.values())}
 
     @property
     def have_one_label_each(self) -> bool:
         """Whether no image has several labels."""
-        return not self._labels
+        return not self.several
 
     def correct(self, best: int) -> npt.NDArray[np.bool_]:
         """Per image, whether a label is among this many of the top-5 predictions."""
         rows = self.rows
         found: npt.NDArray[np.bool_] = (rows["top5"][:, :best] == rows["label"][:, None]).any(1) & self.evaluated
-        for index, labels in self._labels.items():
+        for index, labels in self.several.items():
             found[index] = not {*labels}.isdisjoint(rows["top5"][index, :best].tolist())
         return found
 
@@ -134,13 +135,13 @@ class Predictions(Sequence[ImagePrediction | None]):
 
     def _objects(self, indices: Sequence[int]) -> Iterator[ImagePrediction | None]:
         for index, (label, top5, confidence, loss) in zip(indices, self._rows[[*indices]].tolist(), strict=True):
-            five = tuple(number for number in top5 if number != _NONE)
-            labels = self._labels.get(index, (label,))
+            five = tuple(number for number in top5.tolist() if number != _NONE)
+            labels = self.several.get(index, (label,))
             yield ImagePrediction(labels, five, confidence, loss) if five else None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Predictions):
             return NotImplemented
-        return np.array_equal(self.rows, other.rows) and self._labels == other._labels
+        return np.array_equal(self.rows, other.rows) and self.several == other.several
 
     __hash__ = None  # type: ignore[assignment]  # they change
