@@ -23,6 +23,7 @@ import onnxruntime
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from PIL import Image, UnidentifiedImageError
+from starlette.requests import ClientDisconnect
 
 from fixefficientnet.preprocessing import Preprocess, open_image
 
@@ -74,13 +75,13 @@ def pixels_of(data: bytes, preprocess: Preprocess) -> Any:
 
 def app_of(path: Path) -> FastAPI:
     """The application for a file that `export --normalize --softmax` wrote, with its labels beside it."""
-    settings, cores = onnxruntime.SessionOptions(), os.cpu_count() or 1
+    settings, cores = onnxruntime.SessionOptions(), len(os.sched_getaffinity(0))
     settings.intra_op_num_threads = 1  # a batch per core is faster than all cores on one
     session = onnxruntime.InferenceSession(path, settings)
     described = json.loads(session.get_modelmeta().custom_metadata_map["fixefficientnet"])
     if (described["input"], described["output"], described["crop_mode"]) != ("uint8", "probabilities", "center"):
         sys.exit(f"{path}: export it with --normalize --softmax, of a model whose images are cropped at the centre.")
-    labels = path.with_name(f"{path.name}.labels.txt").read_text(encoding="utf-8").splitlines()
+    labels = path.with_name(f"{path.name}.labels.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
     preprocess = Preprocess(*(described[key] for key in ("size", "crop_pct", "interpolation", "mean", "std")))
     batches, decoders = Batches(session), ThreadPoolExecutor(cores)
 
@@ -95,10 +96,13 @@ def app_of(path: Path) -> FastAPI:
     @app.post("/predict")
     async def predict(request: Request) -> list[dict[str, Any]]:
         data = bytearray()
-        async for part in request.stream():
-            data += part
-            if len(data) > BYTES:
-                raise HTTPException(413, f"An image has at most {BYTES / 2**20:g} MiB.")
+        try:
+            async for part in request.stream():
+                data += part
+                if len(data) > BYTES:
+                    raise HTTPException(413, f"An image has at most {BYTES / 2**20:g} MiB.")
+        except ClientDisconnect:
+            raise HTTPException(400, "The upload broke off.") from None
         loop = asyncio.get_running_loop()
         pixels = await loop.run_in_executor(decoders, pixels_of, bytes(data), preprocess)
         probabilities = await batches.probabilities(pixels)

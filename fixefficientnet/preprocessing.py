@@ -307,8 +307,9 @@ def open_image(image: ImageSource, *, upright: bool = False, srgb: bool = False)
 
     Raises:
         TypeError: The image is none of these.
-        ImageError: The image is missing, not an image, truncated, of a kind that needs another package, or above
-            Pillow's own limit of `PIL.Image.MAX_IMAGE_PIXELS` (89,478,485) pixels; raise that limit to allow more.
+        ImageError: The image is missing, not an image, truncated, of a kind that needs another package, PostScript
+            (which Pillow runs by Ghostscript), or above Pillow's own limit of `PIL.Image.MAX_IMAGE_PIXELS`
+            (89,478,485) pixels; raise that limit to allow more.
     """
     try:
         opened = image if isinstance(image, Image.Image) else _open(image)
@@ -347,12 +348,15 @@ def _open(image: str | os.PathLike[str] | bytes) -> Image.Image:
     try:
         with _WARNINGS, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked right after
-            return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+            opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
     except UnidentifiedImageError:
-        opened = open_heif(image, _name(image))
-        if opened is None:
+        heif = open_heif(image, _name(image))
+        if heif is None:
             raise
-        return opened
+        return heif
+    if opened.format == "EPS":
+        raise ImageError(f"{_name(image)} is PostScript: Pillow would run it as a program. Convert it to PNG.")
+    return opened
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -160,6 +160,7 @@ def png_of(side: int) -> bytes:
         (b"no image", "image.png: The image of 8 bytes is not an image that Pillow can read."),
         (png_of(60_000), "pixels"),
         (png_of(100), "cannot be read"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "is PostScript"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", "is not an image"),
     ],
 )
@@ -242,8 +243,18 @@ def test_gradios_other_services_are_not_there(page: Page, method: str, path: str
 
 def test_long_requests_and_none_are_refused(page: Page):
     join = f"{page.address}/gradio_api/queue/join"
-    for body in (b"[" * 200_000, b"[" * 100_000, b"{", json.dumps({"path": 1}).encode()):
+    for body in (b'"' + b"a" * 2**20 + b'"', b"[" * 200_000, b"[" * 100_000, b"{", json.dumps({"path": 1}).encode()):
         assert httpx.post(join, content=body, timeout=60).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Host": "[["}]
+)
+def test_pages_elsewhere_are_not_answered(page: Page, headers: dict[str, str]):
+    assert httpx.get(f"{page.address}/config", headers=headers).status_code == 403
+    upload = httpx.post(f"{page.address}/gradio_api/upload", files={"files": ("a.png", b"a")}, headers=headers)
+    assert upload.status_code == 403 and "access-control-allow-origin" not in upload.headers
+    assert httpx.get(f"{page.address}/config", headers={"Origin": page.address}).status_code == 200
 
 
 def test_the_page_asks_nobody_else(page: Page):
@@ -277,6 +288,11 @@ def test_a_busy_port_is_one_error():
         port = other.getsockname()[1]
         _, err = tiny.cli("demo", "--port", port, status=1, columns=200)
         assert err.startswith(f"Error: 127.0.0.1:{port} cannot be listened on; ") and err.count("\n") == 1
+
+
+def test_no_port_number_is_one_error():
+    _, err = tiny.cli("demo", "--port", 99999, status=1, columns=200)
+    assert err.startswith("Error: 127.0.0.1:99999 cannot be listened on; ") and err.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -5,8 +5,9 @@ import re
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -15,8 +16,9 @@ _PATHS = re.compile(
     r"|/gradio_api/(file=.*|upload|upload_progress|queue/(join|data)|heartbeat/\w+|startup-events)"
 )
 """What the page itself asks for; Gradio answers much else: proxies, streams, downloads."""
-_LONGEST = 2**17
-"""Most bytes of a request that is no upload: the names of some hundred photos."""
+_LONGEST = 2**20
+"""Most bytes of a request that is no upload: the names of some thousand photos."""
+_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _HEADERS = {
     "Content-Security-Policy": (
         "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
@@ -33,10 +35,12 @@ class Guard:
     Args:
         app: The application.
         files: The folder of the uploaded files and of the images on the page: a request can name no other file.
+        host: The address that the server listens on. On loopback, a page that lies elsewhere is not answered, whatever
+            name it gave this machine in its own domain.
     """
 
-    def __init__(self, app: ASGIApp, files: Path):
-        self._app, self._files = app, files
+    def __init__(self, app: ASGIApp, files: Path, host: str):
+        self._app, self._files, self._local = app, files, host in _LOOPBACK
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request."""
@@ -48,6 +52,8 @@ class Guard:
                 MutableHeaders(scope=message).update(_HEADERS)
             await send(message)
 
+        if self._local and not _is_local(Headers(scope=scope)):
+            return await PlainTextResponse("This page is for its own machine.", 403)(scope, receive, with_headers)
         path = scope["path"]
         if not _PATHS.fullmatch(path):
             return await PlainTextResponse("Not here.", 404)(scope, receive, with_headers)
@@ -68,6 +74,15 @@ class Guard:
             )
         except (OSError, ValueError):  # a null byte, a name that is too long
             return False
+
+
+def _is_local(headers: Headers) -> bool:
+    """Whether a request is of a page of this machine, and names it so."""
+    addresses = [f"http://{headers.get('host', '')}", *headers.getlist("origin")]
+    try:
+        return all(urlsplit(address).hostname in _LOOPBACK for address in addresses)
+    except ValueError:  # no address
+        return False
 
 
 async def _whole(receive: Receive) -> bytes | None:

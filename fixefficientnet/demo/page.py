@@ -227,7 +227,7 @@ def _curves(offer: Offer, one: str, other: str, photo: Image.Image) -> gr.LinePl
         for point in offer.curve(name, photo)
     ]
     sizes = [row["size"] for row in rows]
-    colours = dict(zip((one, other), _COLOURS, strict=True))
+    colours = dict(zip(dict.fromkeys((one, other)), _COLOURS, strict=False))
     return gr.LinePlot(pd.DataFrame(rows), color_map=colours, x_lim=[min(sizes), max(sizes)])
 
 

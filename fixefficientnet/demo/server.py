@@ -85,9 +85,9 @@ def serving(models: Sequence[str], *, host: str = HOST, port: int = PORT) -> Ite
                 footer_links=[],
                 theme=page.theme(),
                 css=page.CSS,
-                app_kwargs={"middleware": [Middleware(Guard, files=files)]},
+                app_kwargs={"middleware": [Middleware(Guard, files=files, host=host)]},
             )
-        except OSError as error:
+        except (OSError, OverflowError) as error:  # the second, of no port number
             raise FixEfficientNetError(
                 f"{host}:{port} cannot be listened on; is another program there? Choose another --port, or --host."
             ) from error
