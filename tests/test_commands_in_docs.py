@@ -39,6 +39,8 @@ ONLY_PARSED = {
     r"reproduce \*_ns|--all --data": "many networks: test_series.py",
     r"--all --plan": "minutes, for the largest networks: test_estimate.py",
     r"^fixefficientnet demo": "serves until it is ended: test_demo_server.py",
+    r"^python examples/serve.py|^curl ": "serves until it is ended: test_serving.py",
+    r"\.pte$|aotinductor": "minutes, or packages that are not everywhere: test_export.py",
     r"--mixed-precision bf16": "not every processor has it: test_engines.py",
     r"photos|runs/flowers": "test_your_own_images.py runs these",
     r"^python -c": "needs the shell's variables: test_publishing.py",
