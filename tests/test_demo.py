@@ -20,6 +20,8 @@ from fixefficientnet.demo.photo import Sizes
 from fixefficientnet.errors import OptionError
 from fixefficientnet.models import LoadedModel
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.fixture(scope="module")
 def network() -> Network:

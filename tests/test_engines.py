@@ -154,6 +154,7 @@ def test_predictions_in_half_precision_are_nearly_the_same(lite0: tuple[torch.Te
             assert abs(difference) < 2 * error and difference != 0
 
 
+@pytest.mark.newest
 def test_a_model_is_exported_once_per_content_and_size(
     run: Path, data: Path, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -183,6 +184,7 @@ def test_a_model_is_exported_once_per_content_and_size(
     assert found["top1"] == pytest.approx(100 * correct(logits(other.eval(), paths), labels).count("1") / 21)
 
 
+@pytest.mark.newest
 def test_prediction_and_evaluation_use_one_file(tmp_path: Path, kept: Path):
     image = ROOT / "examples" / "cat.jpg"
     folder = tmp_path / "data" / "n02124075"
@@ -194,6 +196,7 @@ def test_prediction_and_evaluation_use_one_file(tmp_path: Path, kept: Path):
     assert len([*kept.rglob("*.onnx")]) == 1
 
 
+@pytest.mark.newest
 def test_what_another_exporter_left_is_not_used(
     run: Path, data: Path, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -233,6 +236,7 @@ def test_what_was_compiled_for_one_model_is_not_used_for_another(run: Path, data
         assert found[1]["loss"] == pytest.approx(found[0]["loss"], rel=1e-3)
 
 
+@pytest.mark.newest
 def test_a_damaged_kept_file_is_made_anew(run: Path, data: Path, tmp_path: Path, kept: Path):
     first = evaluate(run, data, tmp_path / "1", "--engine", "onnx")
     (path,) = kept.rglob("*.onnx")
@@ -246,6 +250,7 @@ def test_a_damaged_kept_file_is_made_anew(run: Path, data: Path, tmp_path: Path,
     assert not left.exists()  # what an exporter left that was killed
 
 
+@pytest.mark.newest
 def test_the_model_itself_stays_as_it_was(data: Path):
     paths, labels = images(data)
     model = network(3, paths, labels)

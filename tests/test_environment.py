@@ -17,6 +17,8 @@ from conftest import ROOT, python_path
 import fixefficientnet
 from fixefficientnet._internal import environment
 
+pytestmark = pytest.mark.newest
+
 SECRET = "hf_SecretSecretSecretSecretSecretSecret"
 
 

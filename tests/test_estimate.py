@@ -15,6 +15,8 @@ from fixefficientnet.evaluation import cost
 from fixefficientnet.reproduce import estimate, plan
 from fixefficientnet.reproduce import recipe as recipes
 
+pytestmark = pytest.mark.newest
+
 RATES = estimate.rates()
 H100 = {"b0": (320, 8258), "b2": (420, 2621), "b4": (512, 1124), "b5": (576, 821), "b7": (632, 397), "l2": (600, 124)}
 """Images/s of whole steps in bfloat16, by network and size: docs/finetuning.md, On a GPU."""

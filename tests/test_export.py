@@ -190,6 +190,7 @@ def test_a_raw_image_goes_in_and_probabilities_come_out(model: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.newest
 def test_half_the_bytes(model: str, tmp_path: Path, kind: str):
     sizes = []
     for name, more in (("full", ()), ("half", ("--half",))):

@@ -16,6 +16,8 @@ from fixefficientnet.evaluation.predictions import ImagePrediction, Predictions
 from fixefficientnet.reproduce import gate
 from fixefficientnet.reproduce import recipe as recipes
 
+pytestmark = pytest.mark.newest
+
 B0 = 77.09
 """Top-1 of b0's backbone in timm's table."""
 

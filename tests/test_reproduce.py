@@ -273,6 +273,7 @@ def test_only_what_the_ablation_says_moves(ground: Ground, tmp_path: Path, metho
 
 
 @pytest.mark.parametrize("method", ["online", "cached"])
+@pytest.mark.newest
 def test_what_a_run_in_half_precision_measures_is_float32(ground: Ground, tmp_path: Path, method: str):
     for precision in ("no", "bf16"):
         more = ["--method", method, "--mixed-precision", precision, "--epochs", "1"]
@@ -946,6 +947,7 @@ def test_out_of_memory(ground: Ground, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("method", ["online", "cached"])
+@pytest.mark.newest
 def test_an_error_of_the_device_leaves_no_loading_process(
     ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ):

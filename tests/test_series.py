@@ -16,6 +16,8 @@ from test_publishing_hub import COMMIT, CREATE, NAME, TAG, close_session
 import fixefficientnet
 from fixefficientnet import manifest
 
+pytestmark = pytest.mark.newest
+
 KEYS = ("b0", "b1")
 
 

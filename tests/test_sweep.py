@@ -320,6 +320,7 @@ def test_statistics_are_those_of_a_plain_loop(ground: Ground, tmp_path: Path):
     assert ET.parse(tmp_path / "statistics.svg").getroot().tag.endswith("svg")
 
 
+@pytest.mark.newest
 def test_statistics_that_are_asked_later_are_taken_once(ground: Ground, tmp_path: Path):
     sweep(ground, tmp_path, "32,48")
     without, before = rows_of(tmp_path), batches(tmp_path)

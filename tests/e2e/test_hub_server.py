@@ -225,6 +225,7 @@ def test_damaged_cache_is_repaired(server: Server, home: Path, tmp_path: Path, w
 
 
 @pytest.mark.parametrize("which", ["weights", "backbone"])
+@pytest.mark.newest
 def test_wrong_hash_names_both_and_leaves_nothing(server: Server, tmp_path: Path, which: str):
     overlay = json.loads(json.dumps(server.overlay))
     correct = overlay["variants"]["b0"][which]["sha256"]
@@ -262,6 +263,7 @@ print(len(found.repos))
     assert python(code, environment(server, home)).stdout == "3\n"
 
 
+@pytest.mark.newest
 def test_delta_of_another_backbone_revision_is_refused(server: Server, tmp_path: Path):
     """The backbone's repository moves on after the delta was made, and the row follows its branch."""
     overlay = json.loads(json.dumps(server.overlay))
@@ -294,6 +296,7 @@ def test_server_gone_in_the_middle_then_back(server: Server, tmp_path: Path):
         gate.close()
 
 
+@pytest.mark.newest
 def test_damaged_note_of_a_hash_is_not_believed(server: Server, home: Path, tmp_path: Path):
     shutil.copytree(home / "hub", tmp_path / "hub", symlinks=True)
     notes = list((tmp_path / "hub").glob("models--timm*b0*/.fixefficientnet/*"))
