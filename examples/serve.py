@@ -113,6 +113,6 @@ def app_of(path: Path) -> FastAPI:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(f"Usage: python {sys.argv[0]} FILE.onnx PORT")
+    if len(sys.argv) != 3 or not Path(f"{sys.argv[1]}.labels.txt").exists() or not Path(sys.argv[1]).exists():
+        sys.exit(f"Usage: python {sys.argv[0]} FILE.onnx PORT, with FILE.onnx.labels.txt beside the file")
     uvicorn.run(app_of(Path(sys.argv[1])), port=int(sys.argv[2]), limit_concurrency=CONNECTIONS, log_level="warning")
