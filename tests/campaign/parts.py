@@ -1,0 +1,5 @@
+"""The parts of the campaign; each module lists its trials."""
+
+from campaign import files
+
+PARTS = {"files": files}
