@@ -75,7 +75,8 @@ def pixels_of(data: bytes, preprocess: Preprocess) -> Any:
 
 def app_of(path: Path) -> FastAPI:
     """The application for a file that `export --normalize --softmax` wrote, with its labels beside it."""
-    settings, cores = onnxruntime.SessionOptions(), len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = 1  # a batch per core is faster than all cores on one
     session = onnxruntime.InferenceSession(path, settings)
     described = json.loads(session.get_modelmeta().custom_metadata_map["fixefficientnet"])

@@ -17,6 +17,10 @@ EXPORTED: tuple[Engine, ...] = ("onnx", "openvino")
 """Engines that run an exported file, on the CPU."""
 MixedPrecision = Literal["no", "bf16", "fp16"]
 Delegate = Literal["xnnpack", "coreml"]
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Names of this machine that no other one reaches."""
+DEMO_HOST, DEMO_PORT = LOOPBACK[0], 7860
+"""Where the demo's page is, where nothing else is asked for: the port is Gradio's own."""
 
 
 class Checked:

@@ -55,19 +55,13 @@ def image(tmp_path: Path) -> Path:
     return tiny.mottle(tmp_path / "image.png", 5)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextlib.contextmanager
 def serving(names: list[str]) -> Iterator[str]:
     """Serves the demo for a while, and leaves the environment as it was."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("GRADIO_TEMP_DIR", *server.SETTINGS):
             patch.setenv(name, "")
-        with server.serving(names, port=free_port()) as address:
+        with server.serving(names, port=tiny.free_port()) as address:
             yield address
 
 
@@ -298,7 +292,7 @@ def test_no_port_number_is_one_error():
 @pytest.mark.slow
 def test_the_space_is_the_demo(tmp_path: Path):
     """Its app.py, run as Spaces run it, but on loopback."""
-    space, port = ROOT / "examples" / "space", free_port()
+    space, port = ROOT / "examples" / "space", tiny.free_port()
     settings = metadata_load(space / "README.md")
     assert settings is not None
     assert Version(settings["sdk_version"]) >= Version(requirements.floors()["gradio"])

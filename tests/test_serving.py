@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, python_path
 from PIL import Image
 from plain import network, save_run
-from tiny import CLASSES, cli, make_data
+from tiny import CLASSES, cli, free_port, make_data
 
 import fixefficientnet
 
@@ -53,9 +53,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     page = (ROOT / "docs" / "serving.md").read_text()
     export, start = re.findall(r"^(?:fixefficientnet|python) .*(?:onnx|8000)$", page, re.M)[:2]
     cli(*export.replace("lite0.onnx", str(folder / "a.onnx")).replace("lite0", str(run)).split()[1:])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = start.replace("lite0.onnx", str(folder / "a.onnx")).replace("8000", str(port)).split()
     process = subprocess.Popen(
         [sys.executable, *command[1:]], cwd=ROOT, env={"PYTHONPATH": python_path(ROOT), "OMP_NUM_THREADS": "1"}

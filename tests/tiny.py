@@ -133,12 +133,16 @@ def run(
     return text
 
 
-def start_two(arguments: list[str], said: Path, *, command: str = REPRODUCE) -> list[BaseProcess]:
-    """Starts a command as two processes of one run, as torchrun does; each says what it says in its own file."""
+def free_port() -> int:
+    """A port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        return int(probe.getsockname()[1])
+
+
+def start_two(arguments: list[str], said: Path, *, command: str = REPRODUCE) -> list[BaseProcess]:
+    """Starts a command as two processes of one run, as torchrun does; each says what it says in its own file."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     return [
         start(
             arguments,

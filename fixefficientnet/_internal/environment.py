@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fixefficientnet._internal import requirements
+from fixefficientnet._internal import processes, requirements
+from fixefficientnet._internal.afresh import last_words, run_afresh
 from fixefficientnet._version import __version__
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -70,7 +70,7 @@ def look() -> Environment:
         python=platform.python_version(),
         system=platform.platform(),
         cpu=_cpu(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=processes.usable_cores(),
         packages=releases,
         extras={extra: [name for name in names if releases[name] is None] for extra, names in needed.items()},
         torch=torch,
@@ -101,19 +101,16 @@ def _releases(packages: Iterable[str]) -> dict[str, str | None]:
 def _ask_torch() -> dict[str, Any]:
     """What torch tells, in a process of its own: a broken one may end the process that imports it."""
     code = (
-        f"import json, sys; sys.path.append({str(_PACKAGE.parent)!r});"
-        "from fixefficientnet._internal import environment;"
-        "print(json.dumps(environment.torch_tells()))"
+        "import json; from fixefficientnet._internal import environment; print(json.dumps(environment.torch_tells()))"
     )
     try:
-        done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=_PATIENCE)
+        done = run_afresh(code, timeout=_PATIENCE)
     except subprocess.TimeoutExpired:
         return {"error": f"Importing it takes more than {_PATIENCE} s."}
     if done.returncode == 0:
         told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return told
-    said = done.stderr.strip().splitlines() or [f"Importing it ends Python (status {done.returncode})."]
-    return {"error": _without_home(said[-1])}
+    return {"error": _short(last_words(done, f"Importing it ends Python (status {done.returncode})."))}
 
 
 def torch_tells() -> dict[str, Any]:
@@ -133,7 +130,7 @@ def torch_tells() -> dict[str, Any]:
         "gpus": gpus,
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "warnings": [_without_home(str(one.message)) for one in warned],
+        "warnings": [_short(str(one.message)) for one in warned],
         "hub": torch.hub.get_dir(),
     }
 
@@ -143,7 +140,7 @@ def _caches(torch_hub: str | None) -> dict[str, str]:
     try:
         from huggingface_hub import constants
     except Exception as error:  # whatever a broken package raises
-        return found | {"Hub": _without_home(f"{type(error).__name__}: {error}")}
+        return found | {"Hub": _short(f"{type(error).__name__}: {error}")}
     return found | {"Hub": _short(constants.HF_HUB_CACHE), "exported": _short(constants.HF_ASSETS_CACHE)}
 
 
@@ -156,20 +153,15 @@ def _cpu() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def _short(path: str | Path) -> str:
-    """A path without the name of the user."""
+def _short(text: str | Path) -> str:
+    """A path, or a message with paths, without the name of the user."""
     try:
-        return str(Path("~") / Path(path).relative_to(Path.home()))
-    except (ValueError, RuntimeError):  # elsewhere; there is no home
-        return str(path)
-
-
-def _without_home(text: str) -> str:
-    """A message whose paths have no name of the user."""
-    try:
-        return text.replace(str(Path.home()), "~")
-    except RuntimeError:  # there is no home
-        return text
+        home = Path.home()
+    except RuntimeError:  # there is none
+        return str(text)
+    if len(home.parts) < 2:  # the root, which every path begins with
+        return str(text)
+    return re.sub(rf"(?<![\w./~-]){re.escape(str(home))}(?![\w.-])", "~", str(text))
 
 
 def _shown(name: str, value: str) -> str:

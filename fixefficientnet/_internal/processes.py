@@ -112,8 +112,9 @@ def accelerator(device: str | None, mixed_precision: str) -> "Accelerator":
 def _join_after_restart(backend: str) -> None:
     """Joins the processes that torchrun restarted, by a store of their own; Accelerate then takes what it finds.
 
-    torchrun's store holds the addresses of the ended processes still, and who reads these waits for them (PyTorch's
-    issue 135712). Agents of several nodes count restarts differently, so that their count names no common store.
+    torchrun's store holds the addresses of the ended processes still, and who reads these waits for them
+    (https://github.com/pytorch/pytorch/issues/135712). Of several nodes, each counts its own restarts, so that the
+    count names no common store.
 
     Raises:
         FixEfficientNetError: The processes are on several nodes.
@@ -151,8 +152,12 @@ def default_workers() -> int:
 
     Of what `srun` starts, each process may use the cores of its own task only.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // local_processes())
+    return max(1, usable_cores() // local_processes())
+
+
+def usable_cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def local_processes() -> int:

@@ -4,10 +4,11 @@ from rich.markup import escape
 
 from fixefficientnet import manifest
 from fixefficientnet.cli.app import app, err, out
+from fixefficientnet.options import DEMO_HOST, DEMO_PORT, LOOPBACK
 
 
 @app.command
-def demo(*models: str, host: str = "127.0.0.1", port: int = 7860) -> None:
+def demo(*models: str, host: str = DEMO_HOST, port: int = DEMO_PORT) -> None:
     """Show a page in the browser that classifies photos: two models side by side, at any test size.
 
     Args:
@@ -19,7 +20,7 @@ def demo(*models: str, host: str = "127.0.0.1", port: int = 7860) -> None:
 
     def tell(address: str) -> None:
         out.print(escape(f"{address} (Ctrl+C ends it)"), soft_wrap=True)
-        if host not in ("127.0.0.1", "localhost", "::1"):
+        if host not in LOOPBACK:
             err.print("Whoever reaches this machine can use the page, and nobody is asked for a password.")
 
     serve(models or (manifest.DEFAULT_MODEL,), host=host, port=port, on_start=tell)

@@ -246,15 +246,16 @@ def _plan(
         chosen = chosen | {"mixed_precision": "bf16"}  # as a run on these chooses by itself
     one = chosen.get("method") or ("online" if chosen.get("stage") == "base" else None)
     workers = estimate.WORKERS if options.workers is None else options.workers
-    by_method, refused = {}, None
+    by_method, refused = {}, {}
     for method in [one] if one else ["online", "cached"]:
         try:
             by_method[method] = [estimate.estimate(each, asked.gpu, workers) for each in plans(method=method)]
         except RecipeError as error:
-            refused = error
-            console.print(escape(f"Not {method}: {error}"))
-    if refused and not by_method:
-        raise refused
+            refused[method] = error
+    if not by_method:
+        raise next(iter(refused.values()))
+    for method, why in refused.items():
+        console.print(escape(f"Not {method}: {why}"))
     first = next(iter(by_method.values()))[0]
     if len(subjects) == 1:
         _print_plans([first.plan], console)

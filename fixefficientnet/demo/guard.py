@@ -11,6 +11,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fixefficientnet.options import LOOPBACK
+
 _PATHS = re.compile(
     r"/|/(assets|static)/.*|/(config|theme\.css|favicon\.ico)"
     r"|/gradio_api/(file=.*|upload|upload_progress|queue/(join|data)|heartbeat/\w+|startup-events)"
@@ -18,7 +20,6 @@ _PATHS = re.compile(
 """What the page itself asks for; Gradio answers much else: proxies, streams, downloads."""
 _LONGEST = 2**20
 """Most bytes of a request that is no upload: the names of some thousand photos."""
-_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _HEADERS = {
     "Content-Security-Policy": (
         "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
@@ -40,7 +41,7 @@ class Guard:
     """
 
     def __init__(self, app: ASGIApp, files: Path, host: str):
-        self._app, self._files, self._local = app, files, host in _LOOPBACK
+        self._app, self._files, self._local = app, files, host in LOOPBACK
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request."""
@@ -80,7 +81,7 @@ def _is_local(headers: Headers) -> bool:
     """Whether a request is of a page of this machine, and names it so."""
     addresses = [f"http://{headers.get('host', '')}", *headers.getlist("origin")]
     try:
-        return all(urlsplit(address).hostname in _LOOPBACK for address in addresses)
+        return all(urlsplit(address).hostname in LOOPBACK for address in addresses)
     except ValueError:  # no address
         return False
 

@@ -11,14 +11,12 @@ from fixefficientnet import manifest
 from fixefficientnet._internal import requirements
 from fixefficientnet.demo.offer import Offer
 from fixefficientnet.errors import FixEfficientNetError
+from fixefficientnet.options import DEMO_HOST, DEMO_PORT
 
-HOST, PORT = "127.0.0.1", 7860
-"""Where the page is, where nothing else is asked for: Gradio's own."""
 UPLOAD_LIMIT = "20mb"
 """Longest file that is taken; how many pixels an image may have, `open_image` says."""
 SETTINGS = {
     "GRADIO_ANALYTICS_ENABLED": "False",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
     "GRADIO_RUN_HISTORY": "False",
     "GRADIO_SHARE": "False",
     "GRADIO_ALLOWED_PATHS": "",
@@ -34,8 +32,8 @@ def _say(address: str) -> None:
 def serve(
     models: Sequence[str] = (manifest.DEFAULT_MODEL,),
     *,
-    host: str = HOST,
-    port: int = PORT,
+    host: str = DEMO_HOST,
+    port: int = DEMO_PORT,
     on_start: Callable[[str], object] = _say,
 ) -> None:
     """Shows the page until the process is interrupted.
@@ -56,7 +54,7 @@ def serve(
 
 
 @contextlib.contextmanager
-def serving(models: Sequence[str], *, host: str = HOST, port: int = PORT) -> Iterator[str]:
+def serving(models: Sequence[str], *, host: str = DEMO_HOST, port: int = DEMO_PORT) -> Iterator[str]:
     """Serves the page while the context lasts, and gives its address; see `serve`."""
     requirements.need("gradio")
     offer = Offer(models)

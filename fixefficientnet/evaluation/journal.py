@@ -65,10 +65,6 @@ class Finished:
         self.seconds = max(self.seconds, other.seconds)
         self.notes |= other.notes
 
-    def __contains__(self, index: int) -> bool:
-        """Whether an image has a prediction."""
-        return index < len(self.predictions) and self.predictions.has(index)
-
     def evaluation(self, size: int, crop_pct: float, images: int) -> Evaluation:
         """The whole; all images must be in."""
         self.predictions.extend_to(images)
@@ -112,7 +108,7 @@ class Journal:
                 else:
                     part.notes |= line
             found.add(part)
-        found.unreadable = {index: why for index, why in found.unreadable.items() if index not in found}
+        found.unreadable = {index: why for index, why in found.unreadable.items() if not found.predictions.has(index)}
         return found
 
     def write(self, batch: FinishedBatch) -> None:

@@ -80,9 +80,8 @@ class EvaluationLoop:
         rank, world = self._rank_and_world
         done = self.journal.read() if self.journal else Finished()
         done.unreadable.clear()  # these may have been repaired
-        evaluated = done.predictions.evaluated
-        if self.progress and evaluated.any():
-            self.progress.skip(int(evaluated.sum()))
+        if self.progress and (before := int(done.predictions.evaluated.sum())):
+            self.progress.skip(before)
         now, failure = Finished(), None
         try:
             self._evaluate(self._tasks(done), now)
@@ -125,7 +124,7 @@ class EvaluationLoop:
         rank, world = self._rank_and_world
         mine = range(rank, math.ceil(len(self.dataset) / self.shard), world)
         tasks = shard_tasks(len(self.dataset), self.shard, self.batch_size, mine)
-        return (batch for batch in tasks if not all(index in done for _, index in batch))
+        return (batch for batch in tasks if not all(done.predictions.has(index) for _, index in batch))
 
     def _evaluate(self, tasks: Iterator[list[Task]], now: Finished) -> None:
         """Adds each batch to `now` as it is done."""

@@ -164,18 +164,13 @@ class Evaluation:
             raise EvaluationError("None of the evaluated images has such a label.")
         return replace(self, predictions=predictions)
 
-    @property
-    def has_one_label_each(self) -> bool:
-        """Whether each image that was evaluated has one label, which ReaL labels need not be."""
-        return self.predictions.have_one_label_each
-
     def confusion(self) -> Counter[tuple[int, int]]:
         """How many images there are by label and top-1 prediction; those with one label each.
 
         Raises:
             EvaluationError: Images have more than one label each.
         """
-        if not self.has_one_label_each:
+        if not self.predictions.have_one_label_each:
             raise EvaluationError("A table per class needs one label per image, which ReaL labels are not.")
         labels, predicted = self._labels_and_predicted()
         pairs, counts = np.unique(np.stack([labels, predicted]), axis=1, return_counts=True)

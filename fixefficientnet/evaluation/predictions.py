@@ -96,7 +96,7 @@ class Predictions(Sequence[ImagePrediction | None]):
 
     def has(self, index: int) -> bool:
         """Whether an image has a prediction."""
-        return bool(self._rows[index]["top5"][0] != _NONE)
+        return index < self._images and bool(self._rows[index]["top5"][0] != _NONE)
 
     @property
     def classes(self) -> set[int]:
@@ -106,7 +106,7 @@ class Predictions(Sequence[ImagePrediction | None]):
 
     @property
     def have_one_label_each(self) -> bool:
-        """Whether no image has several labels."""
+        """Whether each image that was evaluated has one label, which ReaL labels need not be."""
         return not self.several
 
     def correct(self, best: int) -> npt.NDArray[np.bool_]:

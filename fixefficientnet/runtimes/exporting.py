@@ -9,8 +9,6 @@ import copy
 import io
 import json
 import logging
-import subprocess
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from fixefficientnet._internal import compat, requirements
+from fixefficientnet._internal.afresh import last_words, run_afresh
 from fixefficientnet._internal.files import beside
 from fixefficientnet._internal.modes import in_eval_mode
 from fixefficientnet.data.dataset import ImageDataset
@@ -278,7 +277,7 @@ def _compare(model: nn.Module, test: TestTime, kind: str, path: Path, options: E
     difference, tolerance = 0.0, TOLERANCES[options.half]
     largest = max(float(one.abs().max()) for one in expected)
     agree = 0
-    for eager, found in zip(expected, _run_afresh(kind, path, batches), strict=True):
+    for eager, found in zip(expected, _run(kind, path, batches), strict=True):
         difference = max(difference, float((found - eager).abs().max().nan_to_num(torch.inf)))
         best = eager.topk(min(2, eager.shape[1]), dim=1).values
         close = best[:, 0] - best[:, -1] <= tolerance * largest  # a tie, which rounding may turn
@@ -287,18 +286,15 @@ def _compare(model: nn.Module, test: TestTime, kind: str, path: Path, options: E
     return Agreement(difference, difference / max(largest, 1e-12), agree / total, total)
 
 
-def _run_afresh(kind: str, path: Path, batches: Sequence[Tensor]) -> list[Tensor]:
+def _run(kind: str, path: Path, batches: Sequence[Tensor]) -> list[Tensor]:
     """A file's output of each batch, by a fresh Python process."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         given, found = Path(folder) / "given", Path(folder) / "found"
         given.write_bytes(safetensors.torch.save({str(i): batch for i, batch in enumerate(batches)}))
-        # this very package is imported, also where it is not installed, and nothing of the working directory's (-P)
-        here = str(Path(__file__).resolve().parents[2])
-        code = f"import sys; sys.path.append({here!r}); from fixefficientnet.runtimes.formats import main; main()"
-        command = [sys.executable, "-P", "-c", code, kind, str(path.resolve()), str(given), str(found)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        code = "from fixefficientnet.runtimes.formats import main; main()"
+        done = run_afresh(code, kind, str(path.resolve()), str(given), str(found))
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+            last = last_words(done, f"it ended with {done.returncode}")
             raise ExportError(f"The exported file does not run: {last}")
         logits = safetensors.torch.load(found.read_bytes())
     return [logits[str(index)] for index in range(len(batches))]

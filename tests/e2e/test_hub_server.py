@@ -21,7 +21,8 @@ import timm
 import torch
 from conftest import ROOT, lively, tuned_delta
 from gate import Gate
-from hub_server import commit, free_port, git, python, start_olah, stop
+from hub_server import commit, git, python, start_olah, stop
+from tiny import free_port
 
 import fixefficientnet
 from fixefficientnet import delta

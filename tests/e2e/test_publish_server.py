@@ -12,8 +12,9 @@ import pytest
 import timm
 import tiny
 import torch
-from hub_server import commit, free_port, git, python, start_olah, stop
+from hub_server import commit, git, python, start_olah, stop
 from safetensors.torch import load_file
+from tiny import free_port
 from torchvision.transforms.functional import normalize
 
 import fixefficientnet
