@@ -32,6 +32,7 @@ NAME = "loading"
 OURS, PIXELS, TORCHVISION, TIMM = "fixefficientnet", "fixefficientnet, pixels alone", "torchvision", "timm"
 METHODS = (OURS, PIXELS, TORCHVISION, TIMM)
 SIZES = (320, 472, 600)
+SHARED = "/dev/shm"  # noqa: S108 - only its free space is asked for
 BATCH, IMAGES = 32, 128
 """Images per batch, and per measurement."""
 
@@ -125,13 +126,13 @@ def _rate(loader: Loader, given: dict[str, Any], workers: int) -> dict[str, floa
 
 def _held(loader: Loader, given: dict[str, Any]) -> dict[str, float]:
     """Memory in MiB when one batch was taken, and nothing more can be loaded ahead, with the most workers."""
-    shared, before = shutil.disk_usage("/dev/shm").used, _anonymous(os.getpid())
+    shared, before = shutil.disk_usage(SHARED).used, _anonymous(os.getpid())
     batches = loader(given["most"], given["workers"][-1])
     taken = list(islice(batches, 1))
     busy = -1.0
     while busy != (busy := sum(_busy(process.pid) for process in multiprocessing.active_children())):
         time.sleep(0.25)
-    in_flight = shutil.disk_usage("/dev/shm").used - shared
+    in_flight = shutil.disk_usage(SHARED).used - shared
     pids = [os.getpid(), *(process.pid for process in multiprocessing.active_children())]
     memory = in_flight + sum(map(_anonymous, pids)) - before
     del taken, batches

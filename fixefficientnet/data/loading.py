@@ -33,7 +33,7 @@ IN_FLIGHT = 2**30
 """Most bytes of images that the workers of a process load ahead."""
 _PART = 32
 """Most images that a worker loads at a time."""
-_SHARED = Path("/dev/shm")
+_SHARED = Path("/dev/shm")  # noqa: S108 - only its free space is asked for
 """Where Linux keeps what processes share."""
 _PR_SET_PDEATHSIG = 1
 _logger = logging.getLogger(__name__)
