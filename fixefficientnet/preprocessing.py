@@ -30,6 +30,10 @@ from fixefficientnet.manifest import TestTime
 PIXEL_LIMIT = 2**27
 """Above this number of pixels after resizing (a very narrow image), only the part that the crop keeps is resized."""
 
+_USUAL = ("JPEG", "PNG", "GIF", "BMP", "PPM")
+_FORMATS = (*_USUAL, "WEBP", "TIFF", "JPEG2000", "AVIF")
+"""What Pillow is let open, the first without importing all that it knows. It knows forty more, for fonts, films and
+icons, and decodes any of them whatever a file's name says; PostScript it runs as a program."""
 _WARNINGS = threading.Lock()
 """Held while the warning filters change: they are the process's, and concurrent changes would stay."""
 
@@ -307,9 +311,9 @@ def open_image(image: ImageSource, *, upright: bool = False, srgb: bool = False)
 
     Raises:
         TypeError: The image is none of these.
-        ImageError: The image is missing, not an image, truncated, of a kind that needs another package, PostScript
-            (which Pillow runs by Ghostscript), or above Pillow's own limit of `PIL.Image.MAX_IMAGE_PIXELS`
-            (89,478,485) pixels; raise that limit to allow more.
+        ImageError: The image is missing, truncated, of none of the kinds that are read (JPEG, PNG, GIF, BMP, PPM, WebP,
+            TIFF, JPEG 2000, AVIF, HEIC), of a kind that needs another package, or above Pillow's own limit of
+            `PIL.Image.MAX_IMAGE_PIXELS` (89,478,485) pixels; raise that limit to allow more.
     """
     try:
         opened = image if isinstance(image, Image.Image) else _open(image)
@@ -323,7 +327,7 @@ def open_image(image: ImageSource, *, upright: bool = False, srgb: bool = False)
             raise ImageError(f"{_name(image)} has no pixels.")
         return _rgb(_upright(opened) if upright else opened, opened.format, srgb=srgb)
     except UnidentifiedImageError:
-        raise ImageError(f"{_name(image)} is not an image that Pillow can read.") from None
+        raise ImageError(f"{_name(image)} is not an image, or of a kind that is not read: convert it to PNG.") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"{_name(image)} is too large: {error}") from None
     except (ImageError, MemoryError, TypeError):
@@ -348,15 +352,22 @@ def _open(image: str | os.PathLike[str] | bytes) -> Image.Image:
     try:
         with _WARNINGS, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked right after
-            opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+            opened = _open_by_pillow(image)
     except UnidentifiedImageError:
         heif = open_heif(image, _name(image))
         if heif is None:
             raise
         return heif
-    if opened.format == "EPS":
-        raise ImageError(f"{_name(image)} is PostScript: Pillow would run it as a program. Convert it to PNG.")
     return opened
+
+
+def _open_by_pillow(image: str | os.PathLike[str] | bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=_USUAL)
+    except UnidentifiedImageError:
+        Image.init()
+        known = [kind for kind in _FORMATS if kind in Image.OPEN]  # older releases have no AVIF
+        return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=known)
 
 
 def _upright(image: Image.Image) -> Image.Image:

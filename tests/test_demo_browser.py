@@ -122,7 +122,7 @@ def test_another_model_brings_its_own_sizes(opened: Opened):
 
 def test_a_file_that_is_no_image_is_told_of(opened: Opened, tmp_path: Path):
     opened.drop({"name": "holiday.jpg", "mimeType": "image/jpeg", "buffer": b"no image"})
-    opened.seen("holiday.jpg: The image of 8 bytes is not an image that Pillow can read.")
+    opened.seen("holiday.jpg: The image of 8 bytes is not an image, or of a kind that is not read: convert it to PNG.")
     assert opened.tab.get_by_role("meter").count() == 0
     opened.drop(CAT)  # and the page goes on
     opened.seen("What the network sees: 48 x 48 pixels")

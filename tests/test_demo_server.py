@@ -151,10 +151,16 @@ def png_of(side: int) -> bytes:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"no image", "image.png: The image of 8 bytes is not an image that Pillow can read."),
+        (
+            b"no image",
+            "image.png: The image of 8 bytes is not an image, or of a kind that is not read: convert it to PNG.",
+        ),
         (png_of(60_000), "pixels"),
         (png_of(100), "cannot be read"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "is PostScript"),
+        (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
+            "is not an image, or of a kind",
+        ),
         (b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", "is not an image"),
     ],
 )

@@ -488,7 +488,7 @@ def test_what_reads_heic_is_named_where_it_is_missing(monkeypatch: pytest.Monkey
     with pytest.raises(fixefficientnet.errors.ImageError, match=r"photo\.jpg is an HEIC.*pip install pillow-heif"):
         fixefficientnet.preprocessing.open_image(tmp_path / "photo.jpg")
     film = b"\0\0\0\x18ftypisom\0\0\0\0isommp41" + b"\0" * 100
-    with pytest.raises(fixefficientnet.errors.ImageError, match="is not an image that Pillow can read"):
+    with pytest.raises(fixefficientnet.errors.ImageError, match="is not an image, or of a kind"):
         fixefficientnet.preprocessing.open_image(film)
 
 

@@ -16,6 +16,7 @@ from torchvision import transforms
 
 import fixefficientnet
 from fixefficientnet import manifest
+from fixefficientnet.data.files import SUFFIXES
 from fixefficientnet.errors import ImageError
 from fixefficientnet.preprocessing import FastPreprocess, Preprocess, open_image, orientation
 
@@ -222,6 +223,23 @@ def test_truncated_missing_and_not_no_image(tmp_path: Path):
             open_image(tmp_path / name)
     with pytest.raises(ImageError, match="14 bytes"):
         open_image(b"not an image!!")
+
+
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "ICNS", "PCX", "SGI", "TGA", "IM", "MSP", "DDS", "PDF", "XBM"])
+def test_pillows_other_kinds_are_not_opened_whatever_their_name(kind: str, tmp_path: Path):
+    Image.new("1" if kind in ("MSP", "XBM") else "RGB", (32, 32)).save(tmp_path / "a.jpg", kind)
+    for given in (tmp_path / "a.jpg", (tmp_path / "a.jpg").read_bytes()):
+        with pytest.raises(ImageError, match="of a kind that is not read: convert it to PNG"):
+            open_image(given)
+
+
+def test_every_ending_of_images_is_of_a_kind_that_is_read(tmp_path: Path):
+    kinds = {ending: kind for ending, kind in Image.registered_extensions().items() if ending in SUFFIXES}
+    kinds = {ending: kind for ending, kind in kinds.items() if kind in Image.SAVE}
+    assert {".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".ppm"} <= kinds.keys()
+    for ending, kind in kinds.items():
+        Image.new("RGB", (32, 24), "red").save(tmp_path / f"a{ending}", kind)
+        assert open_image(tmp_path / f"a{ending}").size == (32, 24)
 
 
 @pytest.mark.parametrize("orientation_", range(1, 9))
