@@ -23,7 +23,14 @@ from fixefficientnet._version import __version__
 _PACKAGE = Path(__file__).resolve().parents[1]
 _FOR_DEVELOPERS = ("benchmark", "test", "dev")
 """Extras that users do not need."""
-_VARIABLES = ("CUDA_VISIBLE_DEVICES", "FIXEFFICIENTNET_MANIFEST", "HF_ENDPOINT", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
+_VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "FIXEFFICIENTNET_MANIFEST",
+    "FIXEFFICIENTNET_TIMEOUT",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "OMP_NUM_THREADS",
+)
 _PATIENCE = 120
 """Seconds that importing torch may take."""
 

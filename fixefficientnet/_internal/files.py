@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -95,6 +96,17 @@ def check_output(paths: Iterable[Path], overwrite: bool, *, folder: bool = False
                 raise FixEfficientNetError(f"{path} is there, and is no file. Choose another --output.")
         if there and not overwrite:
             raise FixEfficientNetError(f"{path} is there already. Choose another --output, or replace it: --overwrite.")
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Refuses what would be waited for when it is read: a pipe, a socket or a device.
+
+    Raises:
+        OSError: It is one of these, or cannot be looked at.
+    """
+    mode = os.stat(path).st_mode  # noqa: PTH116 - of a million images
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "it is a pipe, a socket or a device, and no file", os.fspath(path))
 
 
 def why_no_lock(path: Path) -> str | None:

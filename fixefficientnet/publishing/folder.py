@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from fixefficientnet._internal.files import replacing
+from fixefficientnet._internal.waiting import locked
 from fixefficientnet.errors import PublishError
 from fixefficientnet.publishing import index
 
@@ -31,7 +32,7 @@ def has(file: Path, data: bytes) -> bool:
     return file.is_file() and file.stat().st_size == len(data) and file.read_bytes() == data
 
 
-def write(folder: Path, files: Mapping[str, bytes], obsolete: Iterable[str] = ()) -> None:
+def write(folder: Path, files: Mapping[str, bytes], obsolete: Iterable[str] = (), *, index: bytes | None) -> None:
     """Adds or replaces files; makes the folder if need be.
 
     All are written under temporary names first, and then renamed in the order given. A kill in between leaves files
@@ -41,21 +42,36 @@ def write(folder: Path, files: Mapping[str, bytes], obsolete: Iterable[str] = ()
         folder: The folder.
         files: Content of each file, by name.
         obsolete: Names of the files that are removed at the end.
+        index: Content of the folder's models.json as it was read before; None where there was none.
 
     Raises:
-        PublishError: A file cannot be written.
+        PublishError: A file cannot be written, or somebody else wrote there meanwhile.
     """
+    if not files and not obsolete:
+        return
     try:
-        for name in files:
-            for left in folder.glob(f".{name}.*.partial"):  # of a publication that was killed
-                left.unlink(missing_ok=True)
-        with contextlib.ExitStack() as renaming:  # which ends in reverse order
-            for name, data in reversed(list(files.items())):
-                renaming.enter_context(replacing(folder / name)).write_bytes(data)
-        for name in obsolete:
-            (folder / name).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(_lock_of(folder.resolve()), str(folder)):
+            if read_index(folder) != index:
+                raise PublishError(
+                    f"Nothing was published: somebody else wrote to {folder} meanwhile. Give the same command again."
+                )
+            for name in files:
+                for left in folder.glob(f".{name}.*.partial"):  # of a publication that was killed
+                    left.unlink(missing_ok=True)
+            with contextlib.ExitStack() as renaming:  # which ends in reverse order
+                for name, data in reversed(list(files.items())):
+                    renaming.enter_context(replacing(folder / name)).write_bytes(data)
+            for name in obsolete:
+                (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise PublishError(
-            f"{error.filename or folder} cannot be written: {error.strerror}. What {folder} had still loads. The same "
-            "command, given again, completes it."
+            f"{error.filename or folder} cannot be written: {error.strerror or error}. What {folder} had still loads. "
+            "The same command, given again, completes it."
         ) from error
+
+
+def _lock_of(folder: Path) -> Path:
+    """Its lock's file, beside it: in it are published files alone, unless nothing can be written beside."""
+    writable = os.access(folder.parent, os.W_OK)
+    return folder.with_name(f".{folder.name[:64]}.lock") if writable else folder / ".lock"

@@ -16,11 +16,14 @@ from huggingface_hub.utils.sha import git_hash
 
 from fixefficientnet import hub
 from fixefficientnet._internal import compat
+from fixefficientnet._internal.waiting import in_time
 from fixefficientnet._version import __version__
 from fixefficientnet.errors import FixEfficientNetError, PublishError
 from fixefficientnet.hub import HubFile
 from fixefficientnet.publishing import index
 
+_PART = 100_000_000
+"""Bytes that are uploaded at least in the time that is waited for an answer."""
 _SHA256 = 64
 """Digits of a sha256."""
 _FIRST_FILE = ".gitattributes"
@@ -75,8 +78,8 @@ class HubRepository:
         api = self._api()
         with self._explained("Nothing was published"):
             try:
-                info = api.model_info(self.name, files_metadata=True)
-                tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(self.name).tags}
+                info = in_time(lambda: api.model_info(self.name, files_metadata=True))
+                tags = {ref.name: ref.target_commit for ref in in_time(lambda: api.list_repo_refs(self.name)).tags}
             except RepositoryNotFoundError:
                 return Contents()
         hashes = {one.rfilename: one.lfs.sha256 if one.lfs else one.blob_id or "" for one in info.siblings or ()}
@@ -103,16 +106,19 @@ class HubRepository:
         operations = [CommitOperationAdd(name, data) for name, data in files.items()]
         with self._explained("Nothing was published"):
             if parent is None:
-                api.create_repo(self.name, private=self.private or None, exist_ok=True)
-                info = api.model_info(self.name)
+                in_time(lambda: api.create_repo(self.name, private=self.private or None, exist_ok=True))
+                info = in_time(lambda: api.model_info(self.name))
                 if {sibling.rfilename for sibling in info.siblings or ()} - {_FIRST_FILE}:
                     raise PublishError(
                         f"Nothing was published: somebody else made {self.name} meanwhile. Give the same command again."
                     )
                 parent = info.sha  # the Hub's own first commit
-            api.preupload_lfs_files(self.name, operations, free_memory=False)
+            size = sum(operation.upload_info.size for operation in operations)
+            in_time(lambda: api.preupload_lfs_files(self.name, operations, free_memory=False), parts=1 + size // _PART)
         with self._explained("Nothing was published", "Whether the commit is published is not known, its tag is not"):
-            made = api.create_commit(self.name, operations, commit_message=message, parent_commit=parent)
+            made = in_time(
+                lambda: api.create_commit(self.name, operations, commit_message=message, parent_commit=parent)
+            )
         return str(made.oid)
 
     def tag(self, name: str, revision: str) -> None:
@@ -127,7 +133,7 @@ class HubRepository:
         """
         done = f"The commit {revision} is published"
         with self._explained(f"{done}, its tag {name} is not", f"{done}, whether its tag {name} is, is not known"):
-            self._api().create_tag(self.name, tag=name, revision=revision)
+            in_time(lambda: self._api().create_tag(self.name, tag=name, revision=revision))
 
     def _api(self) -> HfApi:
         return HfApi(library_name="fixefficientnet", library_version=__version__)
@@ -160,7 +166,7 @@ class HubRepository:
         except (compat.network_error(), OSError, ValueError, RuntimeError) as error:
             if isinstance(error, FixEfficientNetError):
                 raise
-            if isinstance(error, compat.network_error()):
+            if isinstance(error, (compat.network_error(), TimeoutError)):
                 state = unknown or state
             raise PublishError(
                 f"{state}: {constants.ENDPOINT} was not reached to the end ({_reason(error)}). The same command, given "

@@ -1,13 +1,14 @@
 """The manifest's rows of published weights."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fixefficientnet import manifest
 from fixefficientnet._internal import records
-from fixefficientnet._internal.files import write_atomically
+from fixefficientnet._internal.files import check_file, write_atomically
+from fixefficientnet._internal.waiting import locked
 from fixefficientnet.errors import ManifestError, PublishError
 from fixefficientnet.manifest import LocalWeights, Measured, Weights
 from fixefficientnet.publishing.index import PublishedModel
@@ -80,6 +81,7 @@ def read(path: Path) -> Mapping[str, Any]:
         ManifestError: The file cannot be read, or is no manifest.
     """
     try:
+        check_file(path)
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return NEW
@@ -92,19 +94,33 @@ def read(path: Path) -> Mapping[str, Any]:
     return document
 
 
-def write(path: Path, text: str) -> None:
-    """Writes a manifest's file.
+def rewrite(path: Path, text_of: Callable[[], str]) -> str:
+    """Writes a manifest's file anew, one process after the other: each reads what the one before it wrote.
+
+    Args:
+        path: Path of the manifest.
+        text_of: Reads the file and gives its new text.
+
+    Returns:
+        The text.
 
     Raises:
         PublishError: The file cannot be written; all else is published.
+        ManifestError: As `text_of` raises.
     """
     try:
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            write_atomically(path.resolve() if path.is_symlink() else path, text.encode())
+        if path.is_file() and path.read_text(encoding="utf-8") == (text := text_of()):
+            return text
+        real = path.resolve() if path.is_symlink() else path
+        real.parent.mkdir(parents=True, exist_ok=True)
+        with locked(real.with_name(f".{real.name[:64]}.lock"), str(path)):
+            text = text_of()
+            write_atomically(real, text.encode())
+            return text
     except OSError as error:
         raise PublishError(
-            f"All is published, but {path} cannot be written: {error.strerror}. The same command, given again, "
-            "writes it."
+            f"All is published, but {path} cannot be written: {error.strerror or error}. The same command, given "
+            "again, writes it."
         ) from error
 
 

@@ -212,7 +212,7 @@ def _to_folder(
     there = {name for name in files if os.path.lexists(target / name)}
     _refuse_foreign(str(target), there - planned.listed, replace)
     if not dry_run:
-        folder.write(target, files, planned.obsolete)
+        folder.write(target, files, planned.obsolete, index=content)
     where = f"{target} ({repository})"
     models = {key: after.models[key] for key in models}
     return PublishResult(runs, where, _said(planned, files), files, manifest_file, text, models, written=not dry_run)
@@ -313,8 +313,7 @@ def _load_from(
         The commit of each model, by the variant's key; the text of the manifest's file.
     """
     revisions = {key: contents.tags.get(model.version, newest) for key, model in models.items()}
-    text = _hub_rows(manifest_file, models, target.name, revisions)
-    manifest_rows.write(manifest_file, text)
+    text = manifest_rows.rewrite(manifest_file, lambda: _hub_rows(manifest_file, models, target.name, revisions))
     return revisions, text
 
 
