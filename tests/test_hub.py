@@ -6,6 +6,7 @@ import pytest
 from conftest import COMMIT
 
 from fixefficientnet import hub
+from fixefficientnet._internal import waiting
 from fixefficientnet.errors import ChecksumError, DownloadError
 
 
@@ -15,10 +16,10 @@ def test_wrong_copy_in_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatc
     snapshot.mkdir(parents=True)
     (snapshot / "d.safetensors").write_bytes(b"wrong")
 
-    def refuse(*_: object) -> None:  # the tests may run as root, whom no permission stops
+    def refuse(*_: object, **__: object) -> None:  # the tests may run as root, whom no permission stops
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(hub, "WeakFileLock", refuse)
+    monkeypatch.setattr(waiting, "WeakFileLock", refuse)
     with pytest.raises(ChecksumError, match=f"{'0' * 64}.*cannot be replaced"):
         load(hub.HubFile("o/r", "d.safetensors", COMMIT, "0" * 64), tmp_path)
     assert (snapshot / "d.safetensors").read_bytes() == b"wrong"

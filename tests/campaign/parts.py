@@ -1,5 +1,5 @@
 """The parts of the campaign; each module lists its trials."""
 
-from campaign import files
+from campaign import files, hub
 
-PARTS = {"files": files}
+PARTS = {"files": files, "hub": hub}

@@ -50,7 +50,7 @@ class Trial:
     Attributes:
         name: What is tried.
         attempts: How often, in the campaign.
-        few: How often, in the fast suite.
+        few: How often, in the fast suite; 0 where it takes too long for that.
         prepare: Makes what all attempts share in a folder, and gives the attempt.
         limit: Seconds that one attempt may take.
         isolated: Whether attempts run in forked processes, whose death is a finding; not for those that start
