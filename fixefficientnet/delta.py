@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fixefficientnet._internal import records
 from fixefficientnet._internal.checkpoint_file import listed
-from fixefficientnet._internal.files import write_atomically
+from fixefficientnet._internal.files import check_file, write_atomically
 from fixefficientnet.errors import (
     ChecksumError,
     DeltaFormatError,
@@ -288,6 +288,7 @@ def load(path: str | os.PathLike[str], *, sha256: str | None = None) -> Delta:
             of another dtype than float32, or with NaN or Inf.
     """
     try:
+        check_file(path)
         data = Path(path).read_bytes()
     except OSError as error:
         raise DeltaFormatError(f"{path} cannot be read: {error}") from error
@@ -322,6 +323,7 @@ def loads(data: bytes, *, source: str) -> Delta:
 def is_delta(path: str | os.PathLike[str]) -> bool:
     """Whether a file says that it is a delta, of whatever version; `load` tells whether it is a sound one."""
     try:
+        check_file(path)
         with safetensors.safe_open(path, "pt") as file:
             return _says_delta(file.metadata() or {})
     except (safetensors.SafetensorError, OSError):

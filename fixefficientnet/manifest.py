@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from fixefficientnet._internal import records
+from fixefficientnet._internal.files import check_file
 from fixefficientnet._internal.records import AboveZero, Percent, Positive, Rule, Share
 from fixefficientnet.errors import ManifestError, UnknownVariantError
 
@@ -373,6 +374,7 @@ def load() -> Mapping[str, Variant]:
         return _load_overlay(overlay, Path.cwd(), OVERLAY_VARIABLE)
     file = Path(overlay).expanduser().absolute()
     try:
+        check_file(file)
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(

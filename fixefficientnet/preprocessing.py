@@ -23,6 +23,7 @@ from torchvision.transforms import functional as F
 
 from fixefficientnet import manifest
 from fixefficientnet._internal.colours import to_srgb
+from fixefficientnet._internal.files import check_file
 from fixefficientnet._internal.heif import open_heif
 from fixefficientnet.errors import ImageError
 from fixefficientnet.manifest import TestTime
@@ -349,6 +350,8 @@ def orientation(image: Image.Image) -> int:
 def _open(image: str | os.PathLike[str] | bytes) -> Image.Image:
     if not isinstance(image, str | bytes | os.PathLike):
         raise TypeError(f"An image is a PIL image, a path or an encoded file's bytes, not {type(image).__name__}.")
+    if not isinstance(image, bytes):
+        check_file(image)
     try:
         with _WARNINGS, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked right after

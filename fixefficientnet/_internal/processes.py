@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from fixefficientnet._internal import compat, requirements
+from fixefficientnet._internal import compat, requirements, waiting
 from fixefficientnet.errors import FixEfficientNetError
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def accelerator(device: str | None, mixed_precision: str) -> "Accelerator":
         DistributedDataParallelKwargs(broadcast_buffers=False),  # statistics are averaged instead
         InitProcessGroupKwargs(timeout=_PATIENCE),
     ]
-    _join_after_restart("gloo" if cpu else "nccl")
+    _join("gloo" if cpu else "nccl")
     try:
         return Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=handlers)
     except ValueError as error:  # Accelerate's state is the process's
@@ -109,30 +109,43 @@ def accelerator(device: str | None, mixed_precision: str) -> "Accelerator":
         ) from error
 
 
-def _join_after_restart(backend: str) -> None:
-    """Joins the processes that torchrun restarted, by a store of their own; Accelerate then takes what it finds.
+def _join(backend: str) -> None:
+    """Joins the processes that a launcher started, within the time that others are waited for.
 
-    torchrun's store holds the addresses of the ended processes still, and who reads these waits for them
-    (https://github.com/pytorch/pytorch/issues/135712). Of several nodes, each counts its own restarts, so that the
-    count names no common store.
+    Accelerate takes what it finds. By itself it would wait for them as long as for a collective call, a day.
+
+    torchrun's store holds the addresses of processes that it restarted still, and who reads these waits for them
+    (https://github.com/pytorch/pytorch/issues/135712): so each attempt has a store of its own. Of several nodes, each
+    counts its own restarts, so that the count names no common store.
 
     Raises:
-        FixEfficientNetError: The processes are on several nodes.
+        FixEfficientNetError: The others did not come; or torchrun restarted processes of several nodes.
     """
     import torch.distributed as dist
 
+    if not several() or dist.is_initialized():
+        return
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if attempt == "0" or not shared or not several() or dist.is_initialized():
-        return
-    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+    if attempt != "0" and shared and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         raise FixEfficientNetError(
             "Processes that torchrun restarts on several nodes cannot find each other. Start torchrun with "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment; the run continues where it was."
         )
-    store, number, world = next(dist.rendezvous("env://"))
-    own = dist.PrefixStore(f"attempt {attempt}", store)
-    dist.init_process_group(backend, store=own, rank=number, world_size=world, timeout=_PATIENCE)
+    if not {"MASTER_ADDR", "MASTER_PORT", "RANK"} <= os.environ.keys():
+        return  # Accelerate says what is missing
+    patience = datetime.timedelta(seconds=waiting.longest())
+    try:
+        store, number, world = next(dist.rendezvous("env://", timeout=patience))
+        store.set_timeout(_PATIENCE)
+        own = dist.PrefixStore(f"attempt {attempt}", store)
+        dist.init_process_group(backend, store=own, rank=number, world_size=world, timeout=_PATIENCE)
+    except RuntimeError as error:
+        raise FixEfficientNetError(
+            f"Not all {os.environ['WORLD_SIZE']} processes of this command came within {waiting.longest():g} s "
+            f"({waiting.VARIABLE} sets how long), at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 @contextlib.contextmanager

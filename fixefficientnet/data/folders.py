@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fixefficientnet._internal.checkpoint_file import listed
+from fixefficientnet._internal.files import check_file
 from fixefficientnet.data import files, labels
 from fixefficientnet.data.names import Names, in_natural_order, natural
 from fixefficientnet.errors import DataError
@@ -55,7 +56,8 @@ class ImageFiles:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[bytes, int]:
-        with open(self.path(index), "rb") as file:
+        check_file(path := self.path(index))
+        with open(path, "rb") as file:
             return file.read(), int(self.labels[index])
 
     def filename(self, index: int) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fixefficientnet._internal.checkpoint_file import listed
+from fixefficientnet._internal.files import check_file
 from fixefficientnet.errors import DataError
 
 _FILE = {"file", "filename", "file_name", "image", "image_id", "imageid", "id", "name", "path"}
@@ -25,6 +26,7 @@ def lines(file: Path) -> list[str]:
         DataError: It cannot be read, or is no text.
     """
     try:
+        check_file(file)
         text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}.") from error

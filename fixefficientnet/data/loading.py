@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from fixefficientnet._internal import waiting
 from fixefficientnet._internal.processes import local_processes
 from fixefficientnet.data.dataset import ImageDataset
 from fixefficientnet.errors import DataError, ImageError
@@ -143,7 +144,7 @@ def load_batches(
         device: Where the inputs are put; None: the CPU.
 
     Raises:
-        DataError: There is too little shared memory for workers.
+        DataError: There is too little shared memory for workers; one of them was killed, or hangs.
     """
     device, tasks = device or torch.device("cpu"), iter(tasks)
     loading = _Loading(dataset, transform, substitute)
@@ -159,13 +160,25 @@ def load_batches(
             prefetch_factor=ahead.parts,
             pin_memory=device.type == "cuda",
             worker_init_fn=_leave_signals_to_the_parent,
+            timeout=waiting.longest(),
         )
         try:
             yield from _joined(loader, device)
         except RuntimeError as error:  # torch has no class for it
-            if not re.search(r"shared memory|\(shm\)", str(error)):
-                raise
-            raise DataError(f"Loading processes ran out of shared memory. {_remedy()}") from error
+            if re.search(r"shared memory|\(shm\)", str(error)):
+                raise DataError(f"Loading processes ran out of shared memory. {_remedy()}") from error
+            if "timed out" in str(error):
+                raise DataError(
+                    f"The loading processes gave no images for {waiting.longest():g} s ({waiting.VARIABLE} sets how "
+                    "long that may take). Does the disk with the images still answer?"
+                ) from error
+            if re.search(r"DataLoader worker.*(killed|exited)", str(error)):
+                reason = str(error).splitlines()[0].rstrip(". ")
+                raise DataError(
+                    f"A loading process has ended: {reason}. Linux kills processes where memory is short: use fewer "
+                    "loading processes (-j)."
+                ) from error
+            raise
 
 
 def _ahead(workers: int, batch: int, transform: Transform) -> Ahead:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from fixefficientnet._internal.files import check_file
 from fixefficientnet.data.files import SUFFIXES
 from fixefficientnet.data.names import Names
 from fixefficientnet.errors import DataError
@@ -69,6 +70,7 @@ class TarShards:
     def _index(self, number: int, path: Path, rows: "array[int]") -> list[str]:
         images: dict[str, tarfile.TarInfo] = {}
         labels: dict[str, int] = {}
+        check_file(path)
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 folder, _, name = member.name.rpartition("/")
@@ -117,6 +119,7 @@ def _files(folder: Path, splits: Sequence[str]) -> list[Path]:
 
 
 def _splits(listing: Path) -> dict[str, dict[str, list[str]]]:
+    check_file(listing)
     record = json.loads(listing.read_text(encoding="utf-8"))
     splits: dict[str, dict[str, list[str]]] = record["splits"]
     return splits

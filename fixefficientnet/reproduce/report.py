@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fixefficientnet._internal import records
-from fixefficientnet._internal.files import write_atomically, write_text
+from fixefficientnet._internal.files import check_file, write_atomically, write_text
 from fixefficientnet._internal.records import LEFT_OUT_IF_NONE, Count, Percent, Positive
 from fixefficientnet.data.dataset import ImageDataset
 from fixefficientnet.errors import MissingFileError, RunError
@@ -234,6 +234,7 @@ class Report:
         """
         file = path / FILENAME if path.is_dir() else path
         try:
+            check_file(file)
             document = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise MissingFileError(

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import cached_assets_path, constants
-from huggingface_hub.utils import WeakFileLock
 from torch import Tensor
 
 from fixefficientnet._internal import compat, processes, requirements
 from fixefficientnet._internal.files import remove_partial
+from fixefficientnet._internal.waiting import locked
 from fixefficientnet.errors import ExportError
 from fixefficientnet.manifest import TestTime
 from fixefficientnet.options import ENGINES, EXPORTED
@@ -102,7 +102,11 @@ def exported(loaded: "LoadedModel", test: TestTime, engine: str, on_message: OnM
     if not path.is_file():
         from fixefficientnet.runtimes import exporting
 
-        with WeakFileLock(folder / ".lock"):  # other processes of the same evaluation want it too
+        with contextlib.ExitStack() as stack:
+            try:  # other processes of the same evaluation want it too
+                stack.enter_context(locked(folder / ".lock", f"{folder}, where exported files are kept,"))
+            except OSError as error:
+                raise ExportError(f"{error}. End that process, or set HF_ASSETS_CACHE to another place.") from error
             remove_partial(folder)
             if not path.is_file():
                 if on_message:

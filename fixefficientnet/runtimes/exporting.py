@@ -9,6 +9,7 @@ import copy
 import io
 import json
 import logging
+import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from timm.layers import set_exportable
 from torch import Tensor, nn
 from torch.export import Dim
 
-from fixefficientnet._internal import compat, requirements
+from fixefficientnet._internal import compat, requirements, waiting
 from fixefficientnet._internal.afresh import last_words, run_afresh
 from fixefficientnet._internal.files import beside
 from fixefficientnet._internal.modes import in_eval_mode
@@ -292,7 +293,13 @@ def _run(kind: str, path: Path, batches: Sequence[Tensor]) -> list[Tensor]:
         given, found = Path(folder) / "given", Path(folder) / "found"
         given.write_bytes(safetensors.torch.save({str(i): batch for i, batch in enumerate(batches)}))
         code = "from fixefficientnet.runtimes.formats import main; main()"
-        done = run_afresh(code, kind, str(path.resolve()), str(given), str(found))
+        try:
+            done = run_afresh(code, kind, str(path.resolve()), str(given), str(found), timeout=waiting.longest())
+        except subprocess.TimeoutExpired as error:
+            raise ExportError(
+                f"The exported file does not run: it gave nothing in {error.timeout:g} s ({waiting.VARIABLE} sets how "
+                "long it may take)."
+            ) from None
         if done.returncode:
             last = last_words(done, f"it ended with {done.returncode}")
             raise ExportError(f"The exported file does not run: {last}")
