@@ -7,6 +7,7 @@ and progress bars work as its users know them. Imports no torch.
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -37,6 +38,8 @@ from fixefficientnet.manifest import RELATIVE_FILE, Backbone
 T = TypeVar("T")
 PathLike = str | os.PathLike[str]
 ReadAndHash = Callable[[Path, bool], tuple[T, str]]
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,8 @@ def read(file: HubFile, cache_dir: PathLike | None = None) -> bytes:
 def fetch(file: HubFile, cache_dir: PathLike | None = None) -> Path:
     """Downloads a large file to the cache; its sha256, if given or told by the Hub, is checked once and remembered.
 
+    Weights that are not pinned are named as such in the log, which the command line shows.
+
     Args:
         file: The file to download.
         cache_dir: The Hub cache to use instead of the user's.
@@ -112,7 +117,10 @@ def fetch(file: HubFile, cache_dir: PathLike | None = None) -> Path:
             return path, ""
         return path, sha256_of(path) if afresh else _cached_sha256(path, _repository_folder(file, cache_dir))
 
-    return _download_verified(file, cache_dir, read_and_hash)
+    path = _download_verified(file, cache_dir, read_and_hash)
+    if not file.sha256 and not file.filename.endswith(".json"):
+        _logger.info("%s is not pinned: whoever owns it may change it.", file)
+    return path
 
 
 def backbone_file(backbone: Backbone, cache_dir: PathLike | None = None) -> Path:

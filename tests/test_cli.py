@@ -61,7 +61,15 @@ def test_list_as_json_and_filtered():
 def test_info():
     out, _ = cli("info", "FixEfficientNet-B4-NS")
     assert max(map(len, out.splitlines())) <= 80
-    for part in ("fixefficientnet_b4.ns_jft_in1k", "85.9", "472", "0.485", "not published yet", "19,341,616"):
+    for part in (
+        "fixefficientnet_b4.ns_jft_in1k",
+        "whoever owns the repository may change the file",
+        "85.9",
+        "472",
+        "0.485",
+        "not published yet",
+        "19,341,616",
+    ):
         assert part in out
     assert "Not from the paper" in cli("info", "lite1")[0]
     assert json.loads(cli("info", "l2", "--json")[0])["test"]["size"] == 600

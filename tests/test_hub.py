@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from conftest import COMMIT
+import torch
+from conftest import COMMIT, put_in_cache
 
 from fixefficientnet import hub
 from fixefficientnet._internal import waiting
@@ -23,6 +24,19 @@ def test_wrong_copy_in_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatc
     with pytest.raises(ChecksumError, match=f"{'0' * 64}.*cannot be replaced"):
         load(hub.HubFile("o/r", "d.safetensors", COMMIT, "0" * 64), tmp_path)
     assert (snapshot / "d.safetensors").read_bytes() == b"wrong"
+
+
+def test_weights_that_are_not_pinned_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    put_in_cache(tmp_path, "o/r", "model.safetensors", {"a": torch.ones(1)})
+    snapshot = tmp_path / "models--o--r" / "snapshots" / COMMIT
+    (snapshot / "config.json").write_text("{}")
+    caplog.set_level("INFO")
+    hub.fetch(hub.HubFile("o/r", "config.json", "main"), tmp_path)
+    pinned = hub.sha256_of(snapshot / "model.safetensors")
+    hub.fetch(hub.HubFile("o/r", "model.safetensors", "main", pinned), tmp_path)
+    assert not caplog.messages
+    hub.fetch(hub.HubFile("o/r", "model.safetensors", "main"), tmp_path)
+    assert caplog.messages == ["hf://o/r/model.safetensors@main is not pinned: whoever owns it may change it."]
 
 
 def test_closed_endpoint_says_so(tmp_path: Path):

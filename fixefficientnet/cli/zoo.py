@@ -7,7 +7,7 @@ from rich.markup import escape
 
 from fixefficientnet import manifest
 from fixefficientnet.cli.app import AsJson, app, err, grid, out, print_json, print_table
-from fixefficientnet.manifest import LocalWeights, Variant, Weights
+from fixefficientnet.manifest import Backbone, LocalWeights, Variant, Weights
 
 
 @app.command(name="list")
@@ -61,6 +61,7 @@ def info(name: str, /, *, as_json: AsJson = False) -> None:
         "parameters": f"{variant.parameters:,}",
         "backbone": backbone.name,
         "from": f"{backbone.repository}@{backbone.revision} on the Hub{package} ({backbone.license})",
+        "pinned": _pinned(backbone),
         "train size": f"{variant.train_size}",
         "test size": f"{test.size}, crop_pct {test.crop_pct:g}, {test.interpolation}",
         "mean, std": f"{_triple(test.mean)}, {_triple(test.std)}",
@@ -84,6 +85,14 @@ def info(name: str, /, *, as_json: AsJson = False) -> None:
     for key, value in lines.items():
         shown.add_row(key, escape(value))
     out.print(shown)
+
+
+def _pinned(backbone: Backbone) -> str:
+    if backbone.sha256:
+        return f"sha256 {backbone.sha256}"
+    if backbone.package:
+        return f"from the Hub: no; from the package: sha256 {backbone.package.sha256}"
+    return "no: whoever owns the repository may change the file"
 
 
 def _published(variant: Variant) -> str:
