@@ -1,5 +1,7 @@
 """What needs no server; the rest is in e2e/test_hub_server.py."""
 
+import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,25 @@ def test_weights_that_are_not_pinned_are_named(tmp_path: Path, caplog: pytest.Lo
     assert not caplog.messages
     hub.fetch(hub.HubFile("o/r", "model.safetensors", "main"), tmp_path)
     assert caplog.messages == ["hf://o/r/model.safetensors@main is not pinned: whoever owns it may change it."]
+
+
+@pytest.mark.parametrize("load", [hub.read, hub.fetch])
+@pytest.mark.parametrize("sound", [True, False])
+def test_what_nothing_pins_is_held_against_the_hash_that_the_hub_told(tmp_path: Path, load, sound: bool):
+    """Its content in the cache has that hash for its name."""
+    folder = tmp_path / "models--o--r"
+    blob = folder / "blobs" / hashlib.sha256(b"right").hexdigest()
+    link = folder / "snapshots" / COMMIT / "d.safetensors"
+    for path in (blob, link):
+        path.parent.mkdir(parents=True)
+    blob.write_bytes(b"right" if sound else b"wrong")
+    link.symlink_to(os.path.relpath(blob, link.parent))
+    if sound:
+        assert load(hub.HubFile("o/r", "d.safetensors", COMMIT), tmp_path) in (b"right", link)
+        return
+    with pytest.raises(DownloadError, match=rf"was damaged and is deleted .*expected is {blob.name}"):
+        load(hub.HubFile("o/r", "d.safetensors", COMMIT), tmp_path)
+    assert not blob.exists() and not link.is_symlink()
 
 
 def test_closed_endpoint_says_so(tmp_path: Path):

@@ -21,6 +21,8 @@ from huggingface_hub import ModelCard, ModelCardData, constants
 
 import fixefficientnet
 from fixefficientnet import delta, manifest
+from fixefficientnet.errors import PublishError
+from fixefficientnet.publishing import folder
 from fixefficientnet.publishing.index import Index
 from fixefficientnet.reproduce.report import Report
 
@@ -570,6 +572,16 @@ def test_options_of_the_hub_are_refused(desk: Desk, more: tuple[str, ...]):
 def test_file_in_place_of_the_folder_is_refused(desk: Desk):
     desk.repository.write_text("mine")
     assert "is no folder" in desk.refuse("b0")
+
+
+def test_a_folder_that_somebody_else_wrote_to_meanwhile_is_not_written_over(tmp_path: Path):
+    published = tmp_path / "published"
+    folder.write(published, {"models.json": b"theirs"}, index=None)
+    with pytest.raises(PublishError, match=r"somebody else wrote to .* meanwhile\. Give the same"):
+        folder.write(published, {"card": b"mine", "models.json": b"mine"}, index=None)
+    assert snapshot(published) == {"models.json": b"theirs"}
+    folder.write(published, {"models.json": b"both"}, index=b"theirs")
+    assert snapshot(published) == {"models.json": b"both"}
 
 
 def test_other_files_stay(desk: Desk):
