@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -291,31 +291,34 @@ class Killed(BaseException):
     """Stands for a process that ends here."""
 
 
-@pytest.mark.parametrize("renamed", range(4))
-def test_publication_that_is_killed_leaves_a_folder_that_loads(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, renamed: int
-):
-    """Delta, manifest, card, models.json: whichever of them were renamed by then."""
+@pytest.mark.parametrize("done", range(5))
+def test_publication_that_is_killed_leaves_a_folder_that_loads(desk: Desk, monkeypatch: pytest.MonkeyPatch, done: int):
+    """Delta, manifest and card are renamed, the old delta is removed, models.json is renamed: so much of it by then."""
     desk.publish("b0")
     calls = []
 
-    def kill(*_: object, **__: object) -> NoReturn:
-        raise Killed
-
     def rename(self: Path, target: Path, rename: Callable[[Path, Path], Path] = Path.replace) -> Path:
         calls.append(target.name)
-        return rename(self, target) if len(calls) <= renamed else kill()
+        if len(calls) > done:
+            raise Killed
+        return rename(self, target)
+
+    def unlink(self: Path, missing_ok: bool = False, unlink: Callable[..., None] = Path.unlink) -> None:
+        if not calls or len(calls) > done:  # a killed process cleans nothing up
+            raise Killed
+        calls.append(self.name)
+        if len(calls) > done:
+            raise Killed
+        unlink(self, missing_ok)
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", rename)
-        patched.setattr(Path, "unlink", kill)
+        patched.setattr(Path, "unlink", unlink)
         with pytest.raises(Killed):
             desk.publish("other", more=("--replace",))
     new = desk.name("b0", "other")
-    assert calls == [new, MANIFEST, "README.md", "models.json"][: renamed + 1]
-    left = [name for name in desk.names() if name.startswith(".")]
-    assert len(left) == 4 - renamed
-    run = "other" if renamed >= 2 else "b0"  # once the manifest is the new one
+    assert calls == [new, MANIFEST, "README.md", desk.name("b0"), "models.json"][: done + 1]
+    run = "other" if done >= 2 else "b0"  # once the manifest is the new one
     assert torch.equal(weights_of(desk, monkeypatch), tuned(desk, run))
     monkeypatch.delenv(manifest.OVERLAY_VARIABLE)
     assert Index.load((desk.repository / "models.json").read_bytes(), "models.json").version == "v1.0"

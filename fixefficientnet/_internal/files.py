@@ -2,12 +2,14 @@
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from fixefficientnet.errors import FixEfficientNetError
 
@@ -18,7 +20,7 @@ _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 @contextlib.contextmanager
 def _naming(path: Path, temporary: str) -> Iterator[None]:
-    """Lets errors of writing name the target, which users know, and not the temporary name beside it."""
+    """Lets errors of writing name the target, which users know, and not the temporary names, which begin so."""
     try:
         yield
     except OSError as error:
@@ -31,29 +33,76 @@ def _naming(path: Path, temporary: str) -> Iterator[None]:
 @contextlib.contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """Gives a temporary folder beside a target, for what is then moved there; makes the target's folder if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:64]}.", suffix=_SUFFIX)
-    with temporary as folder, _naming(path, folder):
-        yield Path(folder)
+    with _temporary(path, tempfile.mkdtemp) as folder:
+        yield folder
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary name beside a target, which it becomes if all goes well; makes the folder if need be."""
+
+    def empty(**name: Any) -> str:
+        descriptor, made = tempfile.mkstemp(**name)
+        os.close(descriptor)
+        return made
+
+    with _temporary(path, empty) as temporary:
+        yield temporary
+        with temporary.open("r+b") as file:  # Windows writes out only what may be written
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path, make: Callable[..., str]) -> Iterator[Path]:
+    """Makes something temporary beside a target, which is gone in the end.
+
+    Its lock says that whoever writes it is alive: what nobody holds is left of a killed process, and removed first.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:64]}.", suffix=_SUFFIX)
-    os.close(descriptor)
-    temporary = Path(name)
+    prefix = f".{path.name.encode(errors='ignore')[:64].decode(errors='ignore')}."  # a name has 255 bytes at most
+    for left in path.parent.glob(f"{glob.escape(prefix)}{'?' * 8}{_SUFFIX}"):
+        with contextlib.suppress(OSError), _locked(left) as locked:
+            if locked:
+                _remove(left)
+    with _naming(path, str(path.parent / prefix)):
+        while True:
+            temporary = Path(make(dir=path.parent, prefix=prefix, suffix=_SUFFIX))
+            try:
+                with _locked(temporary):
+                    if temporary.exists():  # else another process came between, and took it for one that is left
+                        yield temporary
+                        break
+            finally:
+                _remove(temporary)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Locks a file or a folder; whether that succeeded, which needs a file system with locks, and not Windows."""
     try:
-        with _naming(path, name):
-            yield temporary
-            with temporary.open("r+b") as file:  # Windows writes out only what may be written
-                os.fsync(file.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        import fcntl
+    except ImportError:
+        yield False
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # which NFS wants for a lock
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        except OSError:
+            locked = False
+        yield locked
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -70,10 +119,7 @@ def write_text(path: Path, text: str) -> None:
 def remove_partial(folder: Path) -> None:
     """Removes what killed processes were writing in a folder and below; for one that nobody else writes in."""
     for path in folder.rglob(f".*{_SUFFIX}"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(path)
 
 
 def check_output(paths: Iterable[Path], overwrite: bool, *, folder: bool = False) -> None:

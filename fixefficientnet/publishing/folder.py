@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from fixefficientnet._internal.files import replacing
@@ -36,12 +36,13 @@ def write(folder: Path, files: Mapping[str, bytes], obsolete: Iterable[str] = ()
     """Adds or replaces files; makes the folder if need be.
 
     All are written under temporary names first, and then renamed in the order given. A kill in between leaves files
-    of both states, so a file that others name must come before them.
+    of both states, so a file that others name must come before them. What is obsolete goes before the last file, which
+    tells the next call what is there: after a kill it is found again.
 
     Args:
         folder: The folder.
         files: Content of each file, by name.
-        obsolete: Names of the files that are removed at the end.
+        obsolete: Names of the files that are removed; the last of `files` alone still names them.
         index: Content of the folder's models.json as it was read before; None where there was none.
 
     Raises:
@@ -56,14 +57,11 @@ def write(folder: Path, files: Mapping[str, bytes], obsolete: Iterable[str] = ()
                 raise PublishError(
                     f"Nothing was published: somebody else wrote to {folder} meanwhile. Give the same command again."
                 )
-            for name in files:
-                for left in folder.glob(f".{name}.*.partial"):  # of a publication that was killed
-                    left.unlink(missing_ok=True)
-            with contextlib.ExitStack() as renaming:  # which ends in reverse order
-                for name, data in reversed(list(files.items())):
-                    renaming.enter_context(replacing(folder / name)).write_bytes(data)
-            for name in obsolete:
-                (folder / name).unlink(missing_ok=True)
+            with contextlib.ExitStack() as ending:  # in reverse order
+                for number, (name, data) in enumerate(reversed(list(files.items()))):
+                    ending.enter_context(replacing(folder / name)).write_bytes(data)
+                    if number == 0:
+                        ending.enter_context(_then_removing([folder / one for one in obsolete]))
     except OSError as error:
         raise PublishError(
             f"{error.filename or folder} cannot be written: {error.strerror or error}. What {folder} had still loads. "
@@ -75,3 +73,11 @@ def _lock_of(folder: Path) -> Path:
     """Its lock's file, beside it: in it are published files alone, unless nothing can be written beside."""
     writable = os.access(folder.parent, os.W_OK)
     return folder.with_name(f".{folder.name[:64]}.lock") if writable else folder / ".lock"
+
+
+@contextlib.contextmanager
+def _then_removing(files: Iterable[Path]) -> Iterator[None]:
+    """Removes files at the end, if all went well until then."""
+    yield
+    for file in files:
+        file.unlink(missing_ok=True)
