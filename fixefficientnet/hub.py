@@ -6,10 +6,12 @@ and progress bars work as its users know them. Imports no torch.
 
 import contextlib
 import errno
+import glob
 import hashlib
 import logging
 import os
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -38,6 +40,10 @@ from fixefficientnet.manifest import RELATIVE_FILE, Backbone
 T = TypeVar("T")
 PathLike = str | os.PathLike[str]
 ReadAndHash = Callable[[Path, bool], tuple[T, str]]
+_SURELY_KILLED = 3600
+"""Seconds after which a download that has written nothing more is none."""
+_CLOCKS_STEP = 2
+"""Seconds that the coarsest clock of a file system counts in."""
 
 _logger = logging.getLogger(__name__)
 
@@ -275,7 +281,9 @@ def _expected_sha256(file: HubFile, path: Path) -> str | None:
 
 def _download(file: HubFile, cache_dir: PathLike | None, *, afresh: bool = False) -> Path:
     try:
-        return _download_in_time(file, cache_dir, afresh)
+        path = _download_in_time(file, cache_dir, afresh)
+        _remove_incomplete(path)
+        return path
     except LocalEntryNotFoundError as error:
         raise DownloadError(_offline_hint(file, cache_dir, error.__cause__)) from error
     except GatedRepoError as error:
@@ -359,6 +367,15 @@ def _repository_folder(file: HubFile, cache_dir: PathLike | None) -> Path:
     return Path(cache_dir or constants.HF_HUB_CACHE).expanduser() / f"models--{file.repository.replace('/', '--')}"
 
 
+def _remove_incomplete(path: Path) -> None:
+    """Removes what killed downloads of a cached file left; newer releases of huggingface_hub leave one file each."""
+    blob = path.resolve()
+    with contextlib.suppress(OSError):
+        for left in blob.parent.glob(f"{glob.escape(blob.name)}.*incomplete"):
+            if time.time() - left.stat().st_mtime > _SURELY_KILLED:
+                left.unlink()
+
+
 def _delete(path: Path) -> None:
     """Removes a cached file: the blob and the snapshot's link to it."""
     path.resolve().unlink(missing_ok=True)
@@ -371,8 +388,10 @@ def _cached_sha256(path: Path, folder: Path) -> str:
     stat = real.stat()
     note = folder / ".fixefficientnet" / f"{real.name[:64]}-{stat.st_size}-{stat.st_mtime_ns}"
     with contextlib.suppress(OSError):
-        remembered = note.read_bytes()
-        if re.fullmatch(rb"[0-9a-f]{64}", remembered):
+        # where a clock counts whole seconds, the file may have changed in the same one after it was hashed
+        coarse = stat.st_mtime_ns % 1_000_000_000 == 0
+        settled = note.stat().st_mtime - max(stat.st_mtime, stat.st_ctime) >= _CLOCKS_STEP
+        if (settled or not coarse) and re.fullmatch(rb"[0-9a-f]{64}", remembered := note.read_bytes()):
             return remembered.decode()
     found = sha256_of(real)
     with contextlib.suppress(OSError):  # a read-only cache: hashed again next time

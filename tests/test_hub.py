@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,20 @@ def test_what_nothing_pins_is_held_against_the_hash_that_the_hub_told(tmp_path: 
     with pytest.raises(DownloadError, match=rf"was damaged and is deleted .*expected is {blob.name}"):
         load(hub.HubFile("o/r", "d.safetensors", COMMIT), tmp_path)
     assert not blob.exists() and not link.is_symlink()
+
+
+def test_what_killed_downloads_left_goes_when_it_is_surely_theirs(tmp_path: Path):
+    folder = tmp_path / "models--o--r"
+    for name in ("blobs", f"snapshots/{COMMIT}"):
+        (folder / name).mkdir(parents=True)
+    (folder / "blobs" / "abc").write_bytes(b"whole")
+    (folder / "snapshots" / COMMIT / "d.safetensors").symlink_to("../../blobs/abc")
+    for name, age in (("abc.1.incomplete", 4000), ("abc.2.incomplete", 60), ("abcd.3.incomplete", 4000)):
+        (folder / "blobs" / name).touch()
+        os.utime(folder / "blobs" / name, (time.time() - age,) * 2)
+    hub.fetch(hub.HubFile("o/r", "d.safetensors", COMMIT), tmp_path)
+    left = {path.name for path in (folder / "blobs").iterdir()}
+    assert left == {"abc", "abc.2.incomplete", "abcd.3.incomplete"}
 
 
 def test_closed_endpoint_says_so(tmp_path: Path):
