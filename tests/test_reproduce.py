@@ -921,6 +921,24 @@ def test_a_base_stage_that_was_stopped_leaves_the_same_bytes_and_its_train_size(
 
 
 @pytest.mark.newest
+def test_features_of_a_run_that_was_killed_after_its_report_go(ground: Ground, tmp_path: Path):
+    in_process(ground, tmp_path, {"method": "cached"})
+    left = tmp_path / "run" / "features" / "features-0" / "features.bin"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    in_process(ground, tmp_path, {"method": "cached"})
+    assert not (tmp_path / "run" / "features").exists()
+
+
+@pytest.mark.newest
+def test_a_folder_whose_name_is_not_utf_8_has_no_events(ground: Ground, tmp_path: Path):
+    folder = tmp_path / os.fsdecode(b"no \xff utf-8")
+    said = tiny.run(ground.fixres("--epochs", "1", out=folder), tmp_path / "said.txt")
+    assert "TensorBoard writes into no folder whose name is not UTF-8" in said
+    assert (folder / "run" / "log.jsonl").exists()
+
+
+@pytest.mark.newest
 def test_a_folder_that_cannot_be_written(ground: Ground, tmp_path: Path):
     (tmp_path / "file").write_text("")
     text = tiny.run(ground.fixres(out=tmp_path / "file"), tmp_path / "said.txt", status=1)

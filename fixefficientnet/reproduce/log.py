@@ -45,6 +45,11 @@ class Log:
             kept = [line for line in lines if line.endswith("\n") and json.loads(line).get("steps", 0) <= steps]
             self._kept = [json.loads(line) for line in kept[-2:]]
             write_atomically(self._file, "".join(kept).encode())
+        try:
+            str(self._events).encode()
+        except UnicodeEncodeError:
+            self.say(f"TensorBoard writes into no folder whose name is not UTF-8: {self._file} alone has the figures.")
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(self._events), purge_step=steps + 1)

@@ -195,7 +195,7 @@ def _run(job: Job, accelerator: Accelerator) -> Report:
             identity = inputs.identity(session.world)
             finished = session.on_main(lambda: _claim(session, job, identity))
             if finished is not None:
-                session.on_main(lambda: _draw_page(job.folder, finished, inputs.validation))
+                session.on_main(lambda: _complete(job.folder, finished, inputs.validation))
                 log.say(f"{job.folder} is finished already; --overwrite does it again.")
                 return finished
             with hours.counted(job.folder) if session.main else contextlib.nullcontext():
@@ -392,8 +392,12 @@ def _finish(
     return finished
 
 
-def _draw_page(folder: Path, finished: Report, validation: ImageDataset) -> None:
-    """Writes the page of a finished run where it is not there, from the evaluations that the run keeps."""
+def _complete(folder: Path, finished: Report, validation: ImageDataset) -> None:
+    """Removes what a finished run needs no more, as it may have been killed before it did.
+
+    Where its page is not there, it is written from the evaluations that the run keeps.
+    """
+    shutil.rmtree(folder / "features", ignore_errors=True)
     if (folder / report.PAGE).exists():
         return
     with contextlib.suppress(EvaluationError):  # these were deleted: the run is finished all the same
