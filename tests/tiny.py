@@ -19,6 +19,22 @@ CLASSES = ("apple", "brick", "cloud")
 NETWORK = ["--backbone", "test_efficientnet.r160_in1k"]
 REPRODUCE, FIXEFFICIENTNET = "fixefficientnet.reproduce.__main__", "fixefficientnet.cli"
 """Modules of the two commands."""
+PRELOADED = (
+    "torch",
+    "timm",
+    "accelerate",
+    "fixefficientnet.reproduce.run",
+    "fixefficientnet.evaluation.evaluate",
+    "fixefficientnet.cli",
+    "torch.utils.tensorboard",
+    "torchmetrics.classification",
+    "fixefficientnet.evaluation.figures",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_svg",
+    "scipy.stats",
+)
+"""What the commands import when they begin, or at their end."""
 
 
 def draw(path: Path, label: int, seed: int) -> None:
@@ -109,9 +125,7 @@ def _command(module: str, arguments: list[str], environment: dict[str, str], sai
 def start(arguments: list[str], said: Path, *, command: str = REPRODUCE, **environment: str) -> BaseProcess:
     """Starts a command in a process that has the imports done; its output goes to the file `said`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch", "timm", "accelerate", "fixefficientnet.reproduce.run", "fixefficientnet.evaluation.evaluate"]
-    )
+    context.set_forkserver_preload(list(PRELOADED))
     process = context.Process(target=_command, args=(command, arguments, environment, str(said)))
     with mock.patch.dict(os.environ):  # the first one starts a server, which must keep nothing of one test
         for name in ("FIXEFFICIENTNET_MANIFEST", "HF_TOKEN"):
@@ -140,7 +154,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start_two(arguments: list[str], said: Path, *, command: str = REPRODUCE) -> list[BaseProcess]:
+def start_two(arguments: list[str], said: Path, *, command: str = REPRODUCE, **environment: str) -> list[BaseProcess]:
     """Starts a command as two processes of one run, as torchrun does; each says what it says in its own file."""
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     return [
@@ -151,6 +165,7 @@ def start_two(arguments: list[str], said: Path, *, command: str = REPRODUCE) -> 
             RANK=str(rank),
             LOCAL_RANK=str(rank),
             **shared,
+            **environment,
         )
         for rank in range(2)
     ]

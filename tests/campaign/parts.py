@@ -1,5 +1,5 @@
 """The parts of the campaign; each module lists its trials."""
 
-from campaign import files, hub, load, waits
+from campaign import disks, files, hub, kills, load, waits
 
-PARTS = {"files": files, "hub": hub, "load": load, "waits": waits}
+PARTS = {"kills": kills, "disks": disks, "files": files, "hub": hub, "load": load, "waits": waits}
