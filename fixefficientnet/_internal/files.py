@@ -9,7 +9,6 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from fixefficientnet.errors import FixEfficientNetError
 
@@ -41,8 +40,8 @@ def beside(path: Path) -> Iterator[Path]:
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary name beside a target, which it becomes if all goes well; makes the folder if need be."""
 
-    def empty(**name: Any) -> str:
-        descriptor, made = tempfile.mkstemp(**name)
+    def empty(dir: Path, prefix: str, suffix: str) -> str:
+        descriptor, made = tempfile.mkstemp(suffix, prefix, dir)
         os.close(descriptor)
         return made
 
