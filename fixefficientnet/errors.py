@@ -3,11 +3,31 @@
 Each message says what is wrong, where, and what to do next; the command line prints it as it is.
 """
 
+import os
+import re
 import signal
+
+_SECRET = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY", re.IGNORECASE)
+"""What the names of variables have in them whose values nobody may see."""
+
+
+def redacted(text: str) -> str:
+    """A text without secrets: passwords in addresses, tokens of the Hub, values of variables such as HF_TOKEN."""
+    text = re.sub(r"(?<=://)[^\s/@]+@", "...@", text)
+    text = re.sub(
+        r"(?<=[?&])([\w-]*(?:token|signature|key|secret)[\w-]*)=[^\s&#'\"]+", r"\1=...", text, flags=re.IGNORECASE
+    )
+    text = re.sub(r"\bhf_[A-Za-z0-9]{8,}", "hf_...", text)
+    for value in [value for name, value in os.environ.items() if _SECRET.search(name) and len(value) > 7]:
+        text = text.replace(value, "...")
+    return text
 
 
 class FixEfficientNetError(Exception):
-    """Base of all errors of this package."""
+    """Base of all errors of this package; no message of theirs has a secret in it."""
+
+    def __str__(self) -> str:
+        return redacted(super().__str__())
 
 
 class OutdatedPackageError(FixEfficientNetError, ImportError):

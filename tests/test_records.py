@@ -13,6 +13,7 @@ import pytest
 
 from fixefficientnet._internal import records
 from fixefficientnet._internal.records import Rule
+from fixefficientnet.errors import OptionError
 
 pytestmark = pytest.mark.newest
 
@@ -175,3 +176,36 @@ def test_check_of_what_code_made():
         records.check(dataclasses.replace(record, place=Remote("")), WrongError)
     with pytest.raises(WrongError, match=r"^rate: must be"):
         records.check(dataclasses.replace(record, rate=2.0), WrongError)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": 1, "b": 2, "a": 1}', "the key 'a' stands there twice"),
+        ('{"a": NaN}', "NaN is no JSON"),
+        ('{"a": -Infinity}', "-Infinity is no JSON"),
+        ("[" * 65 + "]" * 65, "nested too deeply"),
+        ('{"a":' * 100_000, "nested too deeply"),
+        ("[1,]", "Illegal trailing comma|Expecting value"),
+    ],
+    ids=range(6),
+)
+def test_json_that_means_nothing_or_two_things_is_refused(text: str, said: str):
+    with pytest.raises(ValueError, match=said):
+        records.decode(text)
+
+
+def test_what_was_sealed_tells_of_changes(tmp_path: Path):
+    @dataclasses.dataclass(frozen=True)
+    class Told:
+        number: float
+        names: tuple[str, ...]
+
+    told = Told(0.1, ("\u00e9", "\udcff"))
+    document = records.decode(records.dumps_sealed(told))
+    assert records.read_sealed(Told, document, "f", OptionError) == told
+    with pytest.raises(OptionError, match=r"f was damaged or changed.*remove its key sha256"):
+        records.read_sealed(Told, document | {"number": 0.2}, "f", OptionError)
+    (tmp_path / "large").write_bytes(b" " * 20)
+    with pytest.raises(ValueError, match="more than 10 bytes"):
+        records.decode_file(tmp_path / "large", 10)

@@ -115,6 +115,33 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, text.encode("utf-8", "backslashreplace"))
 
 
+def append(path: Path, data: bytes) -> None:
+    """Appends to a file, which must not be a link: that may lead anywhere."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    with open(descriptor, "ab") as file:
+        file.write(data)
+
+
+def check_links(folder: Path, names: Iterable[str]) -> None:
+    """Refuses a folder in which a link leads out, where a command would write through it.
+
+    Args:
+        folder: The folder.
+        names: What the command writes in it: files, and folders with all that is in them.
+
+    Raises:
+        FixEfficientNetError: There is such a link.
+    """
+    inside = folder.resolve()
+    for name in names:
+        for path in (folder / name, *(folder / name).rglob("*")):
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                raise FixEfficientNetError(
+                    f"{path} is a link out of its folder, to {path.readlink()}, and would be written through. Remove "
+                    "it, or choose another --output."
+                )
+
+
 def remove_partial(folder: Path) -> None:
     """Removes what killed processes were writing in a folder and below; for one that nobody else writes in."""
     for path in folder.rglob(f".*{_SUFFIX}"):

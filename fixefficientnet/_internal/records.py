@@ -8,6 +8,7 @@ int, float, str, Path or Any, a Literal, a tuple, a Mapping from str, another re
 
 import dataclasses
 import functools
+import hashlib
 import inspect
 import json
 import math
@@ -20,6 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+LARGEST = 2**26
+"""Most bytes of a JSON file that is no list of images."""
+_DEEPEST = 64
+"""Most levels of JSON: what goes through it level by level must not meet Python's own limit."""
+
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 Error = type[Exception]
@@ -29,6 +35,7 @@ _DEFAULT_TEXTS = {bool: "true or false", int: "a whole number", float: "a number
 _NUMBERS = ("no items", "one", "two", "three", "four")
 LEFT_OUT_IF_NONE = types.MappingProxyType({"left out if None": True})
 """Metadata of a field that is not in the JSON where it is None: JSON from before there was one stays as it is."""
+_SHA256 = "sha256"
 _LONGEST = 100
 """Most characters of a wrong value that an error message repeats."""
 
@@ -74,6 +81,56 @@ Share = Annotated[float, Rule("a number in (0, 1]", above=0, most=1)]
 AboveZero = Annotated[float, Rule("a number above 0", above=0)]
 NotNegative = Annotated[float, Rule("a number of at least 0", least=0)]
 Fraction = Annotated[float, Rule("a number from 0 to 1", least=0, most=1)]
+
+
+def decode(text: str | bytes) -> Any:
+    """Decodes JSON, which must mean one thing only.
+
+    Raises:
+        ValueError: It is no JSON; an object has a key twice, of which readers take one or the other; it has NaN or
+            Infinity, which JSON has not; or it is nested too deeply.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level = [value]
+    for _ in range(_DEEPEST):
+        inner = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
+        level = [one for each in inner for one in each if isinstance(one, dict | list)]
+        if not level:
+            return value
+    raise ValueError("it is nested too deeply")
+
+
+def decode_file(path: Path, most: int = LARGEST) -> Any:
+    """Decodes a JSON file.
+
+    Args:
+        path: The file.
+        most: Most bytes that it may have.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: As `decode` raises; or it is larger.
+    """
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"it has more than {most:,} bytes")
+    return decode(data.decode())
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {_shown(next(key for key in found if keys.count(key) > 1))} stands there twice")
+    return found
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON")
 
 
 def read(cls: type[T], value: object, where: str, error: Error) -> T:
@@ -124,6 +181,31 @@ def to_json(value: Any) -> Any:
 def dumps(record: Any) -> bytes:
     """A record as the content of a JSON file."""
     return (json.dumps(to_json(record), indent=2) + "\n").encode()
+
+
+def dumps_sealed(record: Any) -> bytes:
+    """As `dumps`, with a sha256 over the rest, by which `read_sealed` tells that something was changed."""
+    return dumps({**to_json(record), _SHA256: _sha256(to_json(record))})
+
+
+def read_sealed(cls: type[T], value: object, where: str, error: Error) -> T:
+    """As `read`, of what `dumps_sealed` wrote; without its sha256, whoever wrote it vouches for it.
+
+    Raises:
+        error: As `read` raises; or it was changed.
+    """
+    if isinstance(value, dict) and _SHA256 in value:
+        value = dict(value)
+        if value.pop(_SHA256) != _sha256(value):
+            raise error(
+                f"{where} was damaged or changed after it was written. Get it again from where it was made; if it was "
+                f"changed on purpose, remove its key {_SHA256}"
+            )
+    return read(cls, value, where, error)
+
+
+def _sha256(document: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def values(record: Any) -> dict[str, Any]:
