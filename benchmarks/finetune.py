@@ -105,8 +105,8 @@ def ours(given: dict[str, Any]) -> dict[str, Any]:
     import torch
     import torch.utils.tensorboard  # before the clock starts
     from accelerate import Accelerator
-    from rich.console import Console
 
+    from fixefficientnet._internal.console import Console
     from fixefficientnet.data.dataset import open_dataset
     from fixefficientnet.reproduce import network, online
     from fixefficientnet.reproduce import recipe as recipes

@@ -151,8 +151,8 @@ def _loading(part: str, data: Path) -> Callable[[], Any]:
 def _tuning(part: str, data: Path, work: Path) -> Callable[[], Any]:
     """Statistics alone; features and a step of the classifier; or an epoch of it on features that are there."""
     from accelerate import Accelerator
-    from rich.console import Console
 
+    from fixefficientnet._internal.console import Console
     from fixefficientnet.data.dataset import open_dataset
     from fixefficientnet.reproduce import cached, network, recipe
     from fixefficientnet.reproduce.checkpoints import Checkpoints

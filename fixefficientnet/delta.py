@@ -305,7 +305,7 @@ def loads(data: bytes, *, source: str) -> Delta:
     try:
         tensors = safetensors.torch.load(data)
         # of bytes, safetensors gives tensors only
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        header = records.decode(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = header.get("__metadata__") or {}
     except (safetensors.SafetensorError, *_DAMAGED) as error:
         raise DeltaFormatError(f"{source} is no sound safetensors file (truncated or damaged): {error}") from error
@@ -342,8 +342,8 @@ def _read_metadata(metadata: Mapping[str, Any], source: str) -> _Metadata:
             "A full checkpoint does not go here."
         )
     try:
-        found = json.loads(metadata[FORMAT]) if FORMAT in metadata else {"format_version": 1}
-    except (ValueError, TypeError, RecursionError) as error:
+        found = records.decode(metadata[FORMAT]) if FORMAT in metadata else {"format_version": 1}
+    except (ValueError, TypeError) as error:
         raise DeltaFormatError(f"{source}: its metadata {FORMAT!r} is not JSON: {error}") from error
     version = found.get("format_version") if isinstance(found, dict) else None
     if isinstance(version, int) and version != FORMAT_VERSION:
@@ -365,7 +365,7 @@ def _described(record: Description) -> dict[str, Any]:
 
 def _sorted_json(value: Any) -> str:
     try:
-        as_read_again = json.loads(json.dumps(value, allow_nan=False))  # keys become text, by which they are sorted
+        as_read_again = records.decode(json.dumps(value))  # keys become text, by which they are sorted
         return json.dumps(as_read_again, sort_keys=True)
     except (TypeError, ValueError, RecursionError) as error:
         raise DeltaFormatError(f"The delta's recipe, measured and libraries must be JSON values: {error}") from error

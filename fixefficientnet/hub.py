@@ -377,8 +377,10 @@ def _remove_incomplete(path: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Removes a cached file: the blob and the snapshot's link to it."""
-    path.resolve().unlink(missing_ok=True)
+    """Removes a cached file: the blob and the snapshot's link to it; nothing that a link names elsewhere."""
+    blob, repository = path.resolve(), next(one for one in path.parents if one.name == "snapshots").parent
+    if blob.is_relative_to(repository.resolve()):
+        blob.unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 
 

@@ -10,7 +10,6 @@ published weights, or a run of one's own, without touching the package.
 import difflib
 import fnmatch
 import functools
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -375,8 +374,11 @@ def load() -> Mapping[str, Variant]:
     file = Path(overlay).expanduser().absolute()
     try:
         check_file(file)
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with file.open("rb") as opened:
+            text = opened.read(records.LARGEST + 1).decode()
+        if len(text) > records.LARGEST:
+            raise ValueError("it is too large")
+    except (OSError, ValueError) as error:
         raise ManifestError(
             f"{OVERLAY_VARIABLE} names {overlay!r}, which cannot be read ({error}). "
             "Give the path of a manifest, or the JSON itself, or unset the variable."
@@ -489,8 +491,8 @@ def _load_overlay(text: str, folder: Path, source: str) -> Mapping[str, Variant]
 
 def _decode(text: str, source: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return records.decode(text)
+    except ValueError as error:
         raise ManifestError(f"{source}: not JSON: {error}") from None
 
 

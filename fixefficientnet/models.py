@@ -13,8 +13,8 @@
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -23,13 +23,13 @@ import safetensors
 import timm
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
-from torch import nn
+from torch import Tensor, nn
 
 from fixefficientnet import classes, delta, hub, manifest, zoo
 from fixefficientnet._internal import checkpoint_file, input_size, records
 from fixefficientnet._internal.checkpoint_file import listed
 from fixefficientnet._internal.meta_device import without_weights
-from fixefficientnet._internal.records import AboveZero, Share
+from fixefficientnet._internal.records import LEFT_OUT_IF_NONE, AboveZero, Share
 from fixefficientnet.delta import Delta
 from fixefficientnet.errors import (
     CheckpointError,
@@ -38,7 +38,7 @@ from fixefficientnet.errors import (
     UnknownVariantError,
     WeightsNotPublishedError,
 )
-from fixefficientnet.manifest import INTERPOLATIONS, Interpolation, Pixels, TestTime, Triple, Variant
+from fixefficientnet.manifest import INTERPOLATIONS, Interpolation, Pixels, Sha256, TestTime, Triple, Variant
 from fixefficientnet.preprocessing import FastPreprocess, Preprocess
 
 _logger = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ class Description:
         classes: Names of the classes, by the network's index; empty if the dataset names none.
         upright: Whether training and evaluation turned images as their EXIF orientation says.
         part_of: Fingerprint of the folder whose automatic split was used; None where the splits had folders.
+        sha256: Over the description and the network's tensors, see `sealed`; None where it was not taken.
     """
 
     backbone: str
@@ -84,6 +85,13 @@ class Description:
     classes: tuple[str, ...]
     upright: bool = False
     part_of: str | None = None
+    sha256: Sha256 | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+
+    def sealed(self, tensors: Mapping[str, Tensor]) -> "Description":
+        """The same, with a sha256 over it and the network's tensors, so that no bit of them changes unnoticed."""
+        plain = records.read(Description, records.to_json(replace(self, sha256=None)), "", EvaluationError)  # 1 is 1.0
+        text = json.dumps(records.to_json(plain), sort_keys=True)
+        return replace(plain, sha256=hashlib.sha256(f"{text}\0{delta.fingerprint(tensors)}".encode()).hexdigest())
 
     @property
     def size(self) -> int:
@@ -108,9 +116,10 @@ class Description:
             return None
         where = f"{path}: its description in the metadata"
         try:
-            return records.read(cls, json.loads(text), where, EvaluationError)
-        except json.JSONDecodeError as error:
+            document = records.decode(text)
+        except ValueError as error:
             raise EvaluationError(f"{where} is not JSON: {error}") from error
+        return records.read(cls, document, where, EvaluationError)
 
     @classmethod
     def beside(cls, path: Path) -> "Description | None":
@@ -121,8 +130,8 @@ class Description:
         """
         file = path.parent / CONFIG
         try:
-            found = json.loads(file.read_text(encoding="utf-8")).get(DESCRIPTION)
-        except (OSError, ValueError, AttributeError, RecursionError):  # timm says what is wrong with it
+            found = records.decode_file(file).get(DESCRIPTION)
+        except (OSError, ValueError, AttributeError):  # timm says what is wrong with it
             return None
         return None if found is None else records.read(cls, found, f"{file}: {DESCRIPTION}", EvaluationError)
 
@@ -144,7 +153,7 @@ class Description:
             loaded.classes,
             loaded.upright,
             loaded.part_of,
-        )
+        ).sealed(loaded.network.state_dict())
 
     def dumps(self) -> str:
         """The description as JSON text, the value of `DESCRIPTION` in the file's metadata."""
@@ -437,6 +446,11 @@ def _of_its_own(path: Path) -> LoadedModel | None:
 
 def _of_description(described: Description, path: Path) -> LoadedModel:
     network = from_checkpoint(described.backbone.partition(".")[0], path, described.size)
+    if described.sha256 and described.sealed(network.state_dict()) != described:
+        raise CheckpointError(
+            f"{path} was damaged or changed after it was written: it has not the sha256 that its description records. "
+            "Get the file again from where it was made."
+        )
     return LoadedModel(
         name=str(path),
         network=network,
@@ -560,10 +574,16 @@ def from_checkpoint(architecture: str, path: Path, size: int | None = None) -> n
         _logger.info("%s: took %s", path, found.taken)
     tensors, name = found.tensors, delta.find_classifier(model)
     weight = tensors.get(f"{name}.weight")
-    if weight is None or weight.ndim == 0:
+    if weight is None or weight.ndim == 0 or weight.untyped_storage().nbytes() < weight.nbytes:
         raise CheckpointError(
             f"{path} has no {name}.weight, so it is no checkpoint of {architecture}. The names in it begin with "
             f"{listed(dict.fromkeys(key.partition('.')[0] for key in tensors))}."
+        )
+    usual = cast(Any, model.get_submodule(name)).weight.shape
+    if weight.shape[1:] != usual[1:]:  # before memory is taken for it
+        raise CheckpointError(
+            f"{path} is no checkpoint of {architecture}: its {name}.weight has the shape {list(weight.shape)}, the "
+            f"network's {['classes', *usual[1:]]}."
         )
     kwargs = input_size.arguments(architecture, size)
     model = timm.create_model(architecture, pretrained=False, num_classes=len(weight), **kwargs)

@@ -316,6 +316,8 @@ def open_image(image: ImageSource, *, upright: bool = False, srgb: bool = False)
             TIFF, JPEG 2000, AVIF, HEIC), of a kind that needs another package, or above Pillow's own limit of
             `PIL.Image.MAX_IMAGE_PIXELS` (89,478,485) pixels; raise that limit to allow more.
     """
+    if not isinstance(image, Image.Image | str | bytes | os.PathLike):
+        raise TypeError(f"An image is a PIL image, a path or an encoded file's bytes, not {type(image).__name__}.")
     try:
         opened = image if isinstance(image, Image.Image) else _open(image)
         limit = Image.MAX_IMAGE_PIXELS
@@ -331,10 +333,12 @@ def open_image(image: ImageSource, *, upright: bool = False, srgb: bool = False)
         raise ImageError(f"{_name(image)} is not an image, or of a kind that is not read: convert it to PNG.") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"{_name(image)} is too large: {error}") from None
-    except (ImageError, MemoryError, TypeError):
+    except ImageError:
         raise
+    except MemoryError:
+        raise ImageError(f"{_name(image)} takes more memory than there is.") from None
     except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error or type(error).__name__
         raise ImageError(f"{_name(image)} cannot be read: {reason}") from error
 
 
@@ -348,8 +352,6 @@ def orientation(image: Image.Image) -> int:
 
 
 def _open(image: str | os.PathLike[str] | bytes) -> Image.Image:
-    if not isinstance(image, str | bytes | os.PathLike):
-        raise TypeError(f"An image is a PIL image, a path or an encoded file's bytes, not {type(image).__name__}.")
     if not isinstance(image, bytes):
         check_file(image)
     try:

@@ -343,7 +343,7 @@ def with_metadata(tuned: delta.Delta, **change: object) -> bytes:
         ({"colour": "red"}, "metadata: has the unknown key colour"),
         ({"license": "mit"}, "was damaged or changed after it was written"),
         ({"recipe": {"lr": 0.2}}, "was damaged or changed after it was written"),
-        ({"measured": {"top1": float("nan")}}, "must be JSON values"),
+        ({"measured": {"top1": float("nan")}}, "is not JSON: NaN is no JSON"),
     ],
 )
 def test_other_metadata_is_refused(tuned: delta.Delta, tmp_path: Path, change: dict[str, Any], said: str):

@@ -21,7 +21,9 @@ from huggingface_hub import ModelCard, ModelCardData, constants
 
 import fixefficientnet
 from fixefficientnet import delta, manifest
+from fixefficientnet._internal import sealed
 from fixefficientnet.errors import PublishError
+from fixefficientnet.evaluation.journal import Journal
 from fixefficientnet.publishing import folder
 from fixefficientnet.publishing.index import Index
 from fixefficientnet.reproduce.report import Report
@@ -47,7 +49,18 @@ def rewrite(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Changes a JSON file in place."""
     values = json.loads(file.read_text())
     change(values)
+    values.pop("sha256", None)  # as whoever forges it would
     file.write_text(json.dumps(values))
+
+
+def write_journal(file: Path, lines: list[dict[str, Any]]) -> None:
+    """Writes lines with checksums that are right."""
+    rank = int(file.name.split(".")[-2])
+    file.unlink()
+    for line in lines:
+        Journal(file.with_name(file.name.removesuffix(f".{rank}.jsonl")), rank).note(
+            {key: value for key, value in line.items() if key != "crc32"}
+        )
 
 
 @dataclass
@@ -371,7 +384,7 @@ def journal_of_other_shape(run: Path) -> None:
     journal = run / "evaluations" / "tuned.0.jsonl"
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
     lines[0]["predictions"] = [row[:2] for row in lines[0]["predictions"]]
-    journal.write_text("\n".join(map(json.dumps, lines)))
+    write_journal(journal, lines)
 
 
 def better_journal(run: Path) -> None:
@@ -379,7 +392,7 @@ def better_journal(run: Path) -> None:
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
     for labels, predicted, *_ in lines[0]["predictions"]:
         predicted[0] = labels[0]
-    journal.write_text("\n".join(map(json.dumps, lines)))
+    write_journal(journal, lines)
 
 
 def better_report(run: Path) -> None:
@@ -451,7 +464,7 @@ def other_variant(run: Path) -> None:
 def change_probe(run: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = safetensors.torch.load((run / "probe.safetensors").read_bytes())
     change(tensors)
-    safetensors.torch.save_file(tensors, run / "probe.safetensors")
+    (run / "probe.safetensors").write_bytes(sealed.dumps(tensors, {}))  # as whoever forges it would
 
 
 def probe_of_other_logits(run: Path) -> None:

@@ -237,6 +237,7 @@ def _other_weights(run: Path) -> None:
 def _other_figures(run: Path) -> None:
     report = json.loads((run / "report.json").read_text())
     report["measured"]["tuned"]["loss"] += 1
+    del report["sha256"]  # as whoever forges it would
     (run / "report.json").write_text(json.dumps(report))
 
 

@@ -1,9 +1,9 @@
 """Read a checkpoint file as a state dict: safetensors memory-mapped, a legacy `.pth` without its code."""
 
 import contextlib
-import pickle
 import re
 import threading
+import zipfile
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fixefficientnet.errors import CheckpointError, MissingFileError
 
-_DAMAGED = (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError, KeyError)
 _AVERAGED = re.compile(r"(?:^|[._])ema(?:[._]|$)")
 """What the names of averaged weights have in them: state_dict_ema, model_ema."""
 _NESTED = 4
 """Depth to which weights are looked for in a checkpoint."""
 _COMPILED = "_orig_mod."
+_NO_CHECKPOINT = (
+    "no checkpoint, or a damaged one: it takes a safetensors file, or a .pth with a state dict in it (save "
+    "model.state_dict()); other pickled objects are never loaded."
+)
 _STAND_INS = threading.Lock()
 """What torch may find in pickles is the process's: another thread's end would take this one's away."""
 _COUNTER = ".num_batches_tracked"
@@ -54,7 +56,7 @@ def read(path: Path) -> dict[str, Tensor]:
     """
     try:
         tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except _DAMAGED as error:
+    except Exception as error:  # pickle, zip and safetensors raise a dozen kinds on damaged files
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
     return _plain(tensors, path)
 
@@ -77,9 +79,9 @@ def read_trained(path: Path, wanted: Collection[str]) -> TrainedWeights:
     """
     check_there(path)
     found = _read_inert(path)
-    entries = dict(_entries(found, ""))
+    entries = dict(_entries(found))
     if not entries:
-        there = f"; it has {listed(map(str, found))}" if isinstance(found, Mapping) and found else ""
+        there = f"; it has {listed(map(str, filter(_is_name, found)))}" if isinstance(found, Mapping) and found else ""
         raise CheckpointError(
             f"{path} holds no state dict (names to tensors){there}. Save model.state_dict(); pickled networks are "
             "never loaded."
@@ -120,6 +122,7 @@ def _read_inert(path: Path) -> Any:
     try:
         if _is_safetensors(path):
             return load_file(path)
+        _check_archive(path)
         unknown: list[str] = []
         with contextlib.suppress(Exception):  # of the format before 2020, and of what is no checkpoint
             unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -127,24 +130,47 @@ def _read_inert(path: Path) -> Any:
         stand_ins: list[Any] = [(_Value if name.startswith("numpy.") else _Mapping, name) for name in names]
         with _STAND_INS, torch.serialization.safe_globals(stand_ins):
             return torch.load(path, "cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # pickle, zip and safetensors raise a dozen kinds on damaged files
         if isinstance(error, OSError) and error.strerror:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-        raise CheckpointError(
-            f"{path} is no checkpoint, or a damaged one: it takes a safetensors file, or a .pth with a state dict in "
-            "it (save model.state_dict()); other pickled objects are never loaded."
-        ) from error
+        raise CheckpointError(f"{path} is {_NO_CHECKPOINT}") from error
 
 
-def _entries(found: Any, key: str, depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The state dicts in a checkpoint, outermost first, with their keys."""
-    if not isinstance(found, Mapping) or depth > _NESTED:
+def _check_archive(path: Path) -> None:
+    """Refuses an archive that grows when it is read (torch's are not compressed), or is damaged (torch never looks)."""
+    if not zipfile.is_zipfile(path):
         return
-    tensors = {str(name).replace(_COMPILED, ""): tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+    with zipfile.ZipFile(path) as archive:
+        if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+            raise CheckpointError(f"{path} is {_NO_CHECKPOINT}")
+        if damaged := archive.testzip():
+            raise CheckpointError(
+                f"{path} is damaged: {damaged} in it has another checksum than the one recorded. Get the file again "
+                "from where it was made."
+            )
+
+
+def _entries(
+    found: Any, key: str = "", depth: int = 0, seen: set[int] | None = None
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The state dicts in a checkpoint, outermost first, with their keys; each once, however often it is in it."""
+    seen = set() if seen is None else seen
+    if not isinstance(found, Mapping) or depth > _NESTED or id(found) in seen:
+        return
+    seen.add(id(found))
+    items = {str(name): value for name, value in found.items() if _is_name(name)}
+    tensors = {name.replace(_COMPILED, ""): value for name, value in items.items() if isinstance(value, Tensor)}
     if tensors:
         yield key, tensors
-    for name, value in found.items():
-        yield from _entries(value, f"{key}.{name}" if key else str(name), depth + 1)
+    for name, value in items.items():
+        yield from _entries(value, f"{key}.{name}" if key else name, depth + 1, seen)
+
+
+def _is_name(key: object) -> bool:
+    """Whether a key may be one on the way to weights; a pickle may have any as a key, also what no text holds."""
+    return isinstance(key, str) or (isinstance(key, int) and abs(key) < 2**63)
 
 
 def _prefixes(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> list[str]:
@@ -156,8 +182,8 @@ def _prefixes(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> list[st
 
 
 def _plain(found: object, path: Path) -> dict[str, Tensor]:
-    if not isinstance(found, Mapping) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-        there = f"; it has {listed(map(str, found))}" if isinstance(found, Mapping) else ""
+    if not isinstance(found, Mapping) or not all(_is_name(k) and isinstance(t, Tensor) for k, t in found.items()):
+        there = f"; it has {listed(map(str, filter(_is_name, found)))}" if isinstance(found, Mapping) else ""
         raise CheckpointError(f"{path} is not a plain state dict (names to tensors){there}.")
     return {str(name): tensor for name, tensor in found.items()}
 

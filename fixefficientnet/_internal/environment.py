@@ -19,6 +19,7 @@ from typing import Any
 from fixefficientnet._internal import processes, requirements
 from fixefficientnet._internal.afresh import last_words, run_afresh
 from fixefficientnet._version import __version__
+from fixefficientnet.errors import redacted
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _FOR_DEVELOPERS = ("benchmark", "test", "dev")
@@ -70,7 +71,7 @@ def look() -> Environment:
     """Looks at the machine; what is broken is told of, and is no error."""
     needed = {extra: requirements.packages(extra) for extra in requirements.extras() if extra not in _FOR_DEVELOPERS}
     releases = _releases({*requirements.packages(), *chain.from_iterable(needed.values())})
-    torch = _ask_torch()
+    torch = json.loads(redacted(json.dumps(_ask_torch())))
     return Environment(
         fixefficientnet=__version__,
         folder=_short(_PACKAGE),
@@ -177,5 +178,5 @@ def _shown(name: str, value: str) -> str:
         return "JSON"
     if name in ("HF_ENDPOINT", "FIXEFFICIENTNET_MANIFEST"):
         scheme, separator, rest = value.rpartition("://")
-        return _short(f"{scheme}{separator}{re.split('[?#]', rest.rpartition('@')[2])[0]}")
-    return value
+        value = _short(f"{scheme}{separator}{re.split('[?#]', rest.rpartition('@')[2])[0]}")
+    return redacted(value)

@@ -4,11 +4,13 @@
 """
 
 import contextlib
+import faulthandler
 import gc
 import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,7 +23,14 @@ from rich.markup import escape
 
 from fixefficientnet.cli.app import UsageError, app, err, show_what_can_be_shown
 from fixefficientnet.cli.suggestions import explain
-from fixefficientnet.errors import FixEfficientNetError, Interrupted, OptionError, RecipeError, UnknownVariantError
+from fixefficientnet.errors import (
+    FixEfficientNetError,
+    Interrupted,
+    OptionError,
+    RecipeError,
+    UnknownVariantError,
+    redacted,
+)
 
 # the modules add their commands, which stand in this order in --help
 # isort: off
@@ -47,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The command and its arguments; None: those of the process.
     """
     show_what_can_be_shown()
+    sys.excepthook = _without_secrets
+    _speak_of_fatal_signals()
     status = 0
     try:
         with _settings_of_the_process():
@@ -60,6 +71,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if status and processes.several():
         processes.leave(status)
     sys.exit(status)
+
+
+def _speak_of_fatal_signals() -> None:
+    """Lets Python say where a signal ends it: SIGBUS, for one, where a file shrinks that weights are mapped from."""
+    if not faulthandler.is_enabled() and sys.stderr is sys.__stderr__:
+        with contextlib.suppress(ValueError, OSError):  # a stderr that is no file
+            faulthandler.enable()
+
+
+def _without_secrets(*raised: Any) -> None:
+    """Shows the traceback of an error that nobody expected, as Python does, but for what is secret."""
+    sys.stderr.write(redacted("".join(traceback.format_exception(*raised))))
 
 
 _ALIKE = (CycloptsError, UsageError, OptionError, RecipeError, UnknownVariantError)
@@ -83,7 +106,7 @@ def _outcome(error: BaseException) -> tuple[int, str]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1, ""
         case OSError():
-            return 1, f"{error.filename or 'Writing'}: {error.strerror or str(error) or type(error).__name__}."
+            return 1, redacted(f"{error.filename or 'Writing'}: {error.strerror or error or type(error).__name__}.")
         case ModuleNotFoundError() if error.name in _EXTRAS:
             return 1, f"This needs {error.name}: pip install 'fixefficientnet[{_EXTRAS[error.name]}]'"
     raise error
@@ -120,7 +143,7 @@ class _Remarks(logging.Handler):
     """Shows what the package logs."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        err.print(escape(record.getMessage()), soft_wrap=True)
+        err.print(escape(redacted(record.getMessage())), soft_wrap=True)
 
 
 def _say(text: str) -> None:

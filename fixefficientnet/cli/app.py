@@ -11,12 +11,13 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 import cyclopts
 from cyclopts import Parameter
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from fixefficientnet._internal import processes
+from fixefficientnet._internal.console import Console
 from fixefficientnet._internal.files import write_atomically, write_text
+from fixefficientnet._internal.text import inert, inert_lines
 from fixefficientnet._version import __version__
 from fixefficientnet.errors import FixEfficientNetError
 
@@ -112,8 +113,8 @@ def show_what_can_be_shown() -> None:
 
 
 def print_text(text: str, end: str = "\n") -> None:
-    """Prints on stdout as it is."""
-    sys.stdout.write(text + end)
+    """Prints on stdout as it is, for programs; on a terminal, control characters as Python writes them."""
+    sys.stdout.write((inert_lines(text) if sys.stdout.isatty() else text) + end)
     sys.stdout.flush()
 
 
@@ -135,7 +136,7 @@ def print_table(
         title: Title of the table.
         to: The console.
     """
-    cells = [list(row) for row in rows]
+    cells = [[inert(cell) for cell in row] for row in rows]
     names = dict.fromkeys(row[0] for row in cells)
     unlimited = to.options.update(width=10_000)
     excess = to.measure(_table(columns, cells, title), options=unlimited).maximum - to.width

@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from rich.markup import escape
 
 from fixefficientnet import manifest
+from fixefficientnet._internal.text import inert
 from fixefficientnet.cli.app import (
     AsJson,
     Flags,
@@ -104,9 +105,9 @@ def predict(
     else:
         out.print(escape(_described(loaded)), soft_wrap=True)
         for one in predictions:
-            out.print(f"\n[bold]{escape(_shown(one.image))}[/]", soft_wrap=True)
+            out.print(f"\n[bold]{escape(inert(_shown(one.image)))}[/]", soft_wrap=True)
             for label in one.labels:
-                out.print(f"  {label.probability:6.1%}  {escape(label.name)}", no_wrap=True, overflow="ellipsis")
+                out.print(f"  {label.probability:6.1%}  {escape(inert(label.name))}", no_wrap=True, overflow="ellipsis")
     given.end()
 
 

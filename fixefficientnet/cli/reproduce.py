@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
-from rich.console import Console
 from rich.markup import escape
 
 from fixefficientnet import manifest
+from fixefficientnet._internal.console import Console
 from fixefficientnet.cli.app import Output, UsageError, app, flags, grid, made, print_table, whole_number
 from fixefficientnet.errors import RecipeError, RunError
 from fixefficientnet.options import PublishOptions

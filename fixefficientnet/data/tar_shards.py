@@ -5,18 +5,24 @@ where each image lies.
 """
 
 import io
-import json
 import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 
+from fixefficientnet._internal import records
 from fixefficientnet._internal.files import check_file
 from fixefficientnet.data.files import SUFFIXES
 from fixefficientnet.data.names import Names
 from fixefficientnet.errors import DataError
+
+_LARGEST = 2**24
+"""Most bytes of a file's name or label."""
+_CLASSES = 1_000_000
+"""Labels are below this: each class has a name in memory."""
 
 
 class TarShards:
@@ -46,7 +52,7 @@ class TarShards:
             for number, path in enumerate(self._files):
                 try:
                     yield self._index(number, path, rows)
-                except (OSError, tarfile.TarError, ValueError, OverflowError) as error:
+                except (OSError, tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
                     raise DataError(f"{path} cannot be read: {error}") from error
 
         self.names = Names(names())
@@ -71,28 +77,62 @@ class TarShards:
         images: dict[str, tarfile.TarInfo] = {}
         labels: dict[str, int] = {}
         check_file(path)
-        with tarfile.open(path, "r:") as tar:
+        with path.open("rb") as file, tarfile.open(fileobj=_Bounded(file), mode="r:") as tar:
             for member in tar:
                 folder, _, name = member.name.rpartition("/")
                 base, _, kind = name.partition(".")
                 key, suffix = f"{folder}/{base}", f".{kind.lower()}"
                 if not member.isfile():
                     continue
+                if member.issparse():
+                    raise ValueError(f"{member.name} is a sparse file, which has no place of its own in it")
                 if suffix in SUFFIXES:
+                    if key in images:
+                        raise ValueError(f"{key.strip('/')} has two images: {images[key].name} and {member.name}")
                     images[key] = member
-                elif suffix in (".cls", ".json") and (file := tar.extractfile(member)):
-                    text = file.read()
-                    record = json.loads(text) if suffix == ".json" else None
-                    if suffix == ".cls":
-                        labels[key] = int(text)
-                    elif isinstance(record, dict) and "label" in record:
-                        labels.setdefault(key, int(record["label"]))
+                elif suffix in (".cls", ".json") and (opened := tar.extractfile(member)):
+                    _label(member.name, suffix, opened.read(), labels, key)
                 tar.members.clear()  # type: ignore[attr-defined]  # else each header stays in memory
         if lacking := sorted(images.keys() ^ labels.keys()):
             raise ValueError(f"{lacking[0].strip('/')} has an image or a class, but not both")
         for key, member in images.items():
             rows.extend((number, member.offset_data, member.size, labels[key]))
         return [f"{path.name}/{member.name}" for member in images.values()]
+
+
+class _Bounded(io.RawIOBase):
+    """A file of which nobody reads much at a time: tarfile takes a header at its word, of gigabytes for a name."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+
+    def read(self, size: int = -1, /) -> bytes:
+        if not 0 <= size <= _LARGEST:
+            raise tarfile.ReadError(f"a name or a label in it has {size:,} bytes")
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+def _label(name: str, suffix: str, text: bytes, labels: dict[str, int], key: str) -> None:
+    """Notes the label that a member of a tar file tells; `.cls` goes before `.json`."""
+    if suffix == ".json":
+        record = records.decode(text)
+        if not (isinstance(record, dict) and "label" in record):
+            return
+        label = record["label"]
+    else:
+        label = int(text)
+    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < _CLASSES:
+        raise ValueError(f"{name} has the label {str(label)[:40]}, which must be a whole number from 0 on")
+    if suffix == ".cls":
+        labels[key] = label
+    else:
+        labels.setdefault(key, label)
 
 
 def _files(folder: Path, splits: Sequence[str]) -> list[Path]:
@@ -119,7 +159,6 @@ def _files(folder: Path, splits: Sequence[str]) -> list[Path]:
 
 
 def _splits(listing: Path) -> dict[str, dict[str, list[str]]]:
-    check_file(listing)
-    record = json.loads(listing.read_text(encoding="utf-8"))
+    record = records.decode_file(listing)
     splits: dict[str, dict[str, list[str]]] = record["splits"]
     return splits

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fixefficientnet import hub, manifest
+from fixefficientnet._internal.text import inert
 from fixefficientnet.demo import photo
 from fixefficientnet.demo.photo import Look, Sizes
 from fixefficientnet.errors import OptionError
-from fixefficientnet.evaluation.page import inert
 from fixefficientnet.evaluation.sweep import with_untuned
 from fixefficientnet.models import LoadedModel, load
 from fixefficientnet.preprocessing import ImageSource

@@ -12,11 +12,11 @@ import gradio as gr
 import pandas as pd
 from PIL import Image
 
+from fixefficientnet._internal.text import inert
 from fixefficientnet.demo import heat
 from fixefficientnet.demo.offer import Offer
 from fixefficientnet.demo.photo import Sizes
 from fixefficientnet.errors import FixEfficientNetError, ImageError
-from fixefficientnet.evaluation.page import inert
 from fixefficientnet.prediction import Label
 from fixefficientnet.preprocessing import open_image
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fixefficientnet import manifest
 from fixefficientnet._internal.files import write_atomically
+from fixefficientnet._internal.text import inert_lines
 from fixefficientnet.errors import EvaluationError
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ def panels(
     return figure, axes
 
 
+def _labels(axis: Any) -> "list[Any]":
+    return [*axis.get_ticklabels(which="both"), axis.get_offset_text()]
+
+
 def save(figure: "Figure", path: Path, data: object) -> None:
     """Writes a figure, deterministic but for matplotlib's version.
 
@@ -51,11 +56,16 @@ def save(figure: "Figure", path: Path, data: object) -> None:
     Raises:
         EvaluationError: Another ending, or the file cannot be written.
     """
-    import matplotlib
+    import matplotlib.text
 
     kind = path.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
         raise EvaluationError(f"{path}: a figure is a .png or a .svg.")
+    ticks = {id(text) for axes in figure.axes for text in (*_labels(axes.xaxis), *_labels(axes.yaxis))}
+    for text in figure.findobj(matplotlib.text.Text):
+        if id(text) not in ticks:  # names: a dollar in them begins no formula
+            text.set_parse_math(False)
+            text.set_text(inert_lines(text.get_text()))
     stream = io.BytesIO()
     more: dict[str, Any] = {"Date": None} if kind == "svg" else {}
     with matplotlib.rc_context({"svg.hashsalt": "fixefficientnet"}):

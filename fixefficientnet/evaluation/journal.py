@@ -1,18 +1,24 @@
 """Finished batches of an evaluation on disk, so that one that was killed continues.
 
 One JSON line per batch, appended when it is done; each process of a run has its own file. A line that a killed
-process left half written is passed over, and its batch evaluated again.
+process left half written, or that was changed since (its own checksum tells), is passed over, and its batch evaluated
+again.
 """
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fixefficientnet._internal.files import append
 from fixefficientnet.errors import EvaluationError
 from fixefficientnet.evaluation.outcome import Evaluation
 from fixefficientnet.evaluation.predictions import ImagePrediction, Predictions
+
+_CHECKSUM = "crc32"
+"""Key of a line's checksum, over the line without it."""
 
 
 @dataclass
@@ -126,9 +132,9 @@ class Journal:
         file = self.path.with_name(f"{self.path.name}.{self._rank}.jsonl")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("ab") as stream:
-                # where a killed process left half a line, this one must not become its other half
-                stream.write(b"\n" * (stream.tell() > 0) + json.dumps(values).encode())
+            # where a killed process left half a line, this one must not become its other half
+            begun = file.exists() and file.stat().st_size > 0
+            append(file, b"\n" * begun + _line(values))
         except OSError as error:
             raise EvaluationError(
                 f"{file} cannot be written: {error.strerror}. Once that is fixed, continue from the batches before."
@@ -145,17 +151,30 @@ def load(path: Path) -> Evaluation:
     notes = found.notes
     if not {"size", "crop_pct", "images"} <= notes.keys():
         raise EvaluationError(f"{path}.*.jsonl is no evaluation, or an unfinished one.")
-    return found.evaluation(notes["size"], notes["crop_pct"], notes["images"])
+    evaluation = found.evaluation(notes["size"], notes["crop_pct"], notes["images"])
+    if (lacking := len(evaluation.predictions) - evaluation.images - len(evaluation.unreadable)) > 0:
+        raise EvaluationError(
+            f"{path}.*.jsonl is damaged: it lacks {lacking:,} images. The command that made it, given again, evaluates "
+            "them."
+        )
+    return evaluation
+
+
+def _line(values: Mapping[str, Any]) -> bytes:
+    text = json.dumps(values)
+    return json.dumps({**values, _CHECKSUM: zlib.crc32(text.encode())}).encode()
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
     for line in file.read_bytes().splitlines():
         try:
             values = json.loads(line)
-        except ValueError:  # torn
+        except (ValueError, RecursionError):  # torn
             continue
         if isinstance(values, dict):
-            yield values
+            checksum = values.pop(_CHECKSUM, None)
+            if checksum == zlib.crc32(json.dumps(values).encode()):
+                yield values
 
 
 def _prediction(row: list[Any]) -> ImagePrediction:

@@ -3,7 +3,6 @@
 import base64
 import io
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from fixefficientnet._internal.text import inert
 from fixefficientnet.classes import IMAGENET, imagenet_order, labels
 from fixefficientnet.data.dataset import ImageDataset
 from fixefficientnet.errors import ImageError
@@ -148,18 +148,6 @@ def render(page: Page) -> bytes:
         listed=LISTED,
     )
     return html.encode()
-
-
-def inert(value: Any) -> Any:
-    """Text that a page can hold: half of a surrogate pair and control characters become what Python writes for them."""
-    if not isinstance(value, str) or hasattr(value, "__html__"):
-        return value
-    valid = value.encode("utf-8", "backslashreplace").decode()
-    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), valid)
-
-
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""Control characters, and those that turn the direction of the text around them."""
 
 
 class _Names:

@@ -11,6 +11,7 @@ from typing import Any
 
 from timm.data import ImageNetInfo
 
+from fixefficientnet._internal.text import markdown
 from fixefficientnet.classes import imagenet_order
 from fixefficientnet.evaluation.evaluate import Measured
 from fixefficientnet.evaluation.statistics import Comparison
@@ -117,12 +118,23 @@ def comparison(first: Measured, second: Measured, found: Comparison) -> dict[str
 
 def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
     """Rows that have the same keys, as CSV with a header."""
-    stream, rows = io.StringIO(), iter(rows)
+    stream, rows = _Lines(), iter(rows)
     first = next(rows, {})
-    writer = csv.DictWriter(stream, fieldnames=list(first), lineterminator="\n")
+    writer = csv.DictWriter(stream, fieldnames=list(first))
     writer.writeheader()
     writer.writerows(chain([first] if first else [], rows))
-    return stream.getvalue()
+    return "".join(stream.lines)
+
+
+class _Lines:
+    r"""Lines of CSV that end in \n, of a writer to which \r too ends one: else it would not quote it in a name."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def write(self, line: str) -> int:
+        self.lines.append(f"{line[:-2]}\n")
+        return len(line)
 
 
 def as_json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -134,9 +146,7 @@ def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows that have the same keys, as a table in Markdown; shares with three digits."""
 
     def cell(value: Any) -> str:
-        text = "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-        text = " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
-        return text.replace("<", "&lt;")
+        return "" if value is None else f"{value:.3f}" if isinstance(value, float) else markdown(value)
 
     keys = list(rows[0]) if rows else []
     lines = [keys, ["---"] * len(keys), *([cell(row[key]) for key in keys] for row in rows)]

@@ -5,14 +5,17 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment
 
 from fixefficientnet import manifest
 from fixefficientnet._internal import records
+from fixefficientnet._internal.text import code, inert, markdown
 from fixefficientnet.evaluation.outcome import Summary
 from fixefficientnet.evaluation.paper import IMAGENET_NAME
 from fixefficientnet.models import LoadedModel
 from fixefficientnet.publishing import manifest_rows
 from fixefficientnet.publishing.index import Index, PublishedModel
+from fixefficientnet.reproduce.recipe import Recipe
 from fixefficientnet.reproduce.report import TITLES, Report
 
 FILENAME = "README.md"
@@ -40,7 +43,9 @@ def render(repository: str, index: Index) -> bytes:
         first=first,
         timm_name=known.timm_name if known else f"{manifest.PREFIX}_{first}",
         not_comparable=[key for key, model in index.models.items() if model.paper and not model.comparable],
-        recipes={key: manifest_rows.dumps(records.to_json(model.recipe)) for key, model in index.models.items()},
+        recipes={
+            key: _escaped(manifest_rows.dumps(records.to_json(model.recipe))) for key, model in index.models.items()
+        },
         licenses=licenses,
         citation=_citation(),
     )
@@ -105,16 +110,29 @@ def render_model(repository: str, loaded: LoadedModel, license: str, report: Rep
         titles=TITLES,
         dataset=dataset,
         # JSON with an indent: no name of a class begins a line, so none ends the block
-        classes=json.dumps(loaded.own_classes, indent=1, ensure_ascii=False) if loaded.own_classes else "",
-        recipe=manifest_rows.dumps(records.to_json(report.recipe)) if report else "",
+        classes=_escaped(json.dumps(loaded.own_classes, indent=1, ensure_ascii=False)) if loaded.own_classes else "",
+        recipe=_recipe(report.recipe) if report else "",
     )
 
 
 def _filled(template: str, data: ModelCardData, **values: Any) -> bytes:
     """A template of this folder, filled."""
     text = Path(__file__).with_name(template).read_text(encoding="utf-8")
-    card = ModelCard.from_template(data, template_str=text, **values)
+    for name, value in vars(data).items():  # YAML has all letters as they are
+        setattr(data, name, [*map(inert, value)] if isinstance(value, list) else inert(value))
+    environment = Environment()  # noqa: S701 - the template says what escapes each value, in Markdown
+    environment.filters |= {"md": markdown, "code": code}
+    card = ModelCard(environment.from_string(text).render(card_data=data.to_yaml(), **values))
     return f"{str(card).rstrip()}\n".encode("utf-8", "replace")
+
+
+def _recipe(recipe: Recipe) -> str:
+    return _escaped(manifest_rows.dumps(records.to_json(recipe)))
+
+
+def _escaped(text: str) -> str:
+    """JSON in lines, in which what would change the text around it is escaped, as JSON does."""
+    return "".join(one if one == "\n" or inert(one) == one else json.dumps(one)[1:-1] for one in text)
 
 
 def _citation() -> str:
@@ -174,7 +192,7 @@ def _accuracies(row: Summary, dataset: str, where: str) -> list[EvalResult]:
         EvalResult(
             task_type="image-classification",
             dataset_type=IMAGENET_DATASET if dataset.startswith(IMAGENET_NAME) else "other",
-            dataset_name=dataset,
+            dataset_name=inert(dataset),
             metric_type="accuracy",
             metric_name=f"{metric} {where}",
             metric_value=round(accuracy / 100, 5),

@@ -3,7 +3,6 @@
 A version is vX.Y: Y counts publications that add models, X those that replace weights.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated
@@ -105,10 +104,10 @@ class Index:
             PublishError: It is no such file; names the field at fault.
         """
         try:
-            index = records.read(cls, json.loads(data), source, PublishError)
+            index = records.read_sealed(cls, records.decode(data), source, PublishError)
             if incomplete := [key for key, model in index.models.items() if "tuned" not in model.measured]:
                 raise PublishError(f"{source}.models.{incomplete[0]}.measured: lacks the key tuned")
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise PublishError(
                 f"{source} is damaged, or of another release of fixefficientnet ({error}). Nothing was published."
             ) from error
@@ -116,7 +115,7 @@ class Index:
 
     def dump(self) -> bytes:
         """The content of models.json."""
-        return records.dumps(self)
+        return records.dumps_sealed(self)
 
     @classmethod
     def following(cls, index: "Index | None", models: Mapping[str, PublishedModel], *, replaced: bool) -> "Index":

@@ -7,7 +7,7 @@ from typing import Any
 
 from fixefficientnet import manifest
 from fixefficientnet._internal import records
-from fixefficientnet._internal.files import check_file, write_atomically
+from fixefficientnet._internal.files import write_atomically
 from fixefficientnet._internal.waiting import locked
 from fixefficientnet.errors import ManifestError, PublishError
 from fixefficientnet.manifest import LocalWeights, Measured, Weights
@@ -81,11 +81,10 @@ def read(path: Path) -> Mapping[str, Any]:
         ManifestError: The file cannot be read, or is no manifest.
     """
     try:
-        check_file(path)
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = records.decode_file(path)
     except FileNotFoundError:
         return NEW
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ManifestError(
             f"{path} cannot be read as a manifest: {error}. Choose another file: --manifest."
         ) from error

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from fixefficientnet._internal import records, sealed
 from fixefficientnet._internal.files import write_atomically
 from fixefficientnet.errors import CheckpointError, RunError
 from fixefficientnet.reproduce.network import Best, TrainingState
@@ -110,7 +110,7 @@ class Checkpoints:
         if self.path.exists():
             write_atomically(self._previous, self.path.read_bytes())
         self._unconfirmed = True
-        write_atomically(self.path, safetensors.torch.save(tensors, metadata))
+        write_atomically(self.path, sealed.dumps(tensors, metadata))
         self._saved, self._at = time.monotonic(), replace(position)
 
     def confirm(self) -> None:
@@ -150,14 +150,12 @@ class Checkpoints:
         if not self.path.exists():
             return Position()
         try:
-            with safetensors.safe_open(self.path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors, metadata = sealed.load(self.path)
             position = Position(*json.loads(metadata["position"]))
             saved_scaler = json.loads(metadata["scaler"])
             unreadable, unturned = json.loads(metadata["unreadable"]), json.loads(metadata["unturned"])
             epoch, top1 = json.loads(metadata.get("best", "[0, -1]"))
-        except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{self.path} is damaged ({error}). Delete it to start anew.") from error
         saved = {
             prefix: {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
@@ -187,9 +185,9 @@ class Checkpoints:
             return None
         try:
             with safetensors.safe_open(self.path, "pt") as file:
-                identity: Mapping[str, Any] = json.loads((file.metadata() or {})["identity"])
+                identity: Mapping[str, Any] = records.decode((file.metadata() or {})["identity"])
                 return identity
-        except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+        except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{self.path} is damaged ({error}). Delete it to start anew.") from error
 
 

@@ -1,6 +1,5 @@
 """The files of a run's folder, and what tells a run from every other one."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,10 +62,10 @@ class Identity:
             CheckpointError: The file is damaged, or of another release.
         """
         try:
-            document = json.loads(file.read_text(encoding="utf-8"))
+            document = records.decode_file(file)
         except FileNotFoundError:
             raise MissingFileError(f"{file}: there is no such file.") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{file} is damaged ({error}). Delete it, or start anew with --overwrite.") from error
         return cls.of(document, file)
 
@@ -74,13 +73,13 @@ class Identity:
     def of(cls, document: object, file: Path) -> "Identity":
         """Makes an identity of decoded JSON; see `load`."""
         try:
-            return records.read(cls, document, str(file), CheckpointError)
+            return records.read_sealed(cls, document, str(file), CheckpointError)
         except CheckpointError as error:
             raise CheckpointError(f"{error}. Delete the file, or start anew with --overwrite.") from None
 
     def dump(self, file: Path) -> None:
         """Writes recipe.json."""
-        write_atomically(file, records.dumps(self))
+        write_atomically(file, records.dumps_sealed(self))
 
     def differences(self, other: "Identity") -> list[str]:
         """Where two runs differ, for people."""

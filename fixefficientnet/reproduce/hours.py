@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from fixefficientnet._internal import records
 from fixefficientnet._internal.files import write_atomically
 
 FILENAME = "hours.json"
@@ -14,7 +15,7 @@ FILENAME = "hours.json"
 def read(folder: Path) -> float | None:
     """Hours that the run of a folder has taken; None where it does not tell."""
     try:
-        return float(json.loads((folder / FILENAME).read_text(encoding="utf-8"))["hours"])
+        return float(records.decode_file(folder / FILENAME)["hours"])
     except (OSError, ValueError, TypeError, LookupError):
         return None
 

@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 
-from fixefficientnet._internal.files import write_atomically
+from fixefficientnet._internal.console import Console
+from fixefficientnet._internal.files import append, write_atomically
 from fixefficientnet._internal.progress import Bar, bar
 
 
@@ -41,10 +41,9 @@ class Log:
         if not self.enabled:
             return
         if self._file.exists():
-            lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line).get("steps", 0) <= steps]
-            self._kept = [json.loads(line) for line in kept[-2:]]
-            write_atomically(self._file, "".join(kept).encode())
+            kept = [line for line in self.lines() if line["steps"] <= steps]
+            self._kept = kept[-2:]
+            write_atomically(self._file, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
         try:
             str(self._events).encode()
         except UnicodeEncodeError:
@@ -58,17 +57,16 @@ class Log:
         """One line of log.jsonl, and the same as TensorBoard scalars."""
         if not self.enabled:
             return
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"steps": steps, **values}) + "\n")
+        append(self._file, f"{json.dumps({'steps': steps, **values})}\n".encode())
         for name, value in values.items():
             if self._writer and isinstance(value, float) and math.isfinite(value):
                 self._writer.add_scalar(name, value, steps)
 
     def lines(self) -> list[dict[str, Any]]:
-        """log.jsonl so far."""
+        """log.jsonl so far; without lines that are torn or damaged."""
         if not self._file.exists():
             return []
-        return [json.loads(line) for line in self._file.read_text(encoding="utf-8").splitlines()]
+        return [found for line in self._file.read_bytes().splitlines(keepends=True) if (found := _read(line))]
 
     def has(self, steps: int, key: str) -> bool:
         """Whether an earlier process logged the key at these steps, the last before this one continues."""
@@ -83,3 +81,14 @@ class Log:
     def bar(self, title: str, total: int) -> AbstractContextManager[Bar]:
         """Shows a pass over `total` images."""
         return bar(title, total, self.console, self.say)
+
+
+def _read(line: bytes) -> dict[str, Any] | None:
+    """What a line tells; None for one that a killed process left half written, or that is damaged."""
+    try:
+        found = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or not isinstance(found.get("steps"), int):
+        return None
+    return found if all(isinstance(value, int | float | None) for value in found.values()) else None

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from fixefficientnet._internal import sealed
 from fixefficientnet._internal.files import write_atomically
 from fixefficientnet.errors import CheckpointError
 from fixefficientnet.manifest import TestTime
@@ -76,7 +75,7 @@ def logits(model: nn.Module, images: Tensor, test: TestTime) -> Tensor:
 
 def save(probe: Probe, path: Path) -> None:
     """Writes a probe."""
-    write_atomically(path, safetensors.torch.save({name: getattr(probe, name) for name in _DTYPES}))
+    write_atomically(path, sealed.dumps({name: getattr(probe, name).contiguous() for name in _DTYPES}, {}))
 
 
 def load(path: Path) -> Probe:
@@ -86,9 +85,9 @@ def load(path: Path) -> Probe:
         CheckpointError: It is damaged, or none.
     """
     try:
-        tensors = safetensors.torch.load(path.read_bytes())
+        tensors, _ = sealed.load(path)
         probe = Probe(**{name: tensors[name] for name in _DTYPES})
-    except (safetensors.SafetensorError, OSError, KeyError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
     sound = all(getattr(probe, name).dtype == dtype for name, dtype in _DTYPES.items())
     shapes = probe.images.shape[:1], probe.logits.shape[:1], probe.labels.shape

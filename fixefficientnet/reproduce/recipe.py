@@ -287,7 +287,15 @@ def differences(one: Recipe, other: Recipe) -> list[str]:
 
 def _table() -> dict[str, dict[str, Any]]:
     path = manifest.packaged_path().with_name("recipes.toml")
-    return tomllib.loads(path.read_text(encoding="utf-8"))
+    try:
+        found: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{path} is damaged, which the package brings: {error}. Install it again.") from error
+    for name, section in found.items():
+        rows = section.get("variants", {}) if isinstance(section, dict) else None
+        if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
+            raise RecipeError(f"{path} is damaged, which the package brings: {name} is no table. Install it again.")
+    return found
 
 
 def _timm_cfg(name: str) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fixefficientnet._internal import records
-from fixefficientnet._internal.files import check_file, write_atomically, write_text
+from fixefficientnet._internal.files import write_atomically, write_text
 from fixefficientnet._internal.records import LEFT_OUT_IF_NONE, Count, Percent, Positive
+from fixefficientnet._internal.text import markdown
 from fixefficientnet.data.dataset import ImageDataset
 from fixefficientnet.errors import MissingFileError, RunError
 from fixefficientnet.evaluation import figures, page
@@ -29,6 +30,8 @@ TITLES = {
 """The evaluations of a run, in order, and what they are called."""
 UNTUNED = ("base", "base_at_test")
 """The evaluations of a run before FixRes."""
+_LARGEST = 2**30
+"""Most bytes of a report, which may list each of a million images."""
 SIGNIFICANT = 0.05
 """Above this p-value, a difference is called no gain."""
 
@@ -234,20 +237,19 @@ class Report:
         """
         file = path / FILENAME if path.is_dir() else path
         try:
-            check_file(file)
-            document = json.loads(file.read_text(encoding="utf-8"))
+            document = records.decode_file(file, _LARGEST)
         except FileNotFoundError:
             raise MissingFileError(
                 f"{path} has no {FILENAME}: it is no finished run. The command that began it continues it."
             ) from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise RunError(f"{file} cannot be read as the report of a run: {error}.") from error
-        return records.read(cls, document, str(file), RunError)
+        return records.read_sealed(cls, document, str(file), RunError)
 
     def dump(self, folder: Path) -> None:
         """Writes report.md, then report.json, whose presence says that the run is complete."""
         write_text(folder / TEXT, as_markdown(self))
-        write_atomically(folder / FILENAME, records.dumps(self))
+        write_atomically(folder / FILENAME, records.dumps_sealed(self))
 
     @property
     def title(self) -> str:
@@ -296,7 +298,7 @@ def results(paths: Iterable[Path]) -> list[Result]:
 def as_markdown(report: Report) -> str:
     """The report as a page."""
     recipe = report.recipe
-    lines = [f"# {report.title}", ""]
+    lines = [f"# {markdown(report.title)}", ""]
     lines += ["| | size | top-1 | 95% interval | top-5 | loss | images |", "|---|---|---|---|---|---|---|"]
     for name, row in report.measured.items():
         lines.append(
@@ -315,15 +317,15 @@ def as_markdown(report: Report) -> str:
         lines += ["", "The paper has no figures for this network."]
     if report.unreadable:
         lines += ["", f"Unreadable images: {len(report.unreadable)}, left out:"]
-        lines += [f"- {reason}" for reason in report.unreadable[:20]]
+        lines += [f"- {markdown(reason)}" for reason in report.unreadable[:20]]
     if report.unturned:
         lines += ["", f"Images with an EXIF orientation: {len(report.unturned)}, not turned (`--upright` turns them):"]
-        lines += [f"- {name}" for name in report.unturned[:20]]
+        lines += [f"- {markdown(name)}" for name in report.unturned[:20]]
     if report.excluded:
         lines += ["", f"Images that were excluded (`--exclude`): {report.excluded:,}."]
     if report.left_out:
         lines += ["", f"Files that were left out by the endings of their names: {len(report.left_out):,}:"]
-        lines += [f"- {name}" for name in report.left_out[:20]]
+        lines += [f"- {markdown(name)}" for name in report.left_out[:20]]
     lines += [
         "",
         f"Forward passes through the backbone: {report.forwards:,} images "

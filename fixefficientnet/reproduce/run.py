@@ -455,7 +455,7 @@ def _save_network(path: Path, weights: Mapping[str, torch.Tensor], finished: Rep
         bool(recipe.upright),
         part_of,
     )
-    metadata = {DESCRIPTION: described.dumps()}
+    metadata = {DESCRIPTION: described.sealed(tensors).dumps()}
     written = safetensors.torch.save(tensors, metadata)
     write_atomically(path, written)
     return hashlib.sha256(written).hexdigest()

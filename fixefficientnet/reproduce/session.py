@@ -16,8 +16,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub.utils import WeakFileLock
 
-from fixefficientnet._internal.files import remove_partial, why_no_lock, write_atomically
+from fixefficientnet._internal.files import check_links, remove_partial, why_no_lock, write_atomically
 from fixefficientnet.errors import DataError, FixEfficientNetError, Interrupted, RunError
+from fixefficientnet.reproduce.folder import OURS
 from fixefficientnet.reproduce.log import Log
 
 T = TypeVar("T")
@@ -213,6 +214,7 @@ class Session:
 
         def take(stack: contextlib.ExitStack) -> str:
             folder.mkdir(parents=True, exist_ok=True)
+            check_links(folder, [*OURS, ".lock", ".owner"])
             try:
                 # loading processes share the lock, and end a moment after a parent that was killed
                 stack.enter_context(WeakFileLock(folder / ".lock", timeout=_LOCK_SECONDS))

@@ -4,7 +4,6 @@ A killed run continues with the next shard. How many processes share the shards 
 """
 
 import contextlib
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -14,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
+from fixefficientnet._internal import sealed
 from fixefficientnet._internal.files import write_atomically
 from fixefficientnet.data.loading import Batch, Transform, load_batches, shard_tasks
 from fixefficientnet.errors import Interrupted, RunError
@@ -110,9 +109,8 @@ class ShardPass:
             advance(len(batch.targets) + len(batch.unreadable))
         self.flush()
         shard = shard or {_EMPTY: torch.zeros(0)}
-        metadata = {"digest": _digest(shard, self.rows(number))}
-        metadata |= {"unreadable": json.dumps(unreadable), "unturned": json.dumps(unturned)}
-        write_atomically(path, safetensors.torch.save(shard, metadata))
+        metadata = {"unreadable": json.dumps(unreadable), "unturned": json.dumps(unturned)}
+        write_atomically(path, sealed.dumps(shard, metadata, self.rows(number)))
 
     def _check(self, paths: list[Path]) -> None:
         for number, path in enumerate(paths):
@@ -122,10 +120,8 @@ class ShardPass:
     def _read(self, path: Path, number: int) -> Shard | None:
         """The tensors of a shard; None if it is not there, not whole, or not what was saved."""
         try:
-            with safetensors.safe_open(path, "pt") as file:
-                shard = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return shard if (file.metadata() or {}).get("digest") == _digest(shard, self.rows(number)) else None
-        except (safetensors.SafetensorError, OSError):
+            return sealed.load(path, self.rows(number))[0]
+        except (OSError, ValueError):
             return None
 
     def _load(self, path: Path) -> Shard:
@@ -137,13 +133,6 @@ class ShardPass:
         with self.session.alike():
             self.session.count_unreadable(self.dataset.name, reasons, self._total)
         return shard
-
-
-def _digest(shard: Shard, rows: Any) -> str:
-    """sha256 of the tensors of a shard and of its rows in the feature file."""
-    digest = hashlib.sha256(safetensors.torch.save(shard))
-    digest.update(rows)
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -21,9 +21,10 @@ from huggingface_hub import cached_assets_path, constants
 from torch import Tensor
 
 from fixefficientnet._internal import compat, processes, requirements
-from fixefficientnet._internal.files import remove_partial
+from fixefficientnet._internal.files import remove_partial, write_atomically
 from fixefficientnet._internal.waiting import locked
 from fixefficientnet.errors import ExportError
+from fixefficientnet.hub import sha256_of
 from fixefficientnet.manifest import TestTime
 from fixefficientnet.options import ENGINES, EXPORTED
 from fixefficientnet.runtimes import formats
@@ -99,7 +100,7 @@ def exported(loaded: "LoadedModel", test: TestTime, engine: str, on_message: OnM
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     folder = _folder(digest, on_message)
     path = folder / f"model-{test.size}{formats.SUFFIXES[engine]}"
-    if not path.is_file():
+    if not _is_whole(path):
         from fixefficientnet.runtimes import exporting
 
         with contextlib.ExitStack() as stack:
@@ -108,11 +109,35 @@ def exported(loaded: "LoadedModel", test: TestTime, engine: str, on_message: OnM
             except OSError as error:
                 raise ExportError(f"{error}. End that process, or set HF_ASSETS_CACHE to another place.") from error
             remove_partial(folder)
-            if not path.is_file():
+            if not _is_whole(path):
                 if on_message:
                     on_message(f"{loaded.name}: exporting for {engine} at {test.size} pixels; kept for the next time")
+                _sum_of(path).unlink(missing_ok=True)
                 exporting.export(replace(loaded, test=test), path)
+                write_atomically(_sum_of(path), _sha256(path).encode())
     return path
+
+
+def _sum_of(path: Path) -> Path:
+    """The file with the hash of an exported file."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an exported file is kept, and is what was exported: runtimes compute with damaged weights as with any."""
+    try:
+        return _sum_of(path).read_text(encoding="ascii") == _sha256(path)
+    except (OSError, ValueError):
+        return False
+
+
+def _sha256(path: Path) -> str:
+    """sha256 of an exported file and of what belongs to it."""
+    digest = hashlib.sha256()
+    for file in (path, path.with_suffix(".bin")):  # OpenVINO's weights
+        if file.is_file():
+            digest.update(bytes.fromhex(sha256_of(file)))
+    return digest.hexdigest()
 
 
 def _folder(digest: str, on_message: OnMessage | None) -> Path:

@@ -27,6 +27,7 @@ from fixefficientnet._internal import compat, requirements, waiting
 from fixefficientnet._internal.afresh import last_words, run_afresh
 from fixefficientnet._internal.files import beside
 from fixefficientnet._internal.modes import in_eval_mode
+from fixefficientnet._internal.text import inert
 from fixefficientnet.data.dataset import ImageDataset
 from fixefficientnet.errors import ExportError, FixEfficientNetError
 from fixefficientnet.manifest import TestTime
@@ -172,7 +173,7 @@ def export(
         if refusal := _refusal(agreement, accuracy, options, output):
             raise ExportError(f"{refusal} {path} was not written.")
         names = [name for _, name in loaded.labels]
-        files(draft)[-1].write_text("\n".join(names) + "\n", encoding="utf-8")
+        files(draft)[-1].write_text("\n".join(map(inert, names)) + "\n", encoding="utf-8")
         path.unlink(missing_ok=True)  # an older one must not meet the new weights
         for file in reversed(files(draft)):  # the model last: where it is, what belongs to it is there
             file.chmod(0o644)
