@@ -100,7 +100,7 @@ def outcome_of(action: Callable[[], object], is_right: Callable[[object], bool] 
         said = str(error)
         return Finding(Outcome.REFUSED if said.strip() else Outcome.CRASHED, said or f"{type(error)} without a word")
     except Exception:
-        return Finding(Outcome.CRASHED, traceback.format_exc())
+        return Finding(Outcome.CRASHED, traceback.format_exc(limit=-8))
     return Finding(Outcome.SURVIVED) if is_right(found) else Finding(Outcome.SILENT, repr(found)[:300])
 
 
@@ -131,7 +131,7 @@ def _attempt(trial: Trial, attempt: Attempt, number: int, seed: int, folder: Pat
         try:
             finding = attempt(random.Random(f"{seed} {trial.name} {number}"), Path(own))
         except Exception:
-            finding = Finding(Outcome.CRASHED, traceback.format_exc())
+            finding = Finding(Outcome.CRASHED, traceback.format_exc(limit=-8))
     return number, finding, time.perf_counter() - started
 
 
