@@ -407,6 +407,8 @@ def _of_repository(name: str) -> LoadedModel:
         place = str(Path(place).expanduser())
         if not Path(place, CONFIG).is_file():
             raise MissingFileError(f"{place} has no {CONFIG}: it is no folder of a model of timm's.")
+        if Path(place, CONFIG).stat().st_size > records.LARGEST:
+            raise EvaluationError(f"{Path(place, CONFIG)} has more than {records.LARGEST:,} bytes.")
         if Path(place, MODEL).is_file() and (described := Description.beside(Path(place, MODEL))):
             return replace(_of_description(described, Path(place, MODEL)), name=name)
     missing = None

@@ -83,13 +83,19 @@ NotNegative = Annotated[float, Rule("a number of at least 0", least=0)]
 Fraction = Annotated[float, Rule("a number from 0 to 1", least=0, most=1)]
 
 
-def decode(text: str | bytes) -> Any:
+def decode(text: str | bytes, most: int = LARGEST) -> Any:
     """Decodes JSON, which must mean one thing only.
+
+    Args:
+        text: The JSON.
+        most: Most letters or bytes that it may have.
 
     Raises:
         ValueError: It is no JSON; an object has a key twice, of which readers take one or the other; it has NaN or
-            Infinity, which JSON has not; or it is nested too deeply.
+            Infinity, which JSON has not; or it is nested too deeply, or too long.
     """
+    if len(text) > most:
+        raise ValueError(f"it has more than {most:,} bytes")
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except RecursionError:
@@ -112,20 +118,19 @@ def decode_file(path: Path, most: int = LARGEST) -> Any:
 
     Raises:
         OSError: It cannot be read.
-        ValueError: As `decode` raises; or it is larger.
+        ValueError: As `decode` raises.
     """
     with path.open("rb") as file:
         data = file.read(most + 1)
-    if len(data) > most:
-        raise ValueError(f"it has more than {most:,} bytes")
-    return decode(data.decode())
+    return decode(data if len(data) > most else data.decode(), most)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {_shown(next(key for key in found if keys.count(key) > 1))} stands there twice")
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {_shown(twice)} stands there twice")
     return found
 
 

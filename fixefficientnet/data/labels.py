@@ -15,6 +15,8 @@ _LABEL = {"label", "labels", "class", "class_name", "category", "target", "synse
 """What columns are called in a header, in any case."""
 _BOXES = re.compile(r"(n\d{8})( \d+){4}.*")
 """A label of ImageNet's with boxes, as in LOC_val_solution.csv."""
+_LONGEST_LINE = 2**16
+"""Most letters of a line: an image, its label, and what else a table tells."""
 _LONGEST = 255
 """Most letters of a label: as many as a folder's name may have."""
 
@@ -110,6 +112,8 @@ def _rows(file: Path) -> list[tuple[str, str]]:
     text = [line for line in lines(file) if line.strip()]
     if not text:
         raise DataError(f"{file} holds no labels.")
+    if (longest := max(map(len, text))) > _LONGEST_LINE:
+        raise DataError(f"{file} has a line of {longest:,} letters.")
     if all(re.fullmatch(r"n\d{8}|\d+", line.strip()) for line in text):
         return _of_imagenet(file, [line.strip() for line in text])
     separator = next((sign for sign in "\t,;" if sign in text[0]), None)
