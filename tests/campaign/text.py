@@ -518,9 +518,9 @@ TRIALS = [
     Trial("hostile names in reports", 300, 20, _reports),
     Trial("hostile names in CSV and JSON lines", 500, 40, _csv),
     Trial("hostile names on a terminal", 300, 20, _terminal),
-    Trial("hostile names in figures", 100, 6, _figures),
+    Trial("hostile names in figures", 100, 3, _figures),
     Trial("hostile names of folders and files", 200, 20, _folders),
     Trial("hostile names in a model's metadata", 200, 10, _exports),
     Trial("links that lead out of a folder", 200, 24, _links),
-    Trial("secrets of the environment", 200, 15, _secrets),
+    Trial("secrets of the environment", 200, 6, _secrets),
 ]
