@@ -13,7 +13,7 @@ _SECRET = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY", re.IGNORECASE)
 
 def redacted(text: str) -> str:
     """A text without secrets: passwords in addresses, tokens of the Hub, values of variables such as HF_TOKEN."""
-    text = re.sub(r"(?<=://)[^\s/@]+@", "...@", text)
+    text = re.sub(r"(?<=://)[^\s/@]+@|(?<=:/)[^\s/:@]+:[^\s/@]+@", "...@", text)  # as a path, it has one slash
     text = re.sub(
         r"(?<=[?&])([\w-]*(?:token|signature|key|secret)[\w-]*)=[^\s&#'\"]+", r"\1=...", text, flags=re.IGNORECASE
     )
