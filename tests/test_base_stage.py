@@ -17,6 +17,7 @@ from timm.scheduler import CosineLRScheduler, StepLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from fixefficientnet._internal import records
 from fixefficientnet.data.dataset import open_dataset
 from fixefficientnet.models import Description
 from fixefficientnet.preprocessing import Preprocess, TrainingTransform
@@ -138,7 +139,9 @@ def test_the_best_epoch_is_kept_and_training_stops_without_gain(data: Path, weig
         assert f"Epoch {chosen.epoch} of {chosen.epochs} is the best" in text and "slightly optimistic" in text
     assert (run / "model.safetensors").read_bytes() == (short / "model.safetensors").read_bytes()
     last = run / "last.safetensors"
-    assert Description.load(last) == Description.load(run / "model.safetensors")
+    latest, kept = Description.load(last), Description.load(run / "model.safetensors")
+    assert latest and kept and latest.sha256 != kept.sha256  # of other weights
+    assert {**records.values(latest), "sha256": None} == {**records.values(kept), "sha256": None}
     out = ["--output", tmp_path / "out", "--json", "--data", data]
     model = f"timm/{tiny.NETWORK[1]}:{last}"
     (row,) = json.loads(tiny.cli("evaluate", model, *out)[0])["results"]

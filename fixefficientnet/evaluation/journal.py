@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fixefficientnet._internal import records
 from fixefficientnet._internal.files import append
 from fixefficientnet.errors import EvaluationError
 from fixefficientnet.evaluation.outcome import Evaluation
@@ -167,6 +168,8 @@ def _line(values: Mapping[str, Any]) -> bytes:
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
     for line in file.read_bytes().splitlines():
+        if len(line) > records.LARGEST:  # no batch is so large
+            continue
         try:
             values = json.loads(line)
         except (ValueError, RecursionError):  # torn
