@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image, ImageCms, features
 
-from campaign.files import limited_memory
+from campaign.bombs import limited_memory
 from campaign.mutations import mutated
 from campaign.trial import Attempt, Finding, Outcome, Trial, outcome_of
 from fixefficientnet.preprocessing import open_image, orientation

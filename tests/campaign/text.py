@@ -21,7 +21,7 @@ from conftest import lively
 from PIL import Image
 from rich.markup import escape
 
-from campaign.files import _report
+from campaign.damaged import finished_report
 from campaign.trial import Attempt, Finding, Outcome, Trial, outcome_of
 from fixefficientnet import hub, manifest, models
 from fixefficientnet._internal import environment, files
@@ -164,7 +164,7 @@ def _rendered(text: str) -> _Elements:
 
 
 def _index(name: str) -> Index:
-    told, variant = _report(), manifest.find("b4_ns")
+    told, variant = finished_report(), manifest.find("b4_ns")
     model = PublishedModel(
         "b4_ns-01234567.safetensors",
         "d" * 64,
@@ -195,7 +195,7 @@ def _cards(shared: Path) -> Iterator[Attempt]:
     loaded = dataclasses.replace(models.from_module(network), name="mine", upright=True)
 
     def texts(name: str) -> list[str]:
-        told = dataclasses.replace(_report(), validation_data=f"/data/{name}", paper=None)
+        told = dataclasses.replace(finished_report(), validation_data=f"/data/{name}", paper=None)
         own = dataclasses.replace(loaded, name=name, classes=(name, "b"))
         title = re.sub(r"[/\0]", "", name)[:90] or "x"
         return [
@@ -234,7 +234,9 @@ def _reports(shared: Path) -> Iterator[Attempt]:
     """report.md, and the tables in Markdown."""
 
     def made(name: str) -> _Elements:
-        told = dataclasses.replace(_report(), variant=name, unreadable=(name,), unturned=(name,), left_out=(name,))
+        told = dataclasses.replace(
+            finished_report(), variant=name, unreadable=(name,), unturned=(name,), left_out=(name,)
+        )
         text = report.as_markdown(told) + "\n" + tables.as_markdown([{"image": name, "prediction": name, "p": 0.5}])
         text = files_text(text)
         assert not _FORBIDDEN.search(text)
