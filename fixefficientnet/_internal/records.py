@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from fixefficientnet._internal.files import check_file
+
 LARGEST = 2**26
 """Most bytes of a JSON file that is no list of images."""
 _DEEPEST = 64
@@ -120,6 +122,7 @@ def decode_file(path: Path, most: int = LARGEST) -> Any:
         OSError: It cannot be read.
         ValueError: As `decode` raises.
     """
+    check_file(path)
     with path.open("rb") as file:
         data = file.read(most + 1)
     return decode(data if len(data) > most else data.decode(), most)
