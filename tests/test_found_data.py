@@ -402,7 +402,7 @@ def test_names_of_bytes_are_evaluated_and_shown(nameless: str, strange: Path, tm
     for form in ((), ("--json",), ("--csv",), written):
         arguments = ["--data", strange, "--size", 32, "--device", "cpu", "--output", tmp_path / "out", *form]
         out, err = tiny.cli("evaluate", nameless, *arguments)
-        assert "apple/\udce9.txt" in err and "apple/\udce9.png: " in err
+        assert "apple/\\udce9.txt" in err and "apple/\\udce9.png: " in err
         if form == ("--json",):
             assert json.loads(out)["left_out"] == [os.fsdecode(b"apple/\xe9.txt")]
             assert json.loads(out)["results"][0]["images"] == 9

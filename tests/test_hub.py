@@ -5,12 +5,12 @@ import os
 import time
 from pathlib import Path
 
+import huggingface_hub.utils
 import pytest
 import torch
 from conftest import COMMIT, put_in_cache
 
 from fixefficientnet import hub
-from fixefficientnet._internal import waiting
 from fixefficientnet.errors import ChecksumError, DownloadError
 
 
@@ -23,7 +23,7 @@ def test_wrong_copy_in_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatc
     def refuse(*_: object, **__: object) -> None:  # the tests may run as root, whom no permission stops
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(waiting, "WeakFileLock", refuse)
+    monkeypatch.setattr(huggingface_hub.utils, "WeakFileLock", refuse)
     with pytest.raises(ChecksumError, match=f"{'0' * 64}.*cannot be replaced"):
         load(hub.HubFile("o/r", "d.safetensors", COMMIT, "0" * 64), tmp_path)
     assert (snapshot / "d.safetensors").read_bytes() == b"wrong"

@@ -1,7 +1,6 @@
 """Finished batches on disk: killed evaluations that go on, and several processes that share one."""
 
 import json
-import os
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -178,30 +177,16 @@ def finish(arguments: list[str], said: Path) -> dict[str, Any]:
     return row
 
 
-def stalled(path: Path) -> Callable[[], None]:
-    """Makes reading an image wait for ever; what it gives undoes that."""
-    content = path.read_bytes()
-    path.unlink()
-    os.mkfifo(path)
-
-    def undo() -> None:
-        path.unlink()
-        path.write_bytes(content)
-
-    return undo
-
-
 def test_a_killed_evaluation_goes_on_to_the_same_figures(ground, tmp_path: Path):
     _, run, data = ground
     paths = copy(data, tmp_path / "data")
     expected = finish(command(run, tmp_path / "data", tmp_path / "undisturbed"), tmp_path / "said")
-    undo = stalled(paths[3 * BATCH + 1])
     arguments = command(run, tmp_path / "data", tmp_path / "out")
-    process = tiny.start(arguments, tmp_path / "said", command=tiny.FIXEFFICIENTNET)
+    stalled = {"STALLED": str(paths[3 * BATCH + 1])}
+    process = tiny.start(arguments, tmp_path / "said", command=tiny.FIXEFFICIENTNET, **stalled)
     wait_for(lambda: lines(tmp_path / "out") == 3, process)
     process.kill()
     process.join()
-    undo()
 
     (file,) = (tmp_path / "out").iterdir()
     assert indices(file) == list(range(3 * BATCH))
@@ -244,14 +229,13 @@ def test_what_two_killed_processes_did_one_goes_on_from(ground, tmp_path: Path):
     _, run, data = ground
     paths = copy(data, tmp_path / "data")
     expected = finish(command(run, tmp_path / "data", tmp_path / "undisturbed"), tmp_path / "said")
-    undo = stalled(paths[3 * BATCH])  # the second process's second batch
     arguments = command(run, tmp_path / "data", tmp_path / "out")
-    processes = tiny.start_two(arguments, tmp_path / "said", command=tiny.FIXEFFICIENTNET)
+    stalled = {"STALLED": str(paths[3 * BATCH])}  # the second process's second batch
+    processes = tiny.start_two(arguments, tmp_path / "said", command=tiny.FIXEFFICIENTNET, **stalled)
     wait_for(lambda: lines(tmp_path / "out") == 4 + 1, processes[1])
     for process in processes:
         process.kill()
         process.join()
-    undo()
     first, second = sorted((tmp_path / "out").iterdir())
     assert [batch // BATCH for batch in indices(first)[::BATCH]] == [0, 2, 4, 6]
     assert indices(second) == list(range(BATCH, 2 * BATCH))

@@ -74,7 +74,8 @@ def _temporary(path: Path, make: Callable[..., str]) -> Iterator[Path]:
                         yield temporary
                         break
             finally:
-                _remove(temporary)
+                if os.path.lexists(temporary):
+                    _remove(temporary)
 
 
 @contextlib.contextmanager

@@ -13,8 +13,6 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub.utils import WeakFileLock
-
 from fixefficientnet._internal.files import why_no_lock
 from fixefficientnet.errors import OptionError
 
@@ -50,6 +48,8 @@ def locked(path: Path, what: str) -> Iterator[None]:
         TimeoutError: Another process held it for too long; names that process.
         OSError: There can be no lock.
     """
+    from huggingface_hub.utils import WeakFileLock  # not before it is needed: it takes long
+
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(WeakFileLock(path, timeout=min(1, longest())))

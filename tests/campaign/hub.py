@@ -291,7 +291,7 @@ def _manifest_writers(shared: Path) -> Iterator[Attempt]:
 
 
 TRIALS = [
-    Trial("downloads from a Hub that fails", 1000, 25, _faults),
+    Trial("downloads from a Hub that fails", 1000, 12, _faults),
     Trial("8 processes that load one model, from an empty or a damaged cache", 40, 3, _at_once(8)),
     Trial("64 processes that load one model, from an empty or a damaged cache", 10, 0, _at_once(64), limit=300),
     Trial("2 to 8 processes that write one manifest", 100, 4, _manifest_writers),

@@ -515,7 +515,7 @@ def _secrets(shared: Path) -> Iterator[Attempt]:
 
 
 TRIALS = [
-    Trial("hostile names in pages", 300, 15, _pages),
+    Trial("hostile names in pages", 300, 5, _pages),
     Trial("hostile names in cards", 300, 20, _cards),
     Trial("hostile names in reports", 300, 20, _reports),
     Trial("hostile names in CSV and JSON lines", 500, 40, _csv),

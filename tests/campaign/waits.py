@@ -189,8 +189,8 @@ def _pipes(shared: Path) -> Iterator[Attempt]:
 
 
 TRIALS = [
-    Trial("locks whose holder has stopped", 60, 3, _locks, limit=30),
-    Trial("loading processes that are killed or stop", 60, 3, _workers, limit=30),
+    Trial("locks whose holder has stopped", 60, 2, _locks, limit=30),
+    Trial("loading processes that are killed or stop", 60, 1, _workers, limit=30),
     Trial("one of two processes, whose other never comes", 10, 1, _alone, limit=60),
     Trial("pipes, sockets and devices in place of files", 300, 25, _pipes, limit=20),
 ]

@@ -351,5 +351,5 @@ TRIALS = [
     Trial("damaged safetensors of one's own", 400, 15, _own_safetensors),
     Trial("damaged .pth files", 500, 20, _pth),
     Trial("pickles that would run code", 600, 15, _hostile_pickles),
-    Trial("damaged exports that are kept", 200, 3, _exports),
+    Trial("damaged exports that are kept", 200, 0, _exports),
 ]
