@@ -7,18 +7,19 @@ import os
 import re
 import signal
 
-_SECRET = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY", re.IGNORECASE)
+_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY|_PAT\b", re.IGNORECASE)
 """What the names of variables have in them whose values nobody may see."""
 
 
 def redacted(text: str) -> str:
     """A text without secrets: passwords in addresses, tokens of the Hub, values of variables such as HF_TOKEN."""
-    text = re.sub(r"(?<=://)[^\s/@]+@|(?<=:/)[^\s/:@]+:[^\s/@]+@", "...@", text)  # as a path, it has one slash
+    text = re.sub(r"(?<=://)[^\s/]+@|(?<=:/)[^\s/:@]+:[^\s/]+@", "...@", text)  # as a path, it has one slash
     text = re.sub(
         r"(?<=[?&])([\w-]*(?:token|signature|key|secret)[\w-]*)=[^\s&#'\"]+", r"\1=...", text, flags=re.IGNORECASE
     )
     text = re.sub(r"\bhf_[A-Za-z0-9]{8,}", "hf_...", text)
-    for value in [value for name, value in os.environ.items() if _SECRET.search(name) and len(value) > 7]:
+    secrets = [value for name, value in os.environ.items() if _SECRET.search(name) and len(value) > 7]
+    for value in sorted(secrets, key=len, reverse=True):  # one may begin with another
         text = text.replace(value, "...")
     return text
 

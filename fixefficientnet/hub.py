@@ -101,7 +101,9 @@ def read(file: HubFile, cache_dir: PathLike | None = None) -> bytes:
         data = path.read_bytes()
         return data, hashlib.sha256(data).hexdigest()
 
-    return _download_verified(file, cache_dir, read_and_hash)
+    data = _download_verified(file, cache_dir, read_and_hash)
+    _name_if_not_pinned(file)
+    return data
 
 
 def fetch(file: HubFile, cache_dir: PathLike | None = None) -> Path:
@@ -124,9 +126,14 @@ def fetch(file: HubFile, cache_dir: PathLike | None = None) -> Path:
         return path, sha256_of(path) if afresh else _cached_sha256(path, _repository_folder(file, cache_dir))
 
     path = _download_verified(file, cache_dir, read_and_hash)
-    if not file.sha256 and not file.filename.endswith(".json"):
-        _logger.info("%s is not pinned: whoever owns it may change it.", file)
+    _name_if_not_pinned(file)
     return path
+
+
+def _name_if_not_pinned(file: HubFile) -> None:
+    if file.sha256 or file.filename.endswith(".json") or re.fullmatch("[0-9a-f]{40}", file.revision):
+        return
+    _logger.info("%s is not pinned: whoever owns it may change it.", file)
 
 
 def backbone_file(backbone: Backbone, cache_dir: PathLike | None = None) -> Path:

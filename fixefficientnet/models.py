@@ -33,11 +33,13 @@ from fixefficientnet._internal.records import LEFT_OUT_IF_NONE, AboveZero, Share
 from fixefficientnet.delta import Delta
 from fixefficientnet.errors import (
     CheckpointError,
+    DownloadError,
     EvaluationError,
     MissingFileError,
     UnknownVariantError,
     WeightsNotPublishedError,
 )
+from fixefficientnet.hub import HubFile
 from fixefficientnet.manifest import INTERPOLATIONS, Interpolation, Pixels, Sha256, TestTime, Triple, Variant
 from fixefficientnet.preprocessing import FastPreprocess, Preprocess
 
@@ -415,7 +417,8 @@ def _of_repository(name: str) -> LoadedModel:
     try:
         if source != "local-dir":
             repository, _, revision = place.partition("@")
-            missing = hub.bring(repository, CONFIG, MODEL, revision=revision or "main")
+            _check_config(hub.fetch(HubFile(repository, CONFIG, revision or "main")))
+            missing = hub.bring(repository, MODEL, revision=revision or "main")
         model = timm.create_model(f"{source}:{place}", pretrained=True).eval()
     except Exception as error:  # timm and huggingface_hub raise a dozen kinds
         raise EvaluationError(f"{name} could not be loaded by timm {timm.__version__}: {missing or error}") from error
@@ -425,6 +428,15 @@ def _of_repository(name: str) -> LoadedModel:
     names = [names[key] for key in sorted(names, key=int)] if isinstance(names, dict) else names or ()
     own = tuple(map(str, names)) if len(names) == model.num_classes else ()
     return replace(_described_by_timm(name, model), classes=own, own_weights=True)
+
+
+def _check_config(path: Path) -> None:
+    """Refuses a repository that names another file of weights: older releases of timm run the code in a pickle."""
+    found = records.decode_file(path)
+    config = found.get("pretrained_cfg") if isinstance(found, dict) else None
+    for told in (found, config):
+        if isinstance(told, dict) and (told.get("hf_hub_filename") or told.get("custom_load")):
+            raise EvaluationError(f"its {CONFIG} names weights other than {MODEL}, which may be code and are not read")
 
 
 def _of_file(name: str, path: Path) -> LoadedModel:
@@ -512,10 +524,7 @@ def _of_timm(name: str) -> LoadedModel:
     else:
         missing = None
         try:
-            cfg = timm.get_pretrained_cfg(known)
-            if cfg and cfg.hf_hub_id and not cfg.hf_hub_filename:
-                repository, _, revision = cfg.hf_hub_id.partition("@")
-                missing = hub.bring(repository, MODEL, revision=revision or "main")
+            missing = bring_timms(known)
             model = timm.create_model(known, pretrained=True).eval()
         except Exception as error:  # timm and huggingface_hub raise a dozen kinds
             reason = str(missing or error).rstrip(".")
@@ -530,6 +539,18 @@ def _of_timm(name: str) -> LoadedModel:
     full = f"{architecture}.{tag}" if tag and "." not in known else known
     described = replace(described, timm_name=full, own_weights=bool(file), saved=model)
     return described.for_size(described.test.size)
+
+
+def bring_timms(name: str) -> DownloadError | None:
+    """Brings timm's own weights of a network to the Hub's cache, where timm finds them; see `hub.bring`.
+
+    Weights that timm takes from elsewhere, or from a file of another name, are left to timm.
+    """
+    cfg = timm.get_pretrained_cfg(name)
+    if not cfg or not cfg.hf_hub_id or cfg.hf_hub_filename:
+        return None
+    repository, _, revision = cfg.hf_hub_id.partition("@")
+    return hub.bring(repository, MODEL, revision=revision or "main")
 
 
 def _described_by_timm(name: str, model: nn.Module) -> LoadedModel:

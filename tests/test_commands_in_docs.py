@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
+import campaign.command
 import pytest
 import timm
 import tiny
@@ -35,6 +36,7 @@ ONLY_PARSED = {
     r"^sha256sum ": "of what the command before it writes",
     r"^torchrun |^accelerate ": "several processes: test_launchers.py starts them",
     r"^python -m benchmarks": "minutes to hours, and images that are not here: test_benchmarks.py",
+    r"^python -m tests.campaign": "hours: test_campaign.py",
     r"caltech101-half|imagenet-sample": "images that are not here",
     r"reproduce \*_ns|--all --data": "many networks: test_series.py",
     r"--all --plan": "minutes, for the largest networks: test_estimate.py",
@@ -135,6 +137,9 @@ def check(command: Command) -> None:
             if module not in WITHOUT_OPTIONS:
                 with mock.patch.object(sys, "argv", [module, *arguments]), parsing_only():
                     found.main()
+        case ["python", "-m", "tests.campaign", *arguments]:
+            with mock.patch.object(sys, "argv", ["campaign", *arguments]), parsing_only():
+                campaign.command.main()
         case ["python", "-c", code]:
             compile(code, "-c", "exec")
         case ["pip", "install", *arguments]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from fixefficientnet._internal import files
+from fixefficientnet.errors import FixEfficientNetError, redacted
 
 Writing = Callable[[Path], AbstractContextManager[Path]]
 
@@ -65,3 +66,19 @@ def test_the_longest_names_that_a_file_can_have(tmp_path: Path):
     for name in ("x" * 255, "\N{PILE OF POO}" * 63, os.fsdecode(b"\xff" * 255)):
         files.write_text(tmp_path / name, "whole")
         assert (tmp_path / name).read_text() == "whole"
+
+
+def test_a_link_to_itself_is_no_link_out(tmp_path: Path):
+    (tmp_path / "features").symlink_to("other")
+    (tmp_path / "other").symlink_to("features")
+    files.check_links(tmp_path, ["features"])
+    (tmp_path / "log.jsonl").symlink_to("/etc/passwd")
+    with pytest.raises(FixEfficientNetError, match="link out of its folder"):
+        files.check_links(tmp_path, ["features", "log.jsonl"])
+
+
+def test_secrets_are_redacted_whole(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("A_TOKEN", "abcdefgh")
+    monkeypatch.setenv("B_TOKEN", "abcdefgh-and-more")
+    assert redacted("abcdefgh-and-more, abcdefgh") == "..., ..."
+    assert redacted("https://user:p@ss@host/path") == "https://...@host/path"

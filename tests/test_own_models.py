@@ -146,3 +146,19 @@ def test_a_repository_on_the_hub(
     names, probabilities = zip(*expected(network, images[0]), strict=True)
     assert tuple(label.name for label in found.labels) == names
     assert [label.probability for label in found.labels] == pytest.approx(list(probabilities), rel=1e-4)
+
+
+@pytest.mark.parametrize("where", ["top", "pretrained_cfg"])
+@pytest.mark.parametrize("told", [{"hf_hub_filename": "weights.pth"}, {"custom_load": "hf"}])
+def test_a_repository_that_names_other_weights_is_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: dict[str, str], where: str
+):
+    """Older releases of timm would run the code in them."""
+    tiny.cli("merge", run, "-o", tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    (config if where == "top" else config["pretrained_cfg"]).update(told)
+    (tmp_path / "merged" / "config.json").write_text(json.dumps(config))
+    put_folder_in_cache(tmp_path / "hub", "me/flowers", tmp_path / "merged")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(EvaluationError, match="names weights other than model"):
+        fixefficientnet.load("hf-hub:me/flowers")

@@ -69,8 +69,12 @@ def _temporary(path: Path, make: Callable[..., str]) -> Iterator[Path]:
         while True:
             temporary = Path(make(dir=path.parent, prefix=prefix, suffix=_SUFFIX))
             try:
-                with _locked(temporary):
-                    if temporary.exists():  # else another process came between, and took it for one that is left
+                with contextlib.ExitStack() as stack:
+                    try:
+                        held = stack.enter_context(_locked(temporary))
+                    except FileNotFoundError:  # another process came between, and took it for one that is left
+                        continue
+                    if held is not None and temporary.exists():
                         yield temporary
                         break
             finally:
@@ -79,8 +83,8 @@ def _temporary(path: Path, make: Callable[..., str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Locks a file or a folder; whether that succeeded, which needs a file system with locks, and not Windows."""
+def _locked(path: Path) -> Iterator[bool | None]:
+    """Locks a file or a folder: whether that succeeded; None where another holds it, False where there are no locks."""
     try:
         import fcntl
     except ImportError:
@@ -90,7 +94,9 @@ def _locked(path: Path) -> Iterator[bool]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = True
+            locked: bool | None = True
+        except BlockingIOError:
+            locked = None
         except OSError:
             locked = False
         yield locked
@@ -133,10 +139,10 @@ def check_links(folder: Path, names: Iterable[str]) -> None:
     Raises:
         FixEfficientNetError: There is such a link.
     """
-    inside = folder.resolve()
+    inside = os.path.realpath(folder)  # which takes a link to itself
     for name in names:
         for path in (folder / name, *(folder / name).rglob("*")):
-            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
                 raise FixEfficientNetError(
                     f"{path} is a link out of its folder, to {path.readlink()}, and would be written through. Remove "
                     "it, or choose another --output."

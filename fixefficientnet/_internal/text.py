@@ -28,6 +28,7 @@ def markdown(value: Any) -> str:
     """Text as text in Markdown, in a line or a cell of a table: nothing in it is markup, HTML, TeX or a link."""
     text = str(inert(str(value))).strip().replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = _MARKUP.sub(r"\\\g<0>", text).replace("://", ":&#8203;//")
+    text = re.sub(r"(?i)\b(www)\.", r"\1&#8203;.", text).replace("@", "@&#8203;")  # GitHub links these too
     return _LIST.sub(r"\1\\\2", text)
 
 

@@ -152,6 +152,7 @@ def load(subject: Subject, weights: str | Path, *, num_classes: int, seed: int, 
     if subject.variant:
         return zoo.create(subject.variant.key, "backbone", num_classes=num_classes)
     try:
+        models.bring_timms(subject.backbone)
         model = timm.create_model(subject.backbone, pretrained=True, num_classes=num_classes)
     except Exception as error:  # timm and huggingface_hub raise a dozen kinds
         raise RunError(

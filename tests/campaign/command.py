@@ -20,7 +20,6 @@ RESULTS, PAGE = ROOT / "docs" / "results" / "reliability.json", ROOT / "docs" / 
 
 def main() -> None:
     """Runs the trials that were asked for, and prints a line for each."""
-    os.chdir(ROOT)
     parser = argparse.ArgumentParser(prog="python -m tests.campaign", description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}, or TRIAL's name; all, if none is named")
     parser.add_argument("--seed", type=int, default=0)
@@ -28,6 +27,7 @@ def main() -> None:
     parser.add_argument("--only", type=int, help="number of one attempt, to repeat it")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name} and the table of {PAGE.name}")
     options = parser.parse_args()
+    os.chdir(ROOT)
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
     failed = False
     for part, one in _chosen(options.parts):
