@@ -105,7 +105,7 @@ class _Metadata(Description):
 
     Attributes:
         format_version: The version of this format.
-        sha256: `_sha256` of the delta.
+        sha256: `sha256_over` the delta.
     """
 
     format_version: Literal[2]
@@ -268,7 +268,7 @@ def dumps(delta: Delta) -> bytes:
         DeltaFormatError: Its metadata cannot be written: a field of another type, or not JSON (NaN, for one).
     """
     described = _described(delta)
-    metadata = _Metadata(**described, format_version=FORMAT_VERSION, sha256=_sha256(described, delta.tensors))
+    metadata = _Metadata(**described, format_version=FORMAT_VERSION, sha256=sha256_over(described, delta.tensors))
     records.check(metadata, DeltaFormatError)
     # one key only: of several, safetensors writes another order each time
     text = {FORMAT: _sorted_json(records.to_json(metadata))}
@@ -312,7 +312,7 @@ def loads(data: bytes, *, source: str) -> Delta:
     found = _read_metadata(metadata, source)
     _check_values(tensors, source)
     delta = Delta(tensors=tensors, **_described(found))
-    if (sha256 := _sha256(_described(delta), tensors)) != found.sha256:
+    if (sha256 := sha256_over(_described(delta), tensors)) != found.sha256:
         raise DeltaFormatError(
             f"{source} was damaged or changed after it was written: its tensors and metadata have the sha256 {sha256}, "
             f"and it records {found.sha256}. Get the file again from where it was made."
@@ -371,8 +371,8 @@ def _sorted_json(value: Any) -> str:
         raise DeltaFormatError(f"The delta's recipe, measured and libraries must be JSON values: {error}") from error
 
 
-def _sha256(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over all that a delta is: what it tells of itself, and its tensors."""
+def sha256_over(described: Any, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over what a file of weights tells of itself, a record or JSON values, and over its tensors."""
     return hashlib.sha256(f"{_sorted_json(records.to_json(described))}\0{fingerprint(tensors)}".encode()).hexdigest()
 
 

@@ -64,6 +64,12 @@ class HubFile:
     revision: str
     sha256: str | None = None
 
+    @classmethod
+    def of(cls, place: str, filename: str) -> "HubFile":
+        """A file in a repository as timm names one: `org/name`, or `org/name@revision`."""
+        repository, _, revision = place.partition("@")
+        return cls(repository, filename, revision or "main")
+
     def __str__(self) -> str:
         return f"hf://{self.repository}/{self.filename}@{self.revision}"
 
@@ -164,28 +170,22 @@ def backbone_file(backbone: Backbone, cache_dir: PathLike | None = None) -> Path
         raise DownloadError(f"{error}\n{hint}") from error
 
 
-def bring(repository: str, *filenames: str, revision: str = "main") -> DownloadError | None:
-    """Brings files to the user's cache, where timm then finds them, as `fetch` does.
-
-    Args:
-        repository: The repository.
-        *filenames: The files' paths inside the repository.
-        revision: The branch, tag or commit.
+def bring(file: HubFile) -> DownloadError | None:
+    """Brings a file to the user's cache, where timm then finds it, as `fetch` does.
 
     Returns:
-        Why a file is neither in the cache nor on the Hub, in whose place timm may know another; None: all are there.
+        Why it is neither in the cache nor on the Hub, in whose place timm may know another; None: it is there.
 
     Raises:
         DownloadError: The Hub has the file, and it could not be downloaded.
-        ChecksumError: A file has another hash than the Hub tells, also after one fresh download.
+        ChecksumError: The file has another hash than the Hub tells, also after one fresh download.
     """
-    for filename in filenames:
-        try:
-            fetch(HubFile(repository, filename, revision))
-        except DownloadError as error:
-            if isinstance(error.__cause__, EntryNotFoundError):
-                return error
-            raise
+    try:
+        fetch(file)
+    except DownloadError as error:
+        if isinstance(error.__cause__, EntryNotFoundError):
+            return error
+        raise
     return None
 
 

@@ -18,7 +18,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from fixefficientnet._internal import records
-from fixefficientnet._internal.files import check_file
 from fixefficientnet._internal.records import AboveZero, Percent, Positive, Rule, Share
 from fixefficientnet.errors import ManifestError, UnknownVariantError
 
@@ -373,11 +372,7 @@ def load() -> Mapping[str, Variant]:
         return _load_overlay(overlay, Path.cwd(), OVERLAY_VARIABLE)
     file = Path(overlay).expanduser().absolute()
     try:
-        check_file(file)
-        with file.open("rb") as opened:
-            text = opened.read(records.LARGEST + 1).decode()
-        if len(text) > records.LARGEST:
-            raise ValueError("it is too large")
+        text = records.read_text(file)
     except (OSError, ValueError) as error:
         raise ManifestError(
             f"{OVERLAY_VARIABLE} names {overlay!r}, which cannot be read ({error}). "

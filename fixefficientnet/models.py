@@ -92,8 +92,7 @@ class Description:
     def sealed(self, tensors: Mapping[str, Tensor]) -> "Description":
         """The same, with a sha256 over it and the network's tensors, so that no bit of them changes unnoticed."""
         plain = records.read(Description, records.to_json(replace(self, sha256=None)), "", EvaluationError)  # 1 is 1.0
-        text = json.dumps(records.to_json(plain), sort_keys=True)
-        return replace(plain, sha256=hashlib.sha256(f"{text}\0{delta.fingerprint(tensors)}".encode()).hexdigest())
+        return replace(plain, sha256=delta.sha256_over(plain, tensors))
 
     @property
     def size(self) -> int:
@@ -416,9 +415,8 @@ def _of_repository(name: str) -> LoadedModel:
     missing = None
     try:
         if source != "local-dir":
-            repository, _, revision = place.partition("@")
-            _check_config(hub.fetch(HubFile(repository, CONFIG, revision or "main")))
-            missing = hub.bring(repository, MODEL, revision=revision or "main")
+            _check_config(hub.fetch(HubFile.of(place, CONFIG)))
+            missing = hub.bring(HubFile.of(place, MODEL))
         model = timm.create_model(f"{source}:{place}", pretrained=True).eval()
     except Exception as error:  # timm and huggingface_hub raise a dozen kinds
         raise EvaluationError(f"{name} could not be loaded by timm {timm.__version__}: {missing or error}") from error
@@ -549,8 +547,7 @@ def bring_timms(name: str) -> DownloadError | None:
     cfg = timm.get_pretrained_cfg(name)
     if not cfg or not cfg.hf_hub_id or cfg.hf_hub_filename:
         return None
-    repository, _, revision = cfg.hf_hub_id.partition("@")
-    return hub.bring(repository, MODEL, revision=revision or "main")
+    return hub.bring(HubFile.of(cfg.hf_hub_id, MODEL))
 
 
 def _described_by_timm(name: str, model: nn.Module) -> LoadedModel:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+from hub_standin import Answering
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PAGE = b"<!DOCTYPE html><title>Log in to the network</title><form>name and password</form>"
 PIECE = 4096
@@ -78,9 +80,7 @@ class FaultyHub:
 
 
 def _handler(hub: FaultyHub, is_store: bool) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(Answering):
         def _serve(self) -> None:
             path = unquote(urlsplit(self.path).path)
             if path.startswith("/told/"):
@@ -170,23 +170,11 @@ def _handler(hub: FaultyHub, is_store: bool) -> type[BaseHTTPRequestHandler]:
                     self.wfile.flush()
                     time.sleep(float(value))
 
-        def _send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(data)
-
         def handle(self) -> None:
             try:
                 super().handle()
             except OSError:  # who asked has gone
                 self.close_connection = True
-
-        def log_message(self, *_: object) -> None:
-            pass
 
         do_GET = do_HEAD = _serve  # noqa: N815
 

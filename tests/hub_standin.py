@@ -244,12 +244,28 @@ def _told(name: str, data: bytes) -> dict[str, Any]:
     return told
 
 
+class Answering(BaseHTTPRequestHandler):
+    """A server's side of a request."""
+
+    protocol_version = "HTTP/1.1"
+
+    def _send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
     lock = threading.Lock()  # huggingface_hub uploads several files concurrently
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(Answering):
         def _body(self) -> bytes:
             if self.headers.get("Transfer-Encoding") != "chunked":
                 return self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -292,18 +308,6 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 commit, data = answer
                 return self._send(200, data, {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'})
             return self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
-
-        def _send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(data)
-
-        def log_message(self, *_: object) -> None:
-            pass
 
         do_GET = do_HEAD = do_POST = do_PUT = _serve  # noqa: N815
 

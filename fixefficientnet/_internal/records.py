@@ -122,10 +122,26 @@ def decode_file(path: Path, most: int = LARGEST) -> Any:
         OSError: It cannot be read.
         ValueError: As `decode` raises.
     """
+    return decode(read_text(path, most), most)
+
+
+def read_text(path: Path, most: int = LARGEST) -> str:
+    """The text of a file that may be anything.
+
+    Args:
+        path: The file.
+        most: Most bytes that it may have.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is too long, or not in UTF-8.
+    """
     check_file(path)
     with path.open("rb") as file:
         data = file.read(most + 1)
-    return decode(data if len(data) > most else data.decode(), most)
+    if len(data) > most:
+        raise ValueError(f"it has more than {most:,} bytes")
+    return data.decode()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
