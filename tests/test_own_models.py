@@ -112,9 +112,13 @@ def test_what_cannot_be_opened_is_one_error(tmp_path: Path):
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".md"])
 def test_predictions_go_to_a_file(network: Network, run: Path, images: list[Path], tmp_path: Path, suffix: str):
-    (tmp_path / "broken.jpg").write_bytes(b"none")
-    target = tmp_path / f"predictions{suffix}"
-    out, _ = tiny.cli("predict", tmp_path / "broken.jpg", *images, "--model", run, "-o", target, status=1, columns=300)
+    broken = [tmp_path / f"broken{number}.jpg" for number in range(4)]
+    for path in broken:
+        path.write_bytes(b"none")
+    target, nothing = tmp_path / f"predictions{suffix}", tmp_path / "nothing" / "?.jpg"
+    given = [broken[0], images[0], broken[1], broken[2], *images[1:], images[0], broken[3]]
+    out, _ = tiny.cli("predict", nothing, *given, "--model", run, "-o", target, status=1, columns=300)
+    images = [path for path in given if path not in broken]
     assert out == f"{target}: {len(images)} images, {run}, 3 classes, test size 48\n"
     text = target.read_text()
     if suffix == ".csv":
@@ -124,9 +128,12 @@ def test_predictions_go_to_a_file(network: Network, run: Path, images: list[Path
     else:
         cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
         rows = [dict(zip(cells[0], line, strict=True)) for line in cells[2:]]
-    assert [row["image"] for row in rows] == [str(image) for image in (tmp_path / "broken.jpg", *images)]
-    assert "cannot be read" in rows[0]["left_out"] or "is not an image" in rows[0]["left_out"]
-    for row, image in zip(rows[1:], images, strict=True):
+    assert [row["image"] for row in rows] == [str(image) for image in (*given, nothing)]
+    assert "There are no images in" in rows[-1]["left_out"]
+    for row in (rows[0], rows[2], rows[3], rows[-2]):
+        assert f"{row['image']} cannot be read" in row["left_out"] or "is not an image" in row["left_out"]
+        assert not row["prediction"]
+    for row, image in zip([row for row in rows if row["prediction"]], images, strict=True):
         names, probabilities = zip(*expected(network, image), strict=True)
         assert (row["prediction"], row["prediction2"], row["prediction3"]) == names
         found = [float(row[name]) for name in ("confidence", "confidence2", "confidence3")]

@@ -117,9 +117,13 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes text in UTF-8 as `write_atomically` does; what is no text in file names is escaped."""
-    write_atomically(path, text.encode("utf-8", "backslashreplace"))
+def write_text(path: Path, text: str | Iterable[str]) -> None:
+    """Writes text, or pieces of it as they come, as `write_atomically` does; what is no UTF-8 in names is escaped."""
+    with (
+        replacing(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
+        file.writelines([text] if isinstance(text, str) else text)
 
 
 def append(path: Path, data: bytes) -> None:

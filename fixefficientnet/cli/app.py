@@ -184,16 +184,16 @@ def check_writable(path: Path) -> None:
         raise FixEfficientNetError(f"{path} cannot be written: it is a folder, or what it is in is none.")
 
 
-def write_file(path: Path, content: str | bytes) -> None:
-    """Writes what a command was asked to write.
+def write_file(path: Path, content: str | bytes | Iterable[str]) -> None:
+    """Writes what a command was asked to write; pieces of a text as they come.
 
     Raises:
         FixEfficientNetError: It cannot be written.
     """
     try:
-        if isinstance(content, str):
-            write_text(path, content)
-        else:
+        if isinstance(content, bytes):
             write_atomically(path, content)
+        else:
+            write_text(path, content)
     except OSError as error:
         raise FixEfficientNetError(f"{path} cannot be written: {error.strerror}.") from error

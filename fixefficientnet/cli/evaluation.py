@@ -89,7 +89,7 @@ class Form:
         if self.per_class:
             write_file(self.per_class, tables.as_csv(tables.per_class_rows(every)))
         if self.predictions:
-            form = tables.as_csv if self.predictions.suffix.lower() == ".csv" else tables.as_json_lines
+            form = tables.csv_lines if self.predictions.suffix.lower() == ".csv" else tables.json_lines
             write_file(self.predictions, form(tables.prediction_rows(every)))
         if self.html:
             write_file(self.html, page.render(page.of_evaluations(every, compared)))

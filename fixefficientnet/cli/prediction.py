@@ -4,8 +4,9 @@ import glob
 import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,7 +44,7 @@ else:
     OptionFlags = flags(PredictionOptions)
     EmbeddingFlags = flags(PredictionOptions, leave_out=("topk", "engine"))
 
-_FORMATS = {".csv": "as_csv", ".jsonl": "as_json_lines", ".md": "as_markdown"}
+_FORMATS = {".csv": "csv_lines", ".jsonl": "json_lines", ".md": "markdown_lines"}
 """The function of `evaluation.tables` for each ending of a file."""
 
 
@@ -94,9 +95,9 @@ def predict(
     if output:
         from fixefficientnet.evaluation import tables
 
-        found = list(predictions)
-        write_file(output, getattr(tables, _FORMATS[output.suffix.lower()])(given.rows(found)))
-        out.print(escape(f"{output}: {len(found)} images, {_described(loaded)}"), soft_wrap=True)
+        rows = given.rows(predictions, min(chosen.topk, loaded.num_classes))
+        write_file(output, getattr(tables, _FORMATS[output.suffix.lower()])(rows))
+        out.print(escape(f"{output}: {given.usable} images, {_described(loaded)}"), soft_wrap=True)
     elif as_json:
         shown = [{"file": _shown(p.image), "labels": [asdict(label) for label in p.labels]} for p in predictions]
         kind = "fixres" if loaded.tuned else "backbone" if loaded.variant else "own"
@@ -159,6 +160,8 @@ class _Given:
     def __init__(self) -> None:
         self.sources: list[ImageSource] = []
         self.failed: list[dict[str, str]] = []
+        self.missing = 0
+        """How many failed that are none of the sources."""
 
     @classmethod
     def of(cls, images: Sequence[str]) -> "_Given":
@@ -166,27 +169,35 @@ class _Given:
             raise UsageError("Name an image, a folder, or - for stdin.")
         given = cls()
         given.sources = list(_images(images, given.on_error))
+        given.missing = len(given.failed)
         return given
+
+    @property
+    def usable(self) -> int:
+        return len(self.sources) - len(self.failed) + self.missing
 
     def on_error(self, image: "ImageSource", error: ImageError) -> None:
         self.failed.append({"file": _shown(image), "error": str(error)})
         err.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
 
-    def rows(self, predictions: "Sequence[Prediction]") -> list[dict[str, Any]]:
-        """A row per image, in the order of the arguments: its labels, or why it could not be used."""
-        ranks = max((len(one.labels) for one in predictions), default=1)
+    def rows(self, predictions: "Iterable[Prediction]", ranks: int) -> Iterator[dict[str, Any]]:
+        """A row per image, in the order of the arguments, as soon as it is known: its labels, or why it has none."""
         places = ["", *map(str, range(2, ranks + 1))]
         nothing = dict.fromkeys(f"{name}{place}" for place in places for name in ("prediction", "confidence"))
-        found = {}
-        for one in predictions:
-            row = dict(nothing)
-            for place, label in zip(places, one.labels, strict=True):
-                row |= {f"prediction{place}": label.name, f"confidence{place}": label.probability}
-            found[_shown(one.image)] = row
-        why = {row["file"]: row["error"] for row in self.failed}
-        names = [_shown(image) for image in self.sources]
-        names += [name for name in why if name not in names]
-        return [{"image": name, **found.get(name, nothing), "left_out": why.get(name)} for name in names]
+        sources, failed = iter(self.sources), self.missing
+        for one in chain(predictions, [None]):  # in order, and an image that fails does so before the next one's
+            for source in sources:
+                if one and source is one.image:
+                    break
+                yield {"image": _shown(source), **nothing, "left_out": self.failed[failed]["error"]}
+                failed += 1
+            if one:
+                row = dict(nothing)
+                for place, label in zip(places, one.labels, strict=True):
+                    row |= {f"prediction{place}": label.name, f"confidence{place}": label.probability}
+                yield {"image": _shown(one.image), **row, "left_out": None}
+        for what in self.failed[: self.missing]:
+            yield {"image": what["file"], **nothing, "left_out": what["error"]}
 
     def end(self) -> None:
         """Ends the command with the status 1 where an image could not be used."""

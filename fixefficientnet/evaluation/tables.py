@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 from timm.data import ImageNetInfo
@@ -116,41 +117,42 @@ def comparison(first: Measured, second: Measured, found: Comparison) -> dict[str
     }
 
 
-def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows that have the same keys, as CSV with a header."""
-    stream, rows = _Lines(), iter(rows)
+def csv_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    r"""Rows that have the same keys, as CSV with a header.
+
+    Lines end in \n, and yet the writer knows of \r\n: else it would not quote a \r in a name.
+    """
+    rows = iter(rows)
     first = next(rows, {})
-    writer = csv.DictWriter(stream, fieldnames=list(first))
+    written: list[str] = []
+    writer = csv.DictWriter(SimpleNamespace(write=written.append), fieldnames=list(first))
     writer.writeheader()
-    writer.writerows(chain([first] if first else [], rows))
-    return "".join(stream.lines)
+    for row in chain([first] if first else [], rows):
+        writer.writerow(row)
+        yield from (f"{line[:-2]}\n" for line in written)
+        written.clear()
+    yield from (f"{line[:-2]}\n" for line in written)  # the header, where there is no row
 
 
-class _Lines:
-    r"""Lines of CSV that end in \n, of a writer to which \r too ends one: else it would not quote it in a name."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def write(self, line: str) -> int:
-        self.lines.append(f"{line[:-2]}\n")
-        return len(line)
+def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The lines of `csv_lines` as one text."""
+    return "".join(csv_lines(rows))
 
 
-def as_json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """Rows as one JSON object a line."""
-    return "".join(f"{json.dumps(row)}\n" for row in rows)
+    return (f"{json.dumps(row)}\n" for row in rows)
 
 
-def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+def markdown_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """Rows that have the same keys, as a table in Markdown; shares with three digits."""
 
     def cell(value: Any) -> str:
         return "" if value is None else f"{value:.3f}" if isinstance(value, float) else markdown(value)
 
-    keys = list(rows[0]) if rows else []
-    lines = [keys, ["---"] * len(keys), *([cell(row[key]) for key in keys] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    for index, row in enumerate(rows):
+        for line in ([list(row), ["---"] * len(row)] if index == 0 else []) + [[*map(cell, row.values())]]:
+            yield f"| {' | '.join(line)} |\n"
 
 
 def from_csv(text: str) -> list[dict[str, Any]]:

@@ -237,8 +237,8 @@ def _reports(shared: Path) -> Iterator[Attempt]:
         told = dataclasses.replace(
             finished_report(), variant=name, unreadable=(name,), unturned=(name,), left_out=(name,)
         )
-        text = report.as_markdown(told) + "\n" + tables.as_markdown([{"image": name, "prediction": name, "p": 0.5}])
-        text = files_text(text)
+        rows = tables.markdown_lines([{"image": name, "prediction": name, "p": 0.5}])
+        text = files_text("".join([report.as_markdown(told), "\n", *rows]))
         assert not _FORBIDDEN.search(text)
         return _rendered(text)
 
@@ -278,7 +278,7 @@ def _csv(shared: Path) -> Iterator[Attempt]:
         finding = outcome_of(read, lambda found: found == rows)
         if finding.outcome is not Outcome.SURVIVED or any("\0" in str(row) for row in rows):
             return finding
-        lines = [json.loads(line) for line in tables.as_json_lines(rows).splitlines()]
+        lines = [json.loads(line) for line in tables.json_lines(rows)]
         return Finding(Outcome.SURVIVED if lines == rows else Outcome.SILENT, "as JSON lines")
 
     yield attempt
