@@ -26,7 +26,7 @@ class Told:
 
     Attributes:
         requests: How many there were for each file, by "METHOD name".
-        leaked: Whether the other host was shown a token.
+        leaked: Whether a token was shown to the other host, or to this one elsewhere than in its header.
     """
 
     requests: Counter[str] = field(default_factory=Counter)
@@ -39,11 +39,12 @@ class FaultyHub:
     Attributes:
         files: Content by ORGANISATION/NAME/FILE.
         etags: What the server says of a file's content.
+        token: What nobody but this host is to see.
         told: What it saw, by attempt.
     """
 
-    def __init__(self, files: dict[str, bytes], etags: dict[str, str]):
-        self.files, self.etags, self.told = files, etags, dict[str, Told]()
+    def __init__(self, files: dict[str, bytes], etags: dict[str, str], token: str):
+        self.files, self.etags, self.token, self.told = files, etags, token, dict[str, Told]()
         self.lock = threading.Lock()
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, store)) for store in (False, True)]
         for server in self._servers:
@@ -94,8 +95,8 @@ def _handler(hub: FaultyHub, is_store: bool) -> type[BaseHTTPRequestHandler]:
             with hub.lock:
                 told = hub.told.setdefault(attempt, Told())
                 told.requests[f"{self.command} {name}"] += 1
-                if is_store and self.headers.get("Authorization"):
-                    told.leaked = True
+                shown = [text for key, text in self.headers.items() if is_store or key.lower() != "authorization"]
+                told.leaked |= any(hub.token in text for text in (self.path, *shown))
                 times = told.requests[f"{self.command} {name}"]
             if name not in hub.files:
                 code = "EntryNotFound" if any(one.startswith(f"{repository}/") for one in hub.files) else "RepoNotFound"

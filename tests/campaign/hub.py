@@ -144,7 +144,7 @@ def served(shared: Path) -> Iterator[tuple[FaultyHub, dict[str, bytes]]]:
         name: hashlib.sha256(content).hexdigest() if name.endswith(".safetensors") else _git_hash(content)
         for name, content in data.items()
     }
-    with FaultyHub(data, etags) as server:
+    with FaultyHub(data, etags, TOKEN) as server:
         yield server, data
 
 
@@ -179,7 +179,7 @@ def _faults(shared: Path) -> Iterator[Attempt]:
             with urllib.request.urlopen(f"{server.address}/told/{own}") as answer:
                 told = json.load(answer)
             if told["leaked"]:
-                return Finding(Outcome.SILENT, f"{case}: the token went to another host")
+                return Finding(Outcome.SILENT, f"{case}: the token went to another host, or into the User-Agent")
             strays = [path for path in folder.rglob("*") if path.is_file() and cache not in path.parents]
             if strays:
                 return Finding(Outcome.SILENT, f"{case}: {strays} written outside of the cache")
