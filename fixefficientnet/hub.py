@@ -223,13 +223,22 @@ def _download_verified(file: HubFile, cache_dir: PathLike | None, read_and_hash:
         cache_dir: The Hub cache to use instead of the user's.
         read_and_hash: Gives the result and its sha256 (computed afresh if the second argument is true).
     """
+
+    def readable(path: Path, afresh: bool) -> tuple[T, str]:
+        try:
+            return read_and_hash(path, afresh)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise DownloadError(f"The cached copy of {file} cannot be read: {error}.") from error
+
     with contextlib.suppress(FileNotFoundError):  # another process may be replacing the same bad copy
         path = _download(file, cache_dir)
-        result, found = read_and_hash(path, False)
+        result, found = readable(path, False)
         if _expected_sha256(file, path) in (None, found):
             return result
     try:
-        return _replace_wrong_copy(file, cache_dir, read_and_hash)
+        return _replace_wrong_copy(file, cache_dir, readable)
     except TimeoutError as error:
         raise DownloadError(f"{error}. Try again when that has ended.") from error
     except OSError as error:

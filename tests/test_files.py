@@ -68,6 +68,17 @@ def test_the_longest_names_that_a_file_can_have(tmp_path: Path):
         assert (tmp_path / name).read_text() == "whole"
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_who_may_read_a_file_is_the_users_to_say(tmp_path: Path, umask: int):
+    before = os.umask(umask)
+    try:
+        files.write_text(tmp_path / "a", "whole")
+        (tmp_path / "b").write_text("as any program does")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
 def test_a_link_to_itself_is_no_link_out(tmp_path: Path):
     (tmp_path / "features").symlink_to("other")
     (tmp_path / "other").symlink_to("features")

@@ -29,6 +29,17 @@ def test_wrong_copy_in_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatc
     assert (snapshot / "d.safetensors").read_bytes() == b"wrong"
 
 
+@pytest.mark.parametrize("load", [hub.read, hub.fetch])
+def test_copy_that_cannot_be_read(tmp_path: Path, load):
+    place = tmp_path / "models--o--r" / "snapshots" / COMMIT / "d.safetensors"
+    place.mkdir(parents=True)
+    with pytest.raises(
+        DownloadError, match=rf"cached copy of hf://o/r/d.safetensors@.* cannot be read: .*{place.name}"
+    ):
+        load(hub.HubFile("o/r", "d.safetensors", COMMIT, "0" * 64), tmp_path)
+    assert place.is_dir()
+
+
 def test_weights_that_are_not_pinned_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     put_in_cache(tmp_path, "o/r", "model.safetensors", {"a": torch.ones(1)})
     snapshot = tmp_path / "models--o--r" / "snapshots" / COMMIT

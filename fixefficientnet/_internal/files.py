@@ -4,6 +4,7 @@ import contextlib
 import errno
 import glob
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -13,6 +14,8 @@ from pathlib import Path
 from fixefficientnet.errors import FixEfficientNetError
 
 _SUFFIX = ".partial"
+_RANDOM = 8
+"""Letters that make a temporary name one of its own: as many as `tempfile` takes."""
 _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """Errors of writing that come without a name."""
 
@@ -40,16 +43,15 @@ def beside(path: Path) -> Iterator[Path]:
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary name beside a target, which it becomes if all goes well; makes the folder if need be."""
 
-    def empty(dir: Path, prefix: str, suffix: str) -> str:
-        descriptor, made = tempfile.mkstemp(suffix, prefix, dir)
-        os.close(descriptor)
-        return made
+    def empty(dir: Path, prefix: str, suffix: str) -> str:  # as mkstemp, with the rights that other new files get
+        made = dir / f"{prefix}{secrets.token_hex(_RANDOM // 2)}{suffix}"
+        os.close(os.open(made, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        return str(made)
 
     with _temporary(path, empty) as temporary:
         yield temporary
         with temporary.open("r+b") as file:  # Windows writes out only what may be written
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
 
 
@@ -61,7 +63,7 @@ def _temporary(path: Path, make: Callable[..., str]) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name.encode(errors='ignore')[:64].decode(errors='ignore')}."  # a name has 255 bytes at most
-    for left in path.parent.glob(f"{glob.escape(prefix)}{'?' * 8}{_SUFFIX}"):
+    for left in path.parent.glob(f"{glob.escape(prefix)}{'?' * _RANDOM}{_SUFFIX}"):
         with contextlib.suppress(OSError), _locked(left) as locked:
             if locked:
                 _remove(left)
