@@ -150,7 +150,12 @@ def test_numbers_that_json_has_not(value: float):
 
 
 @pytest.mark.parametrize(
-    ("document", "said"), [([], "^must be an object, is a list of 0"), ({}, "^lacks the key name")]
+    ("document", "said"),
+    [
+        ([], "^must be an object, is a list of 0"),
+        ({}, "^lacks the key name"),
+        ({"x" * 10**6: 1}, "^has the unknown key x{100}…; the known ones are name"),
+    ],
 )
 def test_errors_of_a_whole_document(document: object, said: str):
     with pytest.raises(WrongError, match=said):

@@ -177,7 +177,7 @@ def read(cls: type[T], value: object, where: str, error: Error) -> T:
         raise error(f"{at}must be an object, is {_shown(value)}")
     readers = _readers(cls)
     if unknown := sorted(value.keys() - readers.keys()):
-        raise error(f"{at}has the unknown key {', '.join(unknown)}; the known ones are {', '.join(readers)}")
+        raise error(f"{at}has the unknown key {_short(', '.join(unknown))}; the known ones are {', '.join(readers)}")
     if missing := sorted(_required(cls) - value.keys()):
         raise error(f"{at}lacks the key {', '.join(missing)}")
     return cls(**{name: readers[name](item, _at(where, name), error) for name, item in value.items()})
@@ -360,7 +360,10 @@ def _shown(value: object) -> str:
         return f"a list of {len(value)}"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
+    return _short(repr(value))
+
+
+def _short(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
