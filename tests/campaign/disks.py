@@ -21,7 +21,6 @@ from campaign.injected import LOCKING, REMOVE, WRITING, Fault
 from campaign.trial import Attempt, Finding, Outcome, Trial
 from fixefficientnet import hub
 
-NOBODY = 65534
 _ALL = 1_000_000
 """As many operations as there may be."""
 
@@ -80,18 +79,16 @@ def _without_locks(there: Place, known: Undisturbed, rng: random.Random) -> Iter
 
 @contextlib.contextmanager
 def _permission_denied(there: Place, known: Undisturbed, rng: random.Random) -> Iterator[Fault]:
-    """The folder is root's, or all in it is, and the command another user's."""
-    for path in (there.folder.parent, there.folder):
-        path.chmod(0o755)
-    (there.folder / "home").mkdir(exist_ok=True)
-    os.chown(there.folder / "home", NOBODY, NOBODY)
-    there.said.touch()
-    there.said.chmod(0o666)
-    if inside := rng.random() < 0.3:
-        os.chown(there.out, NOBODY, NOBODY)
-    yield Fault(str(there.out), uid=NOBODY)
-    if inside:
-        os.chown(there.out, 0, 0)
+    """The folder and what is in it can only be read, or what is in it alone."""
+    inside = [path for path in there.out.rglob("*") if not path.is_symlink()]
+    denied = inside if rng.random() < 0.3 else [there.out, *inside]
+    before = {path: path.stat().st_mode for path in denied}
+    for path, mode in before.items():
+        path.chmod(mode & ~0o222)
+    yield Fault(str(there.out), unprivileged=True)
+    for path, mode in before.items():
+        if path.exists():
+            path.chmod(mode)
 
 
 @contextlib.contextmanager
@@ -110,7 +107,7 @@ DISKS: dict[str, Disk] = {
     "permission denied": _permission_denied,
     "read-only": _read_only,
 }
-_LEFT_OUT = {("permission denied", "downloads"), ("too small", "downloads")}
+_LEFT_OUT = {("too small", "downloads")}
 
 
 @contextlib.contextmanager

@@ -63,7 +63,6 @@ def ground() -> Ground:
     """The same for all trials of a process."""
     folder = Path(tempfile.mkdtemp(prefix="campaign-ground-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    folder.chmod(0o755)  # for commands of other users
     tiny.make_data(folder / "data", ("n01440764", "n02124075", "n07920052"), train=4, val=3)
     made = Ground(folder, tiny_variants(folder / "hub", **{KEY: {}}))
     for name, seed in (("runs", "0"), ("other", "1")):

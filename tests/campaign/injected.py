@@ -5,6 +5,7 @@ locks; and `os.fsync`. The command's group of processes is its own, so that all 
 """
 
 import contextlib
+import ctypes
 import errno
 import functools
 import gc
@@ -40,7 +41,7 @@ class Fault:
         limit: Bytes that a file can have; None: any number.
         limit_kills: Whether the limit ends the process, and not the write alone.
         count: File that gets the number of operations that there were.
-        uid: The user that the command runs as.
+        unprivileged: Whether permissions hold, even for root.
         cwd: The folder that it runs in.
     """
 
@@ -52,7 +53,7 @@ class Fault:
     limit: int | None = None
     limit_kills: bool = False
     count: str | None = None
-    uid: int | None = None
+    unprivileged: bool = False
     cwd: str | None = None
 
     def environment(self, command: str) -> dict[str, str]:
@@ -68,16 +69,20 @@ def main() -> None:
     command = importlib.import_module(os.environ["FAULTY"])
     if fault.cwd:
         os.chdir(fault.cwd)
-    if fault.uid is not None:
-        os.setgroups([])
-        os.setgid(fault.uid)
-        os.setuid(fault.uid)
+    if fault.unprivileged:
+        _drop_capabilities()
     if fault.limit is not None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault.limit, resource.RLIM_INFINITY))
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL if fault.limit_kills else signal.SIG_IGN)
     with _counted(fault):
         command.main()
+
+
+def _drop_capabilities() -> None:
+    header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    if ctypes.CDLL(None, use_errno=True).capset(header, none):
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 @contextlib.contextmanager
