@@ -486,6 +486,7 @@ def test_images_in_no_class_are_named(tmp_path: Path):
             open_dataset(str(place), "train")
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("seed", ["1", "2"])
 def test_names_that_differ_in_case_or_zeros_alone_have_an_order(tmp_path: Path, seed: str):
     make_split(tmp_path / "train", ("7", "07", "Fox", "fox", "10"), 1)

@@ -159,6 +159,7 @@ def test_memory_is_that_of_a_real_step(stage: str, tune: str, part: int):
     assert found.memory == pytest.approx(fixed + peak.peak, rel=0.05)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("key", ["b8", "l2"])
 def test_the_largest_variants_fit_24_gb(key: str):
     whole, half = (plan.plan(recipe_of(key, mixed_precision=precision)) for precision in ("no", "bf16"))

@@ -28,6 +28,8 @@ from fixefficientnet.publishing import folder
 from fixefficientnet.publishing.index import Index
 from fixefficientnet.reproduce.report import Report
 
+pytestmark = pytest.mark.newest  # with other releases, tests of a Hub and of a server publish
+
 MANIFEST = "weights_manifest.json"
 MADE = {"README.md", "models.json", MANIFEST}
 

@@ -11,6 +11,8 @@ from fixefficientnet.evaluation.predictions import ImagePrediction, Predictions
 from fixefficientnet.reproduce import recipe as recipes
 from fixefficientnet.reproduce.report import Gain, PairedTest, Report, as_markdown
 
+pytestmark = pytest.mark.newest
+
 
 def evaluation(size: int, correct: str) -> Evaluation:
     """An evaluation with the images marked 1 classified correctly."""
