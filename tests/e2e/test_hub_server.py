@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -317,12 +318,6 @@ def test_concurrent_processes(server: Server, home: Path, tmp_path: Path, cache:
             file.resolve().write_bytes(b"damaged")
     env = environment(server, tmp_path, OMP_NUM_THREADS="1")
     code = "import fixefficientnet as f; print(f.create('b0', True).classifier.weight.sum().item())"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        for _ in range(4)
-    ]
-    done = [process.communicate(timeout=500) for process in processes]
-    assert [process.returncode for process in processes] == [0] * 4, done
-    assert len({out for out, _ in done}) == 1
+    with ThreadPoolExecutor(4) as threads:
+        done = [threads.submit(python, code, env) for _ in range(4)]
+    assert len({one.result().stdout for one in done}) == 1
