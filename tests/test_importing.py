@@ -1,11 +1,11 @@
-"""Importing, reloading, copying and pickling, each in a fresh process."""
+"""Importing, reloading, copying and pickling, each in a process that has imported nothing of it."""
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import pytest
 from conftest import ROOT
 
@@ -22,16 +22,10 @@ assert timm.create_model("fixefficientnet_b0.ns_jft_in1k", device="meta").varian
 """
 
 
-def python(code: str, *, cwd: Path = ROOT, check: bool = True, **env: str) -> str:
+def python(code: str, *, cwd: Path = ROOT, check: bool = True) -> str:
     """What a process printed; with `check=False`, the last line of its error."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", code],
-        cwd=cwd,
-        env=os.environ | env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    strict = "import warnings; warnings.simplefilter('error', UserWarning)\n"
+    done = fresh.python(strict + code, cwd=cwd, check=False)
     assert (done.returncode == 0) == check, done.stdout + done.stderr
     return done.stdout if check else done.stderr.strip().splitlines()[-1]
 

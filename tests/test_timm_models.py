@@ -1,11 +1,10 @@
 import json
-import subprocess
-import sys
 
+import fresh
 import pytest
 import timm
 import torch
-from conftest import ROOT, TIMM_HAS_LOCAL_DIR, Network, save_for_hf
+from conftest import TIMM_HAS_LOCAL_DIR, Network, save_for_hf
 
 import fixefficientnet
 from fixefficientnet import manifest
@@ -13,9 +12,7 @@ from fixefficientnet.errors import WeightsNotPublishedError
 
 
 def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return fresh.python(code).stdout
 
 
 @pytest.mark.parametrize("order", ["import timm, fixefficientnet", "import fixefficientnet, timm"])

@@ -1,18 +1,12 @@
 """A real Hub server on loopback, the git repositories that it serves, and fresh processes that ask it."""
 
-import atexit
-import functools
-import json
-import os
 import socket
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 from pathlib import Path
 
-from conftest import ROOT
+import fresh
 
 
 def git(*arguments: str, cwd: Path) -> str:
@@ -69,60 +63,14 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-_IN_EACH = """
+_WITHOUT_WAITING = """
 import types
 from huggingface_hub.utils import _http
 _http.time = types.SimpleNamespace(sleep=lambda seconds: None)
 """
-"""Has huggingface_hub try again without waiting, up to 23 seconds."""
-
-_asking = threading.Lock()
-_SERVER = """
-import json, os, sys
-import torchvision.models.feature_extraction  # brings torch; they are two thirds of what timm imports
-for line in sys.stdin:
-    code, environment, out, err, ended = json.loads(line)
-    if waiting := os.fork():
-        os.waitpid(waiting, 0)
-    elif os.fork():
-        os._exit(0)
-    elif process := os.fork():
-        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        with open(ended, "w") as file:
-            file.write(str(status))
-        os._exit(0)
-    else:
-        break
-else:
-    sys.exit()
-os.environ.clear()
-os.environ.update(environment)
-for number, name in ((1, out), (2, err)):
-    os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
-exec(code)
-"""
-
-
-@functools.cache
-def _server() -> "subprocess.Popen[str]":
-    """A process that has imported torch, and nothing that reads the environment; it forks one for each code."""
-    process = subprocess.Popen([sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, text=True, cwd=ROOT)
-    atexit.register(process.kill)
-    return process
+"""Has huggingface_hub try again at once, where it would wait up to 23 seconds."""
 
 
 def python(code: str, env: dict[str, str], check: bool = True) -> "subprocess.CompletedProcess[str]":
-    """Runs code in a process of its own, in this environment; may be called in several threads."""
-    with tempfile.TemporaryDirectory() as folder:
-        out, err, ended = (Path(folder, name) for name in ("out", "err", "ended"))
-        os.mkfifo(ended)
-        request = json.dumps([_IN_EACH + code, env, *map(str, (out, err, ended))]) + "\n"
-        stdin = _server().stdin
-        assert stdin
-        with _asking:
-            stdin.write(request)
-            stdin.flush()
-        status = int(ended.read_text())  # waits for the process
-        done = subprocess.CompletedProcess([code], status, out.read_text(), err.read_text())
-    assert not check or done.returncode == 0, done.stderr
-    return done
+    """What a process printed that asks a Hub."""
+    return fresh.python(_WITHOUT_WAITING + code, env=env, check=check)
