@@ -59,10 +59,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return opinionated("test_efficientnet", tmp_path_factory.mktemp("export"))
 
 
-@pytest.fixture(scope="module", params=["test_efficientnet", pytest.param(PAD_SAME, marks=pytest.mark.slow)])
-def either(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Without and with padding that depends on the size."""
-    return opinionated(request.param, tmp_path_factory.mktemp("export"))
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return opinionated(PAD_SAME, tmp_path_factory.mktemp("export"))
 
 
 def run(path: Path, images: np.ndarray, kind: str = "") -> np.ndarray:
@@ -115,15 +114,30 @@ def metadata(path: Path, kind: str = "") -> dict[str, Any]:
 FORMS: list[Any] = [(kind, more) for kind in KINDS for more in ((), ("--half",), ("--dynamic-size",))]
 # torch.export reasons for minutes about the padding of a free size
 FORMS.remove(("torch-export", ("--dynamic-size",)))
-FORMS += [pytest.param(*kind.values, (), marks=kind.marks) for kind in SLOW_KINDS]
+PADDED = [
+    *(pytest.param(kind, (), marks=pytest.mark.slow) for kind in ("openvino", "torch-export", "torchscript")),
+    pytest.param("onnx", ("--dynamic-size",), marks=pytest.mark.slow),
+    *(pytest.param(*kind.values, (), marks=kind.marks) for kind in SLOW_KINDS),
+]
 
 
-@pytest.mark.parametrize(("kind", "more"), FORMS, ids=lambda value: value if isinstance(value, str) else "".join(value))
-def test_a_file_gives_eagers_logits(either: str, tmp_path: Path, kind: str, more: tuple[str, ...]):
+def _name(value: Any) -> str:
+    return value if isinstance(value, str) else "".join(value)
+
+
+@pytest.mark.parametrize(("kind", "more"), PADDED, ids=_name)
+def test_a_file_gives_eagers_logits_where_padding_depends_on_the_size(
+    padded: str, tmp_path: Path, kind: str, more: tuple[str, ...]
+):
+    test_a_file_gives_eagers_logits(padded, tmp_path, kind, more)
+
+
+@pytest.mark.parametrize(("kind", "more"), FORMS, ids=_name)
+def test_a_file_gives_eagers_logits(model: str, tmp_path: Path, kind: str, more: tuple[str, ...]):
     path = tmp_path / f"model{SUFFIXES[kind]}"
-    out, _ = cli("export", either, "-o", path, "--format", kind, "--size", 64, *more)
+    out, _ = cli("export", model, "-o", path, "--format", kind, "--size", 64, *more)
     assert "same top-1 prediction for 100% of" in out
-    eager = load(either)
+    eager = load(model)
     tolerance = 3e-2 if more == ("--half",) else 1e-4
     generator = torch.Generator().manual_seed(1)
     for batch, size in [(1, (64, 64)), (3, (64, 64)), *([(2, (97, 81))] if more == ("--dynamic-size",) else [])]:

@@ -172,6 +172,7 @@ def test_second_variant_is_added_on_top_under_the_next_tag(desk: Desk):
     assert {key: row["weights"]["revision"] for key, row in desk.rows().items()} == {"b0": first, "b0_ns": second}
 
 
+@pytest.mark.newest
 def test_other_weights_replace_only_if_asked_and_stay_at_their_tag(desk: Desk):
     desk.publish("b0")
     assert "--replace" in desk.publish("other", status=1)
@@ -182,6 +183,7 @@ def test_other_weights_replace_only_if_asked_and_stay_at_their_tag(desk: Desk):
     assert desk.repository.commits[tags["v1.0"]]["b0.safetensors"] == desk.delta("b0")
 
 
+@pytest.mark.newest
 def test_dry_run_asks_and_writes_nothing(desk: Desk):
     said = desk.publish("b0", more=("--dry-run",))
     assert "v1.0: add b0" in said
@@ -194,6 +196,7 @@ def test_dry_run_asks_and_writes_nothing(desk: Desk):
     assert list(desk.rows()) == ["b0"]
 
 
+@pytest.mark.newest
 def test_foreign_card_is_refused(desk: Desk):
     desk.hub.make(NAME).add({"README.md": b"# theirs"}, "mine")
     assert "README.md, which `publish` did not write" in desk.publish("b0", status=1)
@@ -201,6 +204,7 @@ def test_foreign_card_is_refused(desk: Desk):
     assert not desk.manifest.exists()
 
 
+@pytest.mark.newest
 def test_weights_of_others_are_refused_also_beside_published_ones(desk: Desk):
     desk.publish("b0")
     desk.repository.add({"b0_ns.safetensors": b"theirs"}, "theirs")
@@ -222,6 +226,7 @@ def test_repository_that_was_made_empty_gets_the_first_commit(desk: Desk):
     assert desk.published() == ["v1.0: add b0"]
 
 
+@pytest.mark.newest
 def test_damaged_models_json_is_refused(desk: Desk):
     desk.hub.make(NAME).add({"models.json": b"\xff{"}, "mine")
     assert "models.json of org/name is damaged" in desk.publish("b0", status=1)
@@ -247,6 +252,7 @@ def row_texts(text: str) -> tuple[str, dict[str, str]]:
     return head, {row.split('"')[1]: row for row in rows}
 
 
+@pytest.mark.newest
 def test_whole_manifest_gets_the_rows_and_is_otherwise_the_same_text(desk: Desk):
     shutil.copy(PACKAGED, desk.manifest)
     desk.publish("b0", "b0_ns")
@@ -262,6 +268,7 @@ def test_whole_manifest_gets_the_rows_and_is_otherwise_the_same_text(desk: Desk)
     assert {key for key in row if changed[key] != row[key]} == {"weights", "test"}
 
 
+@pytest.mark.newest
 def test_rows_of_others_stay(desk: Desk):
     weights = {"repository": "they/theirs", "filename": "b1.safetensors", "revision": "a" * 40, "sha256": "b" * 64}
     theirs = {"b1": {"weights": weights}, "b0": {"title": "Mine"}}
@@ -273,6 +280,7 @@ def test_rows_of_others_stay(desk: Desk):
     assert desk.rows()["b0"]["weights"]["filename"] == "b0.safetensors"
 
 
+@pytest.mark.newest
 def test_row_takes_the_test_size_of_the_run_whatever_it_had(desk: Desk, monkeypatch: pytest.MonkeyPatch):
     """The row says 96 pixels of an earlier run; this one was tuned for what the overlay in use says, 48."""
     monkeypatch.setenv(manifest.OVERLAY_VARIABLE, '{"schema_version": 1, "variants": {"b0": {"test": {"size": 48}}}}')
@@ -282,6 +290,7 @@ def test_row_takes_the_test_size_of_the_run_whatever_it_had(desk: Desk, monkeypa
     assert desk.rows()["b0"]["test"] == test | {"size": 48}
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     "content",
     [
@@ -302,12 +311,14 @@ def test_malformed_manifest_is_refused_before_anything_is_published(desk: Desk, 
     assert desk.manifest.read_bytes() == content
 
 
+@pytest.mark.newest
 def test_folder_in_place_of_the_manifest_is_refused_before_anything_is_published(desk: Desk):
     desk.manifest.mkdir()
     assert "--manifest" in desk.publish("b0", status=1)
     assert desk.hub.repositories == {}
 
 
+@pytest.mark.newest
 def test_manifest_that_cannot_be_written_leaves_the_rest_and_the_same_command_completes_it(desk: Desk):
     link = desk.folder / "link"
     link.symlink_to(desk.folder / "nowhere")  # nothing to read there, and no folder to write in, even for root
@@ -356,12 +367,14 @@ def test_token_that_cannot_be_sent_is_not_shown(desk: Desk, monkeypatch: pytest.
     assert "Nothing was published" in said
 
 
+@pytest.mark.newest
 def test_organisation_of_others_is_refused(desk: Desk):
     said = desk.publish("b0", repo="others/name", status=1)
     assert "member of others" in said and "Nothing was published" in said
     assert desk.hub.repositories == {}
 
 
+@pytest.mark.newest
 def test_organisation_that_is_not_there_is_refused(desk: Desk):
     desk.hub.trouble("POST", CREATE, 404)
     said = desk.publish("b0", status=1)
@@ -480,6 +493,7 @@ def test_hub_that_is_not_there(desk: Desk, monkeypatch: pytest.MonkeyPatch):
     assert "http://127.0.0.1:9 was not reached" in said and "Nothing was published" in said
 
 
+@pytest.mark.newest
 def test_standin_refuses_what_a_hub_refuses(desk: Desk):
     """The tests above rely on this."""
     repository = desk.hub.make(NAME)
@@ -522,6 +536,7 @@ def test_a_network_of_ones_own_gets_one_commit_of_its_own(desk: Desk, tmp_path: 
     assert desk.repository.commits[desk.repository.head]["model.safetensors"] != files["model.safetensors"]
 
 
+@pytest.mark.newest
 def test_whole_variants_get_repositories_beside_the_deltas(desk: Desk):
     said = desk.publish("b0", more=("--whole",))
     whole = "org/fixefficientnet_b0.ap_in1k"

@@ -272,11 +272,10 @@ def test_only_what_the_ablation_says_moves(ground: Ground, tmp_path: Path, metho
     assert differing(before, after) == moves
 
 
-@pytest.mark.parametrize("method", ["online", "cached"])
 @pytest.mark.newest
-def test_what_a_run_in_half_precision_measures_is_float32(ground: Ground, tmp_path: Path, method: str):
+def test_what_a_run_in_half_precision_measures_is_float32(ground: Ground, tmp_path: Path):
     for precision in ("no", "bf16"):
-        more = ["--method", method, "--mixed-precision", precision, "--epochs", "1"]
+        more = ["--method", "cached", "--mixed-precision", precision, "--epochs", "1"]
         run_anew(ground.fixres(*more, out=tmp_path, experiment=precision))
     run = tmp_path / "bf16"
     tuned = fixefficientnet.load(str(run))
