@@ -31,7 +31,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from fixefficientnet._internal.files import write_atomically
+from fixefficientnet._internal.files import WRITING, write_atomically
 from fixefficientnet._internal.waiting import by_whom, in_time, locked
 from fixefficientnet._version import __version__
 from fixefficientnet.errors import ChecksumError, DownloadError
@@ -321,6 +321,11 @@ def _download(file: HubFile, cache_dir: PathLike | None, *, afresh: bool = False
     except (HfHubHTTPError, HTTPError, OSError) as error:
         if not afresh and "force_download" in str(error):  # what was resumed does not fit, and would never
             return _download(file, cache_dir, afresh=True)
+        if isinstance(error, OSError) and error.errno in WRITING:
+            place = error.filename or _repository_folder(file, cache_dir)
+            raise DownloadError(
+                f"{file} could not be written to {place}: {error.strerror}.\nNothing of it is kept; try again."
+            ) from error
         raise DownloadError(
             f"{file} could not be downloaded from {constants.ENDPOINT}: {error}\nNothing of it is kept; try again."
         ) from error

@@ -1,6 +1,7 @@
 """Datasets: what is opened, how its classes are numbered, and what a loader gives."""
 
 import itertools
+import multiprocessing
 import os
 import pickle
 import re
@@ -401,8 +402,9 @@ def test_too_little_shared_memory_is_an_error_that_says_what_to_do(twelve: Path,
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)")
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
-    with pytest.raises(DataError, match=r"ran out of shared memory\. /dev/shm has 7\.0 MB free"):
+    with pytest.raises(DataError, match=r"ran out of shared memory\. /dev/shm has 7\.0 MB free") as held:
         next(load_batches(dataset, transform, [[(0, 0)]], workers=1))
+    assert held.value and not multiprocessing.active_children()
 
 
 def test_an_unreadable_image_is_named(twelve: Path):

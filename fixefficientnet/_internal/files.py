@@ -16,7 +16,7 @@ from fixefficientnet.errors import FixEfficientNetError
 _SUFFIX = ".partial"
 _RANDOM = 8
 """Letters that make a temporary name one of its own: as many as `tempfile` takes."""
-_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """Errors of writing that come without a name."""
 
 
@@ -26,7 +26,7 @@ def _naming(path: Path, temporary: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        unnamed = error.filename is None and error.errno in _WRITING
+        unnamed = error.filename is None and error.errno in WRITING
         if unnamed or str(error.filename).startswith(temporary):
             error.filename, error.filename2 = str(path), None
         raise

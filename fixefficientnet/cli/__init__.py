@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The command and its arguments; None: those of the process.
     """
     show_what_can_be_shown()
-    sys.excepthook = _without_secrets
+    sys.excepthook, threading.excepthook = _without_secrets, _in_a_thread
     _speak_of_fatal_signals()
     status = 0
     try:
@@ -83,6 +84,14 @@ def _speak_of_fatal_signals() -> None:
 def _without_secrets(*raised: Any) -> None:
     """Shows the traceback of an error that nobody expected, as Python does, but for what is secret."""
     sys.stderr.write(redacted("".join(traceback.format_exception(*raised))))
+
+
+def _in_a_thread(raised: threading.ExceptHookArgs) -> None:
+    """Shows what ended a thread; an error of a disk in one line, as whoever waits for what the thread writes fails."""
+    if isinstance(raised.exc_value, OSError):
+        _say(_outcome(raised.exc_value)[1])
+    elif raised.exc_type is not SystemExit:
+        _without_secrets(raised.exc_type, raised.exc_value, raised.exc_traceback)
 
 
 _ALIKE = (CycloptsError, UsageError, OptionError, RecipeError, UnknownVariantError)

@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -165,6 +166,7 @@ def load_batches(
         try:
             yield from _joined(loader, device)
         except RuntimeError as error:  # torch has no class for it
+            traceback.clear_frames(error.__traceback__)  # they hold what holds the loading processes
             if re.search(r"shared memory|\(shm\)", str(error)):
                 raise DataError(f"Loading processes ran out of shared memory. {_remedy()}") from error
             if "timed out" in str(error):

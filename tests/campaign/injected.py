@@ -15,6 +15,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -38,7 +39,7 @@ class Fault:
         at: Number of the operation that goes wrong, from 1; 0: none.
         times: How many of them, from that one on.
         what: KILL ends the group of processes; REMOVE removes the folder first; else the name of an error.
-        limit: Bytes that a file can have; None: any number.
+        limit: Bytes that a file can have, but for what the command says; None: any number.
         limit_kills: Whether the limit ends the process, and not the write alone.
         count: File that gets the number of operations that there were.
         unprivileged: Whether permissions hold, even for root.
@@ -71,12 +72,38 @@ def main() -> None:
         os.chdir(fault.cwd)
     if fault.unprivileged:
         _drop_capabilities()
-    if fault.limit is not None:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (fault.limit, resource.RLIM_INFINITY))
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL if fault.limit_kills else signal.SIG_IGN)
-    with _counted(fault):
+    with contextlib.ExitStack() as stack:
+        if fault.limit is not None:
+            stack.enter_context(_said_through_a_pipe())
+            _limit_files(fault.limit, fault.limit_kills)
+        stack.enter_context(_counted(fault))
         command.main()
+
+
+def _limit_files(size: int, kills: bool) -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL if kills else signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _said_through_a_pipe() -> Iterator[None]:
+    """Has another process, without a limit, write what this one says."""
+    writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    assert writer.stdin
+    for descriptor in (1, 2):
+        os.dup2(writer.stdin.fileno(), descriptor)
+    writer.stdin.close()
+    sys.stdout, sys.stderr = (open(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))  # noqa: SIM115
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        for descriptor in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        writer.wait(30)
 
 
 def _drop_capabilities() -> None:
