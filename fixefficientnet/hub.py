@@ -32,6 +32,7 @@ from huggingface_hub.errors import (
 )
 
 from fixefficientnet._internal.files import WRITING, write_atomically
+from fixefficientnet._internal.records import LARGEST
 from fixefficientnet._internal.waiting import by_whom, in_time, locked
 from fixefficientnet._version import __version__
 from fixefficientnet.errors import ChecksumError, DownloadError
@@ -39,7 +40,10 @@ from fixefficientnet.manifest import RELATIVE_FILE, Backbone
 
 T = TypeVar("T")
 PathLike = str | os.PathLike[str]
-ReadAndHash = Callable[[Path, bool], tuple[T, str]]
+ReadAndHash = Callable[[Path, str, bool], tuple[T, str]]
+"""Gives, of a path, the hash that it must have (empty: any) and whether to look afresh, a result and its hash."""
+_SHA1, _SHA256 = 40, 64
+"""Digits of these hashes."""
 _SURELY_KILLED = 3600
 """Seconds after which a download that has written nothing more is none."""
 _CLOCKS_STEP = 2
@@ -95,7 +99,7 @@ def read(file: HubFile, cache_dir: PathLike | None = None) -> bytes:
     """Downloads a small file and gives its bytes, which are what was hashed.
 
     Args:
-        file: The file to read; its sha256, if given or told by the Hub, is checked at every call.
+        file: The file to read; its hash, if given or told by the Hub, is checked at every call.
         cache_dir: The Hub cache to use instead of the user's.
 
     Raises:
@@ -103,9 +107,9 @@ def read(file: HubFile, cache_dir: PathLike | None = None) -> bytes:
         ChecksumError: The bytes have another hash, also after one fresh download.
     """
 
-    def read_and_hash(path: Path, _afresh: bool) -> tuple[bytes, str]:
+    def read_and_hash(path: Path, expected: str, _afresh: bool) -> tuple[bytes, str]:
         data = path.read_bytes()
-        return data, hashlib.sha256(data).hexdigest()
+        return data, _hash_like(expected, data)
 
     data = _download_verified(file, cache_dir, read_and_hash)
     _name_if_not_pinned(file)
@@ -113,7 +117,7 @@ def read(file: HubFile, cache_dir: PathLike | None = None) -> bytes:
 
 
 def fetch(file: HubFile, cache_dir: PathLike | None = None) -> Path:
-    """Downloads a large file to the cache; its sha256, if given or told by the Hub, is checked once and remembered.
+    """Downloads a large file to the cache; its hash, if given or told by the Hub, is checked once and remembered.
 
     Weights that are not pinned are named as such in the log, which the command line shows.
 
@@ -126,9 +130,9 @@ def fetch(file: HubFile, cache_dir: PathLike | None = None) -> Path:
         ChecksumError: The file has another hash, also after one fresh download.
     """
 
-    def read_and_hash(path: Path, afresh: bool) -> tuple[Path, str]:
-        if not _expected_sha256(file, path):
-            return path, ""
+    def read_and_hash(path: Path, expected: str, afresh: bool) -> tuple[Path, str]:
+        if len(expected) != _SHA256:
+            return path, _hash_like(expected, path.read_bytes()) if expected else ""
         return path, sha256_of(path) if afresh else _cached_sha256(path, _repository_folder(file, cache_dir))
 
     path = _download_verified(file, cache_dir, read_and_hash)
@@ -216,17 +220,17 @@ def _verified_in_package(path: Path, package: str, expected: str) -> Path:
 
 
 def _download_verified(file: HubFile, cache_dir: PathLike | None, read_and_hash: ReadAndHash[T]) -> T:
-    """Downloads a file, and checks its sha256; a wrong copy is deleted and downloaded once more.
+    """Downloads a file, and checks its hash; a wrong copy is deleted and downloaded once more.
 
     Args:
         file: The file to download.
         cache_dir: The Hub cache to use instead of the user's.
-        read_and_hash: Gives the result and its sha256 (computed afresh if the second argument is true).
+        read_and_hash: Gives the result and its hash.
     """
 
     def readable(path: Path, afresh: bool) -> tuple[T, str]:
         try:
-            return read_and_hash(path, afresh)
+            return read_and_hash(path, _expected_hash(file, path) or "", afresh)
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -235,7 +239,7 @@ def _download_verified(file: HubFile, cache_dir: PathLike | None, read_and_hash:
     with contextlib.suppress(FileNotFoundError):  # another process may be replacing the same bad copy
         path = _download(file, cache_dir)
         result, found = readable(path, False)
-        if _expected_sha256(file, path) in (None, found):
+        if _expected_hash(file, path) in (None, found):
             return result
     try:
         return _replace_wrong_copy(file, cache_dir, readable)
@@ -245,18 +249,20 @@ def _download_verified(file: HubFile, cache_dir: PathLike | None, read_and_hash:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         raise ChecksumError(
-            f"The cached copy of {file} is not the one with the sha256 {_expected_sha256(file, path)}, and cannot be "
+            f"The cached copy of {file} is not the one with the hash {_expected_hash(file, path)}, and cannot be "
             f"replaced: {error}"
         ) from error
 
 
-def _replace_wrong_copy(file: HubFile, cache_dir: PathLike | None, read_and_hash: ReadAndHash[T]) -> T:
+def _replace_wrong_copy(
+    file: HubFile, cache_dir: PathLike | None, readable: Callable[[Path, bool], tuple[T, str]]
+) -> T:
     lock = _repository_folder(file, cache_dir) / ".fixefficientnet.lock"
     # processes that meet the same bad copy must not delete each other's fresh one
     with locked(lock, f"The cached copy of {file} is to be replaced, and"):
         path = _download(file, cache_dir)
-        result, found = read_and_hash(path, True)
-        if (expected := _expected_sha256(file, path)) in (None, found):
+        result, found = readable(path, True)
+        if (expected := _expected_hash(file, path)) in (None, found):
             return result
         _delete(path)
         try:
@@ -264,10 +270,10 @@ def _replace_wrong_copy(file: HubFile, cache_dir: PathLike | None, read_and_hash
         except DownloadError as error:
             raise DownloadError(
                 f"The cached copy of {file} was damaged and is deleted "
-                f"(its sha256 was {found}, expected is {expected}).\n{error}"
+                f"(its hash was {found}, expected is {expected}).\n{error}"
             ) from error
-        result, second = read_and_hash(path, True)
-        if (expected := _expected_sha256(file, path)) in (None, second):
+        result, second = readable(path, True)
+        if (expected := _expected_hash(file, path)) in (None, second):
             return result
         _delete(path)
     if file.sha256:
@@ -276,23 +282,35 @@ def _replace_wrong_copy(file: HubFile, cache_dir: PathLike | None, read_and_hash
     else:
         where, why, then = f"{constants.ENDPOINT} tells of", "the file was changed just now", "then try again"
     raise ChecksumError(
-        f"{file} has the sha256 {second}, {where} {expected}. It was downloaded anew and nothing of it is kept. "
+        f"{file} has the hash {second}, {where} {expected}. It was downloaded anew and nothing of it is kept. "
         f"Either {why}, or a proxy or mirror alters it: check HF_ENDPOINT, {then}."
     )
 
 
-def _expected_sha256(file: HubFile, path: Path) -> str | None:
+def _expected_hash(file: HubFile, path: Path) -> str | None:
     """The hash that a file in the cache must have: the pinned one, or the one that the Hub told; None: unknown.
 
-    The Hub tells the sha256 of a large file, which names its content in the cache.
+    What the Hub tells names the content in the cache: the sha256 of a large file, git's hash of a small one.
     """
     if file.sha256:
         return file.sha256
     with contextlib.suppress(OSError):  # where there are no symbolic links, it is not kept
         content = path.readlink()
-        if content.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", content.name):
-            return content.name
+        if content.parent.name == "blobs" and re.fullmatch("[0-9a-f]*", content.name):
+            small = path.stat().st_size <= LARGEST
+            if len(content.name) == _SHA256 or (len(content.name) == _SHA1 and small):
+                return content.name
     return None
+
+
+def _hash_like(other: str, data: bytes) -> str:
+    """The hash of a small file's bytes, of the kind that another is: git's (mirrors take plain sha1), or sha256."""
+    if len(other) != _SHA1:
+        return hashlib.sha256(data).hexdigest()
+    of_git, plain = (
+        hashlib.sha1(begin + data, usedforsecurity=False).hexdigest() for begin in (b"blob %d\0" % len(data), b"")
+    )
+    return plain if plain == other else of_git
 
 
 def _download(file: HubFile, cache_dir: PathLike | None, *, afresh: bool = False) -> Path:

@@ -55,10 +55,18 @@ def test_weights_that_are_not_pinned_are_named(tmp_path: Path, caplog: pytest.Lo
 
 @pytest.mark.parametrize("load", [hub.read, hub.fetch])
 @pytest.mark.parametrize("sound", [True, False])
-def test_what_nothing_pins_is_held_against_the_hash_that_the_hub_told(tmp_path: Path, load, sound: bool):
+@pytest.mark.parametrize(
+    "told",
+    [
+        hashlib.sha256(b"right").hexdigest(),
+        "19981f7e045c3a2c35d15e977b6f56f1923bb400",  # printf right | git hash-object --stdin
+        hashlib.sha1(b"right").hexdigest(),  # as mirrors tell it
+    ],
+)
+def test_what_nothing_pins_is_held_against_the_hash_that_the_hub_told(tmp_path: Path, load, told: str, sound: bool):
     """Its content in the cache has that hash for its name."""
     folder = tmp_path / "models--o--r"
-    blob = folder / "blobs" / hashlib.sha256(b"right").hexdigest()
+    blob = folder / "blobs" / told
     link = folder / "snapshots" / COMMIT / "d.safetensors"
     for path in (blob, link):
         path.parent.mkdir(parents=True)

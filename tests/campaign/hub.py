@@ -167,8 +167,6 @@ def _faults(shared: Path) -> Iterator[Attempt]:
             which, fault = rng.choice(list(overlays)), rng.choice(FAULTS)
             files = {"pinned": [BACKBONE, DELTA], "unpinned": [BACKBONE, DELTA], "uri": [DELTA], "index": [INDEX]}
             file = rng.choice(files.get(which, [WHOLE, CONFIG]))
-            if fault == "fullpage" and not file.endswith(".safetensors"):
-                fault = "page"  # of a small file, the Hub tells no sha256 that would give it away
             cache = folder / "one" / "two" / "cache"
             case = f"{which} {file} {fault}"
             own = folder.name
