@@ -249,8 +249,8 @@ def _download_verified(file: HubFile, cache_dir: PathLike | None, read_and_hash:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         raise ChecksumError(
-            f"The cached copy of {file} is not the one with the hash {_expected_hash(file, path)}, and cannot be "
-            f"replaced: {error}"
+            f"The cached copy of {file} is not the one with the hash {file.sha256 or 'that the Hub tells'}, and cannot "
+            f"be replaced: {error}"
         ) from error
 
 
@@ -291,16 +291,22 @@ def _expected_hash(file: HubFile, path: Path) -> str | None:
     """The hash that a file in the cache must have: the pinned one, or the one that the Hub told; None: unknown.
 
     What the Hub tells names the content in the cache: the sha256 of a large file, git's hash of a small one.
+
+    Raises:
+        FileNotFoundError: The file is not there: another process may be replacing it.
     """
     if file.sha256:
         return file.sha256
-    with contextlib.suppress(OSError):  # where there are no symbolic links, it is not kept
+    try:
         content = path.readlink()
-        if content.parent.name == "blobs" and re.fullmatch("[0-9a-f]*", content.name):
-            small = path.stat().st_size <= LARGEST
-            if len(content.name) == _SHA256 or (len(content.name) == _SHA1 and small):
-                return content.name
-    return None
+    except FileNotFoundError:
+        raise
+    except OSError:  # where there are no symbolic links, it is not kept
+        return None
+    if content.parent.name != "blobs" or not re.fullmatch("[0-9a-f]*", content.name):
+        return None
+    small = path.stat().st_size <= LARGEST
+    return content.name if len(content.name) == _SHA256 or (len(content.name) == _SHA1 and small) else None
 
 
 def _hash_like(other: str, data: bytes) -> str:

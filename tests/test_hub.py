@@ -80,6 +80,31 @@ def test_what_nothing_pins_is_held_against_the_hash_that_the_hub_told(tmp_path: 
     assert not blob.exists() and not link.is_symlink()
 
 
+@pytest.mark.parametrize("load", [hub.read, hub.fetch])
+def test_a_copy_that_another_process_replaces_meanwhile_is_held_against_its_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load
+):
+    """Between the removal of a damaged copy and the arrival of the right one, there is no link to tell its hash."""
+    folder = tmp_path / "models--o--r"
+    right = hashlib.sha256(b"right").hexdigest()
+    link = folder / "snapshots" / COMMIT / "d.safetensors"
+    for path in (link, folder / "blobs" / right):
+        path.parent.mkdir(parents=True)
+    calls = []
+
+    def download(*_: object, **__: object) -> str:
+        calls.append(1)
+        if len(calls) == 2:  # the other process has finished
+            (folder / "blobs" / right).write_bytes(b"right")
+            link.symlink_to(f"../../blobs/{right}")
+        return str(link)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    found = load(hub.HubFile("o/r", "d.safetensors", COMMIT), tmp_path)
+    assert (found if isinstance(found, bytes) else found.read_bytes()) == b"right"
+    assert len(calls) == 2
+
+
 def test_what_killed_downloads_left_goes_when_it_is_surely_theirs(tmp_path: Path):
     folder = tmp_path / "models--o--r"
     for name in ("blobs", f"snapshots/{COMMIT}"):
