@@ -18,11 +18,14 @@ import timm
 import tiny
 from conftest import lively, save_for_hf, tuned_delta
 from faulty_hub import COMMIT, FaultyHub
+from hub_standin import Hub
 from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
 from torch import nn
 
 import fixefficientnet
+from campaign.ground import KEY, REPOSITORY, WORKS, Place, ground
+from campaign.injected import Fault
 from campaign.trial import Attempt, Finding, Outcome, Trial, outcome_of
 from fixefficientnet import delta, hub, manifest, models
 from fixefficientnet.publishing import manifest_rows
@@ -288,9 +291,47 @@ def _manifest_writers(shared: Path) -> Iterator[Attempt]:
     yield attempt
 
 
+@contextlib.contextmanager
+def _publishers(shared: Path) -> Iterator[Attempt]:
+    """Two that publish to one repository and one manifest at once, the same run or two of one variant."""
+
+    def attempt(rng: random.Random, folder: Path) -> Finding:
+        runs = [ground().run, rng.choice([ground().run, ground().folder / "other" / KEY])]
+        rows = folder / "rows.json"
+        commands = [["publish", str(run), "--repo", REPOSITORY, "--manifest", str(rows), "--replace"] for run in runs]
+        with Hub() as server:
+            places = [Place(WORKS["publish to the Hub"], folder / str(number), server) for number in range(2)]
+            processes = []
+            for place, command in zip(places, commands, strict=True):
+                processes += place.start(Fault(str(place.out)), command)
+                time.sleep(rng.choice([0, 0, rng.random()]))
+            for process in processes:
+                process.join(60)
+            failed = False
+            for place, command, process in zip(places, commands, processes, strict=True):
+                said = place.said.read_text()
+                if process.exitcode is None:
+                    return Finding(Outcome.HUNG, said)
+                if process.exitcode and ("Traceback" in said or "Error" not in said):
+                    return Finding(Outcome.CRASHED, said[-2000:])
+                if process.exitcode:
+                    failed = True
+                    status, again = place.run(arguments=command)
+                    if status != 0:
+                        return Finding(Outcome.LOST, f"{said[-1000:]}; then, alone: {again[-1000:]}")
+            weights = json.loads(rows.read_text())["variants"][KEY]["weights"]
+            there = server.repositories[REPOSITORY].commits.get(weights["revision"], {}).get(weights["filename"], b"")
+            if hashlib.sha256(there).hexdigest() != weights["sha256"]:
+                return Finding(Outcome.LOST, f"the manifest's row names what is not there: {weights}")
+        return Finding(Outcome.REFUSED if failed else Outcome.SURVIVED)
+
+    yield attempt
+
+
 TRIALS = [
     Trial("downloads from a Hub that fails", 1000, 12, _faults),
     Trial("8 processes that load one model, from an empty or a damaged cache", 40, 3, _at_once(8)),
     Trial("64 processes that load one model, from an empty or a damaged cache", 10, 0, _at_once(64), limit=300),
     Trial("2 to 8 processes that write one manifest", 100, 4, _manifest_writers),
+    Trial("two that publish to one repository and one manifest", 40, 1, _publishers, limit=300, isolated=False),
 ]
