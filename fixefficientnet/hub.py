@@ -8,6 +8,7 @@ import contextlib
 import errno
 import glob
 import hashlib
+import io
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -32,7 +33,6 @@ from huggingface_hub.errors import (
 )
 
 from fixefficientnet._internal.files import WRITING, write_atomically
-from fixefficientnet._internal.records import LARGEST
 from fixefficientnet._internal.waiting import by_whom, in_time, locked
 from fixefficientnet._version import __version__
 from fixefficientnet.errors import ChecksumError, DownloadError
@@ -42,8 +42,8 @@ T = TypeVar("T")
 PathLike = str | os.PathLike[str]
 ReadAndHash = Callable[[Path, str, bool], tuple[T, str]]
 """Gives, of a path, the hash that it must have (empty: any) and whether to look afresh, a result and its hash."""
-_SHA1, _SHA256 = 40, 64
-"""Digits of these hashes."""
+_SHA1 = 40
+"""Digits of this hash."""
 _SURELY_KILLED = 3600
 """Seconds after which a download that has written nothing more is none."""
 _CLOCKS_STEP = 2
@@ -109,7 +109,9 @@ def read(file: HubFile, cache_dir: PathLike | None = None) -> bytes:
 
     def read_and_hash(path: Path, expected: str, _afresh: bool) -> tuple[bytes, str]:
         data = path.read_bytes()
-        return data, _hash_like(expected, data)
+        if len(expected) == _SHA1:
+            return data, _sha1_like(expected, io.BytesIO(data), len(data))
+        return data, hashlib.sha256(data).hexdigest()
 
     data = _download_verified(file, cache_dir, read_and_hash)
     _name_if_not_pinned(file)
@@ -117,7 +119,9 @@ def read(file: HubFile, cache_dir: PathLike | None = None) -> bytes:
 
 
 def fetch(file: HubFile, cache_dir: PathLike | None = None) -> Path:
-    """Downloads a large file to the cache; its hash, if given or told by the Hub, is checked once and remembered.
+    """Downloads a large file to the cache; its hash, if given or told by the Hub, is checked.
+
+    A sha256 is computed once and remembered.
 
     Weights that are not pinned are named as such in the log, which the command line shows.
 
@@ -131,8 +135,11 @@ def fetch(file: HubFile, cache_dir: PathLike | None = None) -> Path:
     """
 
     def read_and_hash(path: Path, expected: str, afresh: bool) -> tuple[Path, str]:
-        if len(expected) != _SHA256:
-            return path, _hash_like(expected, path.read_bytes()) if expected else ""
+        if not expected:
+            return path, ""
+        if len(expected) == _SHA1:
+            with path.open("rb") as opened:
+                return path, _sha1_like(expected, opened, path.stat().st_size)
         return path, sha256_of(path) if afresh else _cached_sha256(path, _repository_folder(file, cache_dir))
 
     path = _download_verified(file, cache_dir, read_and_hash)
@@ -228,9 +235,10 @@ def _download_verified(file: HubFile, cache_dir: PathLike | None, read_and_hash:
         read_and_hash: Gives the result and its hash.
     """
 
-    def readable(path: Path, afresh: bool) -> tuple[T, str]:
+    def readable(path: Path, afresh: bool) -> tuple[T, str, str]:
         try:
-            return read_and_hash(path, _expected_hash(file, path) or "", afresh)
+            expected = _expected_hash(file, path)
+            return *read_and_hash(path, expected, afresh), expected
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -238,13 +246,15 @@ def _download_verified(file: HubFile, cache_dir: PathLike | None, read_and_hash:
 
     with contextlib.suppress(FileNotFoundError):  # another process may be replacing the same bad copy
         path = _download(file, cache_dir)
-        result, found = readable(path, False)
-        if _expected_hash(file, path) in (None, found):
+        result, found, expected = readable(path, False)
+        if expected in ("", found):
             return result
     try:
         return _replace_wrong_copy(file, cache_dir, readable)
     except TimeoutError as error:
         raise DownloadError(f"{error}. Try again when that has ended.") from error
+    except FileNotFoundError as error:
+        raise DownloadError(f"The cached copy of {file} went away while it was read. Try again.") from error
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
@@ -255,14 +265,14 @@ def _download_verified(file: HubFile, cache_dir: PathLike | None, read_and_hash:
 
 
 def _replace_wrong_copy(
-    file: HubFile, cache_dir: PathLike | None, readable: Callable[[Path, bool], tuple[T, str]]
+    file: HubFile, cache_dir: PathLike | None, readable: Callable[[Path, bool], tuple[T, str, str]]
 ) -> T:
     lock = _repository_folder(file, cache_dir) / ".fixefficientnet.lock"
     # processes that meet the same bad copy must not delete each other's fresh one
     with locked(lock, f"The cached copy of {file} is to be replaced, and"):
         path = _download(file, cache_dir)
-        result, found = readable(path, True)
-        if (expected := _expected_hash(file, path)) in (None, found):
+        result, found, expected = readable(path, True)
+        if expected in ("", found):
             return result
         _delete(path)
         try:
@@ -272,8 +282,8 @@ def _replace_wrong_copy(
                 f"The cached copy of {file} was damaged and is deleted "
                 f"(its hash was {found}, expected is {expected}).\n{error}"
             ) from error
-        result, second = readable(path, True)
-        if (expected := _expected_hash(file, path)) in (None, second):
+        result, second, expected = readable(path, True)
+        if expected in ("", second):
             return result
         _delete(path)
     if file.sha256:
@@ -287,8 +297,8 @@ def _replace_wrong_copy(
     )
 
 
-def _expected_hash(file: HubFile, path: Path) -> str | None:
-    """The hash that a file in the cache must have: the pinned one, or the one that the Hub told; None: unknown.
+def _expected_hash(file: HubFile, path: Path) -> str:
+    """The hash that a file in the cache must have: the pinned one, or the one that the Hub told; empty: unknown.
 
     What the Hub tells names the content in the cache: the sha256 of a large file, git's hash of a small one.
 
@@ -302,21 +312,19 @@ def _expected_hash(file: HubFile, path: Path) -> str | None:
     except FileNotFoundError:
         raise
     except OSError:  # where there are no symbolic links, it is not kept
-        return None
-    if content.parent.name != "blobs" or not re.fullmatch("[0-9a-f]*", content.name):
-        return None
-    small = path.stat().st_size <= LARGEST
-    return content.name if len(content.name) == _SHA256 or (len(content.name) == _SHA1 and small) else None
+        return ""
+    told = content.parent.name == "blobs" and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", content.name)
+    return content.name if told else ""
 
 
-def _hash_like(other: str, data: bytes) -> str:
-    """The hash of a small file's bytes, of the kind that another is: git's (mirrors take plain sha1), or sha256."""
-    if len(other) != _SHA1:
-        return hashlib.sha256(data).hexdigest()
-    of_git, plain = (
-        hashlib.sha1(begin + data, usedforsecurity=False).hexdigest() for begin in (b"blob %d\0" % len(data), b"")
-    )
-    return plain if plain == other else of_git
+def _sha1_like(other: str, file: BinaryIO, size: int) -> str:
+    """The sha1 of a file as git takes it, over its size too; or plain, as mirrors do, where another is of that kind."""
+    of_git = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    plain = hashlib.sha1(usedforsecurity=False)
+    while piece := file.read(2**20):
+        of_git.update(piece)
+        plain.update(piece)
+    return plain.hexdigest() if plain.hexdigest() == other else of_git.hexdigest()
 
 
 def _download(file: HubFile, cache_dir: PathLike | None, *, afresh: bool = False) -> Path:

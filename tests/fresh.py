@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 from conftest import ROOT
@@ -18,7 +19,8 @@ from conftest import ROOT
 _asking = threading.Lock()
 _SERVER = """
 import json, os, sys
-import torchvision.models.feature_extraction  # brings torch; they are two thirds of what timm imports
+import torch
+import torchvision.models.feature_extraction  # with torch, two thirds of what timm imports
 for line in sys.stdin:
     code, environment, folder, out, err, ended = json.loads(line)
     if waiting := os.fork():
@@ -27,8 +29,9 @@ for line in sys.stdin:
         os._exit(0)
     elif process := os.fork():
         status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        with open(ended, "w") as file:
+        with open(ended + ".part", "w") as file:
             file.write(str(status))
+        os.rename(file.name, ended)
         os._exit(0)
     else:
         break
@@ -39,6 +42,10 @@ os.environ.update(environment)
 os.chdir(folder)
 for number, name in enumerate((os.devnull, out, err)):
     os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
+torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))
+code = compile(code, "<string>", "exec")
+for name in [name for name in globals() if not name.startswith("__") and name != "code"]:
+    del globals()[name]
 exec(code)
 """
 
@@ -59,19 +66,23 @@ def python(
     Args:
         code: The code.
         cwd: The folder that it runs in, from which it imports.
-        env: The environment; None: that of the tests. What Python reads of it when it starts has no effect.
+        env: The environment; None: that of the tests. What Python reads of it when it
+            starts, and torch when it is imported, has no effect; but for OMP_NUM_THREADS.
         check: Whether it must succeed.
     """
     with tempfile.TemporaryDirectory() as folder:
         out, err, ended = (Path(folder, name) for name in ("out", "err", "ended"))
-        os.mkfifo(ended)
         request = [code, dict(os.environ) if env is None else env, *map(str, (cwd, out, err, ended))]
         with _asking:
-            stdin = _server().stdin
-            assert stdin
-            stdin.write(json.dumps(request) + "\n")
-            stdin.flush()
-        status = int(ended.read_text())  # waits for the process
+            server = _server()
+            assert server.stdin
+            server.stdin.write(json.dumps(request) + "\n")
+            server.stdin.flush()
+        until = time.monotonic() + 500
+        while not ended.exists():
+            assert server.poll() is None and time.monotonic() < until, f"no end of {code}"
+            time.sleep(0.01)
+        status = int(ended.read_text())
         done = subprocess.CompletedProcess([code], status, out.read_text(), err.read_text())
     assert not check or done.returncode == 0, done.stderr
     return done

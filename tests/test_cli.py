@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from unittest import mock
 
@@ -15,6 +16,7 @@ import tiny
 from conftest import ROOT
 
 from fixefficientnet import manifest
+from fixefficientnet._internal import requirements
 
 EXAMPLES = ROOT / "examples"
 
@@ -99,6 +101,32 @@ def test_bash_completes_commands_and_options(tmp_path: Path):
     assert completed("pre") == ["predict"]
     assert "--mixed-precision" in completed("reproduce", "--mix")
     assert {"onnx", "openvino"} <= set(completed("predict", "--engine", "o"))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device", "events"), "Error: events: No space left on device.\n"),
+        (BrokenPipeError(32, "Broken pipe"), "\nBrokenPipeError: [Errno 32] Broken pipe\n"),
+        (ValueError("with abc-of-the-token"), "\nValueError: with ...\n"),
+    ],
+)
+def test_what_ends_a_thread_is_told(monkeypatch: pytest.MonkeyPatch, error: Exception, said: str):
+    def fail() -> None:
+        raise error
+
+    def need(*_: str) -> None:
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+
+    monkeypatch.setenv("HF_TOKEN", "abc-of-the-token")
+    monkeypatch.setattr(requirements, "need", need)
+    before = threading.excepthook
+    found = tiny.cli("predict", status=2)[1]
+    assert said in f"\n{found}"
+    assert ("Traceback" in found) == (not isinstance(error, OSError) or error.errno != 28)
+    assert threading.excepthook == before
 
 
 def test_predict_says_what_it_runs_and_sees():

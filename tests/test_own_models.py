@@ -1,6 +1,7 @@
 """Models of one's own classes by name: opened with their classes and preprocessing, and used to classify images."""
 
 import csv
+import errno
 import io
 import json
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torchvision import transforms
 
 import fixefficientnet
+from fixefficientnet import prediction
 from fixefficientnet.errors import EvaluationError, MissingFileError, UnknownVariantError
 from fixefficientnet.manifest import TestTime as Preprocessing
 
@@ -138,7 +140,20 @@ def test_predictions_go_to_a_file(network: Network, run: Path, images: list[Path
         assert (row["prediction"], row["prediction2"], row["prediction3"]) == names
         found = [float(row[name]) for name in ("confidence", "confidence2", "confidence3")]
         assert found == pytest.approx(list(probabilities), rel=1e-3, abs=1e-3)
+    assert "give one of them" in tiny.cli("predict", images[0], "-o", target, "--json", status=2)[1]
     assert "ends in .csv" in tiny.cli("predict", images[0], "--model", run, "-o", tmp_path / "x.txt", status=2)[1]
+
+
+def test_what_fails_while_a_file_is_written_is_not_its_fault(
+    run: Path, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/elsewhere")
+
+    monkeypatch.setattr(prediction, "ranked", fail)
+    _, said = tiny.cli("predict", images[0], "--model", run, "-o", tmp_path / "a.csv", status=1, columns=200)
+    assert said.endswith("Error: /elsewhere: No space left on device.\n")
+    assert not list(tmp_path.glob("*a.csv*"))
 
 
 def test_a_repository_on_the_hub(

@@ -113,6 +113,14 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def give_usual_rights(file: Path) -> None:
+    """Gives a file the rights that new ones get; some libraries make theirs for their user alone."""
+    new = file.with_name(f".{secrets.token_hex(8)}")
+    os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    file.chmod(new.stat().st_mode)
+    new.unlink()
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes bytes to a temporary name beside the target, then renames it."""
     with replacing(path) as temporary:
@@ -130,7 +138,7 @@ def write_text(path: Path, text: str | Iterable[str]) -> None:
 
 def append(path: Path, data: bytes) -> None:
     """Appends to a file, which must not be a link: that may lead anywhere."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     with open(descriptor, "ab") as file:
         file.write(data)
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fixefficientnet._internal import processes, requirements
+from fixefficientnet._internal.files import WRITING
 
 requirements.need_for_command_line()  # before these are imported: old ones may fail at that
 
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The command and its arguments; None: those of the process.
     """
     show_what_can_be_shown()
-    sys.excepthook, threading.excepthook = _without_secrets, _in_a_thread
+    sys.excepthook = _without_secrets
     _speak_of_fatal_signals()
     status = 0
     try:
@@ -87,8 +88,8 @@ def _without_secrets(*raised: Any) -> None:
 
 
 def _in_a_thread(raised: threading.ExceptHookArgs) -> None:
-    """Shows what ended a thread; an error of a disk in one line, as whoever waits for what the thread writes fails."""
-    if isinstance(raised.exc_value, OSError):
+    """Shows what ended a thread; a full disk in one line, as whoever waits for what the thread writes fails too."""
+    if isinstance(raised.exc_value, OSError) and raised.exc_value.errno in WRITING:
         _say(_outcome(raised.exc_value)[1])
     elif raised.exc_type is not SystemExit:
         _without_secrets(raised.exc_type, raised.exc_value, raised.exc_traceback)
@@ -136,6 +137,7 @@ def _settings_of_the_process() -> Iterator[None]:
         sys.exit(128 + number)
 
     before, thresholds = signal.signal(signal.SIGTERM, end), gc.get_threshold()
+    of_threads, threading.excepthook = threading.excepthook, _in_a_thread
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     log, handler = logging.getLogger("fixefficientnet"), _Remarks()
     log.setLevel(logging.INFO)
@@ -144,6 +146,7 @@ def _settings_of_the_process() -> Iterator[None]:
         yield
     finally:
         log.removeHandler(handler)
+        threading.excepthook = of_threads
         signal.signal(signal.SIGTERM, before)
         gc.set_threshold(*thresholds)
 

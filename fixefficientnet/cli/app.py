@@ -3,7 +3,7 @@
 import io
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
@@ -194,6 +194,21 @@ def write_file(path: Path, content: str | bytes | Iterable[str]) -> None:
         if isinstance(content, bytes):
             write_atomically(path, content)
         else:
-            write_text(path, content)
+            write_text(path, content if isinstance(content, str) else _apart(content))
+    except _NotOfWritingError as error:
+        raise error.error from None
     except OSError as error:
-        raise FixEfficientNetError(f"{path} cannot be written: {error.strerror}.") from error
+        raise FixEfficientNetError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+class _NotOfWritingError(Exception):
+    def __init__(self, error: OSError):
+        self.error = error
+
+
+def _apart(pieces: Iterable[str]) -> Iterator[str]:
+    """Pieces of a text whose making may fail for reasons that the written file has no part in."""
+    try:
+        yield from pieces
+    except OSError as error:
+        raise _NotOfWritingError(error) from error

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,6 +77,8 @@ def predict(
     chosen = made(PredictionOptions, options)
     if output and output.suffix.lower() not in _FORMATS:
         raise UsageError(f"--output {output}: the file's name ends in {', '.join(_FORMATS)}.")
+    if output and as_json:
+        raise UsageError("--json prints, and --output writes a file: give one of them.")
     if output:
         check_writable(output)
     name = model if pretrained is None else f"{manifest.find(model).key}:{pretrained}"
@@ -181,21 +182,24 @@ class _Given:
         err.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
 
     def rows(self, predictions: "Iterable[Prediction]", ranks: int) -> Iterator[dict[str, Any]]:
-        """A row per image, in the order of the arguments, as soon as it is known: its labels, or why it has none."""
+        """A row per image as soon as it is known, in their order: its labels, or why it has none.
+
+        What was given and names no image comes last.
+        """
         places = ["", *map(str, range(2, ranks + 1))]
         nothing = dict.fromkeys(f"{name}{place}" for place in places for name in ("prediction", "confidence"))
-        sources, failed = iter(self.sources), self.missing
-        for one in chain(predictions, [None]):  # in order, and an image that fails does so before the next one's
-            for source in sources:
-                if one and source is one.image:
-                    break
-                yield {"image": _shown(source), **nothing, "left_out": self.failed[failed]["error"]}
-                failed += 1
-            if one:
+        coming, failed = iter(predictions), self.missing
+        one = next(coming, None)
+        for source in self.sources:
+            if one and source is one.image:
                 row = dict(nothing)
                 for place, label in zip(places, one.labels, strict=True):
                     row |= {f"prediction{place}": label.name, f"confidence{place}": label.probability}
-                yield {"image": _shown(one.image), **row, "left_out": None}
+                yield {"image": _shown(source), **row, "left_out": None}
+                one = next(coming, None)
+            else:  # it failed before the next one's prediction
+                yield {"image": _shown(source), **nothing, "left_out": self.failed[failed]["error"]}
+                failed += 1
         for what in self.failed[: self.missing]:
             yield {"image": what["file"], **nothing, "left_out": what["error"]}
 

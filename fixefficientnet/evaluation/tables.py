@@ -6,8 +6,6 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from itertools import chain
-from types import SimpleNamespace
 from typing import Any
 
 from timm.data import ImageNetInfo
@@ -118,20 +116,18 @@ def comparison(first: Measured, second: Measured, found: Comparison) -> dict[str
 
 
 def csv_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    r"""Rows that have the same keys, as CSV with a header.
+    """Rows that have the same keys, as CSV with a header."""
+    for index, row in enumerate(rows):
+        if index == 0:
+            yield _csv_line(row)
+        yield _csv_line(row.values())
 
-    Lines end in \n, and yet the writer knows of \r\n: else it would not quote a \r in a name.
-    """
-    rows = iter(rows)
-    first = next(rows, {})
-    written: list[str] = []
-    writer = csv.DictWriter(SimpleNamespace(write=written.append), fieldnames=list(first))
-    writer.writeheader()
-    for row in chain([first] if first else [], rows):
-        writer.writerow(row)
-        yield from (f"{line[:-2]}\n" for line in written)
-        written.clear()
-    yield from (f"{line[:-2]}\n" for line in written)  # the header, where there is no row
+
+def _csv_line(cells: Iterable[Any]) -> str:
+    r"""A line that ends in \n, of a writer to which \r too ends one: else it would not quote it in a name."""
+    line = io.StringIO(newline="")
+    csv.writer(line).writerow(cells)
+    return f"{line.getvalue()[:-2]}\n"
 
 
 def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -151,8 +147,14 @@ def markdown_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
         return "" if value is None else f"{value:.3f}" if isinstance(value, float) else markdown(value)
 
     for index, row in enumerate(rows):
-        for line in ([list(row), ["---"] * len(row)] if index == 0 else []) + [[*map(cell, row.values())]]:
-            yield f"| {' | '.join(line)} |\n"
+        if index == 0:
+            yield _markdown_line(row)
+            yield _markdown_line(["---"] * len(row))
+        yield _markdown_line(map(cell, row.values()))
+
+
+def _markdown_line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |\n"
 
 
 def from_csv(text: str) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from timm.models import filter_pretrained_cfg
 from torch import Tensor
 
 from fixefficientnet._internal import records
-from fixefficientnet._internal.files import beside, check_output, replacing
+from fixefficientnet._internal.files import beside, check_output, give_usual_rights, replacing
 from fixefficientnet.errors import FixEfficientNetError, MissingFileError
 from fixefficientnet.manifest import find, hub_url
 from fixefficientnet.models import CONFIG, DELTA, DESCRIPTION, MODEL, Description, LoadedModel, load
@@ -168,7 +168,7 @@ def move(files: Mapping[str, Path], folder: Path) -> None:
     if MODEL in files:
         (folder / CONFIG).unlink(missing_ok=True)
     for name, file in files.items():
-        file.chmod(0o644)
+        give_usual_rights(file)
         file.replace(folder / name)
 
 

@@ -25,7 +25,7 @@ from torch.export import Dim
 
 from fixefficientnet._internal import compat, requirements, waiting
 from fixefficientnet._internal.afresh import last_words, run_afresh
-from fixefficientnet._internal.files import beside
+from fixefficientnet._internal.files import beside, give_usual_rights
 from fixefficientnet._internal.modes import in_eval_mode
 from fixefficientnet._internal.text import inert
 from fixefficientnet.data.dataset import ImageDataset
@@ -176,7 +176,7 @@ def export(
         files(draft)[-1].write_text("\n".join(map(inert, names)) + "\n", encoding="utf-8")
         path.unlink(missing_ok=True)  # an older one must not meet the new weights
         for file in reversed(files(draft)):  # the model last: where it is, what belongs to it is there
-            file.chmod(0o644)
+            give_usual_rights(file)
             file.replace(path.parent / file.name)
     return Exported(loaded.name, kind, tuple(files(path)), test, options.dynamic_size, output, agreement, accuracy)
 

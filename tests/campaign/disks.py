@@ -81,14 +81,17 @@ def _without_locks(there: Place, known: Undisturbed, rng: random.Random) -> Iter
 def _permission_denied(there: Place, known: Undisturbed, rng: random.Random) -> Iterator[Fault]:
     """The folder and what is in it can only be read, or what is in it alone."""
     inside = [path for path in there.out.rglob("*") if not path.is_symlink()]
-    denied = inside if rng.random() < 0.3 else [there.out, *inside]
+    only_inside = any(path.is_dir() for path in inside) and rng.random() < 0.3  # files alone may still be replaced
+    denied = inside if only_inside else [there.out, *inside]
     before = {path: path.stat().st_mode for path in denied}
     for path, mode in before.items():
         path.chmod(mode & ~0o222)
-    yield Fault(str(there.out), unprivileged=True)
-    for path, mode in before.items():
-        if path.exists():
-            path.chmod(mode)
+    try:
+        yield Fault(str(there.out), unprivileged=True)
+    finally:
+        for path, mode in before.items():
+            if path.exists():
+                path.chmod(mode)
 
 
 @contextlib.contextmanager

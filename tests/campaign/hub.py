@@ -24,7 +24,7 @@ from huggingface_hub.utils import _http
 from torch import nn
 
 import fixefficientnet
-from campaign.ground import KEY, REPOSITORY, WORKS, Place, ground
+from campaign.ground import KEY, REPOSITORY, WORKS, Place, end, ground
 from campaign.injected import Fault
 from campaign.trial import Attempt, Finding, Outcome, Trial, outcome_of
 from fixefficientnet import delta, hub, manifest, models
@@ -291,6 +291,15 @@ def _manifest_writers(shared: Path) -> Iterator[Attempt]:
     yield attempt
 
 
+def _row_of_nothing(rows: Path, server: Hub) -> str:
+    """What is wrong with the manifest's row; empty: it pins bytes that the Hub has, or there is none yet."""
+    if not rows.exists():
+        return ""
+    weights = json.loads(rows.read_text())["variants"][KEY]["weights"]
+    there = server.repositories[REPOSITORY].commits.get(weights["revision"], {}).get(weights["filename"], b"")
+    return "" if hashlib.sha256(there).hexdigest() == weights["sha256"] else f"what is not there: {weights}"
+
+
 @contextlib.contextmanager
 def _publishers(shared: Path) -> Iterator[Attempt]:
     """Two that publish to one repository and one manifest at once, the same run or two of one variant."""
@@ -307,22 +316,24 @@ def _publishers(shared: Path) -> Iterator[Attempt]:
                 time.sleep(rng.choice([0, 0, rng.random()]))
             for process in processes:
                 process.join(60)
-            failed = False
-            for place, command, process in zip(places, commands, processes, strict=True):
+            statuses = [process.exitcode for process in processes]
+            for process in processes:
+                end(process)
+            if wrong := _row_of_nothing(rows, server):
+                return Finding(Outcome.LOST, wrong)
+            for place, command, status in zip(places, commands, statuses, strict=True):
                 said = place.said.read_text()
-                if process.exitcode is None:
+                if status is None:
                     return Finding(Outcome.HUNG, said)
-                if process.exitcode and ("Traceback" in said or "Error" not in said):
+                if status and ("Traceback" in said or "Error" not in said):
                     return Finding(Outcome.CRASHED, said[-2000:])
-                if process.exitcode:
-                    failed = True
+                if status:
                     status, again = place.run(arguments=command)
                     if status != 0:
                         return Finding(Outcome.LOST, f"{said[-1000:]}; then, alone: {again[-1000:]}")
-            weights = json.loads(rows.read_text())["variants"][KEY]["weights"]
-            there = server.repositories[REPOSITORY].commits.get(weights["revision"], {}).get(weights["filename"], b"")
-            if hashlib.sha256(there).hexdigest() != weights["sha256"]:
-                return Finding(Outcome.LOST, f"the manifest's row names what is not there: {weights}")
+            if not rows.exists() or (wrong := _row_of_nothing(rows, server)):
+                return Finding(Outcome.LOST, wrong or "no row")
+        failed = any(statuses)
         return Finding(Outcome.REFUSED if failed else Outcome.SURVIVED)
 
     yield attempt
