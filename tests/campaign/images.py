@@ -296,5 +296,5 @@ def _bombs(shared: Path) -> Iterator[Attempt]:
 TRIALS = [
     Trial("damaged images", 2500, 60, _damaged, limit=20),
     Trial("images with damaged metadata", 500, 30, _metadata, limit=20),
-    Trial("images that would fill the memory", 150, 3, _bombs, limit=20),
+    Trial("images that would fill the memory", 150, 3, _bombs, limit=60),
 ]
