@@ -1,4 +1,5 @@
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -120,6 +121,7 @@ def test_what_ends_a_thread_is_told(monkeypatch: pytest.MonkeyPatch, error: Exce
         thread.start()
         thread.join()
 
+    importlib.import_module("fixefficientnet.cli")  # which asks for releases too
     monkeypatch.setenv("HF_TOKEN", "abc-of-the-token")
     monkeypatch.setattr(requirements, "need", need)
     before = threading.excepthook
