@@ -221,7 +221,7 @@ def _evaluate(count: int) -> Prepare:
                     evaluate += ["--output", folder / f"of {workers}", "--json"]
                     if status := _run(*evaluate, output=folder / "said.json"):
                         return Finding(Outcome.CRASHED, f"status {status}")
-                    (result,) = json.loads((folder / "said.json").read_text())["models"].values()
+                    (result,) = json.loads((folder / "said.json").read_text())["results"]
                     found.append({name: result[name] for name in ("images", "top1", "top5")})
                 if found[0] != found[1] or found[0]["images"] != count:
                     return Finding(Outcome.SILENT, f"{found[0]} without loading processes, with them {found[1]}")
