@@ -44,9 +44,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary name beside a target, which it becomes if all goes well; makes the folder if need be."""
 
     def empty(dir: Path, prefix: str, suffix: str) -> str:  # as mkstemp, with the rights that other new files get
-        made = dir / f"{prefix}{secrets.token_hex(_RANDOM // 2)}{suffix}"
-        os.close(os.open(made, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        return str(made)
+        return str(_made(dir / f"{prefix}{secrets.token_hex(_RANDOM // 2)}{suffix}"))
 
     with _temporary(path, empty) as temporary:
         yield temporary
@@ -113,10 +111,15 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _made(path: Path) -> Path:
+    """Makes an empty file, where there must be none, with the rights that the user's umask leaves."""
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    return path
+
+
 def give_usual_rights(file: Path) -> None:
     """Gives a file the rights that new ones get; some libraries make theirs for their user alone."""
-    new = file.with_name(f".{secrets.token_hex(8)}")
-    os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    new = _made(file.with_name(f".{secrets.token_hex(8)}"))
     file.chmod(new.stat().st_mode)
     new.unlink()
 

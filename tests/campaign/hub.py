@@ -333,8 +333,7 @@ def _publishers(shared: Path) -> Iterator[Attempt]:
                         return Finding(Outcome.LOST, f"{said[-1000:]}; then, alone: {again[-1000:]}")
             if not rows.exists() or (wrong := _row_of_nothing(rows, server)):
                 return Finding(Outcome.LOST, wrong or "no row")
-        failed = any(statuses)
-        return Finding(Outcome.REFUSED if failed else Outcome.SURVIVED)
+        return Finding(Outcome.REFUSED if any(statuses) else Outcome.SURVIVED)
 
     yield attempt
 
