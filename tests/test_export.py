@@ -116,7 +116,7 @@ FORMS: list[Any] = [(kind, more) for kind in KINDS for more in ((), ("--half",),
 FORMS.remove(("torch-export", ("--dynamic-size",)))
 PADDED = [
     *(pytest.param(kind, (), marks=pytest.mark.slow) for kind in ("openvino", "torch-export", "torchscript")),
-    pytest.param("onnx", ("--dynamic-size",), marks=pytest.mark.slow),
+    *(pytest.param(kind, ("--dynamic-size",), marks=pytest.mark.slow) for kind in ("onnx", "openvino", "torchscript")),
     *(pytest.param(*kind.values, (), marks=kind.marks) for kind in SLOW_KINDS),
 ]
 
