@@ -21,6 +21,8 @@ os.environ |= {
     "HF_HUB_DISABLE_XET": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    # read when torch is imported: idle threads wait asleep, as tests run side by side and others want their cores
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
 for _name in ("FIXEFFICIENTNET_MANIFEST", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN"):
     os.environ.pop(_name, None)
