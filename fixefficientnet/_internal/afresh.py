@@ -10,16 +10,10 @@ _HERE = Path(__file__).resolve().parents[2]
 def run_afresh(code: str, *arguments: str, timeout: float | None = None) -> "subprocess.CompletedProcess[str]":
     """Runs code that imports this very package, also where it is not installed, and nothing of the working directory.
 
-    Args:
-        code: The code.
-        arguments: What it finds in `sys.argv[1:]`.
-        timeout: Seconds that it may take; None: any.
-
-    Returns:
-        Its status, and what it printed.
+    The code finds the arguments in `sys.argv[1:]`.
 
     Raises:
-        subprocess.TimeoutExpired: It took longer.
+        subprocess.TimeoutExpired: It took longer than the timeout, in seconds.
     """
     importing = f"import sys; sys.path.append({str(_HERE)!r}); {code}"
     command = [sys.executable, "-P", "-c", importing, *arguments]  # -P: not from the working directory

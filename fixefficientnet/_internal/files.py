@@ -147,11 +147,7 @@ def append(path: Path, data: bytes) -> None:
 
 
 def check_links(folder: Path, names: Iterable[str]) -> None:
-    """Refuses a folder in which a link leads out, where a command would write through it.
-
-    Args:
-        folder: The folder.
-        names: What the command writes in it: files, and folders with all that is in them.
+    """Refuses a folder in which a link leads out among what a command writes: files, and folders with all in them.
 
     Raises:
         FixEfficientNetError: There is such a link.
@@ -173,12 +169,7 @@ def remove_partial(folder: Path) -> None:
 
 
 def check_output(paths: Iterable[Path], overwrite: bool, *, folder: bool = False) -> None:
-    """Refuses to replace files unasked, and to write where a device, or a folder, is.
-
-    Args:
-        paths: Files that will be written.
-        overwrite: Whether files that are there are replaced.
-        folder: Whether the output is a folder, which keeps its other files.
+    """Refuses to replace files unasked, and to write where a device is; or a folder, which keeps its other files.
 
     Raises:
         FixEfficientNetError: One of them is there.

@@ -16,14 +16,7 @@ _AVIF = {b"avif", b"avis"}
 
 
 def open_heif(image: str | os.PathLike[str] | bytes, name: str) -> Image.Image | None:
-    """Opens an image that Pillow could not.
-
-    Args:
-        image: Its path, or an encoded file's bytes.
-        name: Its name in messages.
-
-    Returns:
-        The image, turned as the file says; None if it is no HEIC image.
+    """Opens an image that Pillow could not, turned as the file says; None if it is no HEIC image.
 
     Raises:
         ImageError: It is one, or an AVIF image, and what reads these is not installed; says how to install it.

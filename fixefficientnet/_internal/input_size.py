@@ -23,15 +23,7 @@ _STEPS = (4, 7, 14, 16, 28, 32, 64)
 
 
 def arguments(architecture: str, size: int | None) -> dict[str, Any]:
-    """timm's arguments that build a network for images of a size.
-
-    Args:
-        architecture: timm's name of the network.
-        size: The size in pixels; None: the network's usual one.
-
-    Returns:
-        The arguments; none where the network takes any size.
-    """
+    """timm's arguments for a network of a size, in pixels; none for its usual one (None), or where it takes any."""
     cfg = timm.get_pretrained_cfg(architecture)
     if size is None or cfg is None or not cfg.fixed_input_size:
         return {}
@@ -45,14 +37,10 @@ def of(model: nn.Module) -> int | None:
 
 
 def at_size(model: nn.Module, size: int) -> nn.Module:
-    """The same network for images of another size, with its weights as timm resizes them.
+    """The same network for images of another size in pixels, with its weights as timm resizes them.
 
-    Args:
-        model: A network of timm, as its name alone builds it but for the number of classes.
-        size: The size in pixels.
-
-    Returns:
-        A new network on the same device, in eval mode; the model itself where it is of this size, or takes any.
+    It must be as its name alone builds it but for the number of classes. The new one is on the same device, in eval
+    mode; where the model is of this size, or takes any, it is the model itself.
 
     Raises:
         UnsupportedModelError: The network cannot take this size.

@@ -19,10 +19,7 @@ _PATIENCE = datetime.timedelta(days=1)
 
 
 def usable_device(device: "str | torch.device | None") -> "torch.device":
-    """A device, after a check that PyTorch can compute on it here.
-
-    Args:
-        device: Name of the device; None: cuda if there is one, else cpu.
+    """A device, after a check that PyTorch can compute on it here; None: cuda if there is one, else cpu.
 
     Raises:
         FixEfficientNetError: There is no such device here.
@@ -42,11 +39,7 @@ def usable_device(device: "str | torch.device | None") -> "torch.device":
 
 
 def check_precision(mixed_precision: str, *, cpu: bool) -> None:
-    """Refuses an unknown precision, and one that the device lacks.
-
-    Args:
-        mixed_precision: "no", "bf16" or "fp16".
-        cpu: Whether the device is a CPU, which has no fp16.
+    """Refuses a precision that is none of "no", "bf16" and "fp16", and one that the device lacks.
 
     Raises:
         FixEfficientNetError: The precision is none of these, or the device lacks it.
@@ -58,14 +51,7 @@ def check_precision(mixed_precision: str, *, cpu: bool) -> None:
 
 
 def usual_precision(device: str | None) -> str:
-    """The precision that a frozen network runs in, if none is chosen: bf16 on a CUDA device that has it, else float32.
-
-    Args:
-        device: "cpu" or "cuda"; None: cuda if there is one.
-
-    Returns:
-        "bf16" or "no".
-    """
+    """The precision that a frozen network runs in, if none is chosen: "bf16" on a GPU that has it, else "no"."""
     import torch
 
     if device == "cpu" or not torch.cuda.is_available():
@@ -74,11 +60,7 @@ def usual_precision(device: str | None) -> str:
 
 
 def accelerator(device: str | None, mixed_precision: str) -> "Accelerator":
-    """Accelerate's view of this command's processes, their devices and their precision.
-
-    Args:
-        device: "cpu" or "cuda"; None: cuda if there is one.
-        mixed_precision: "no", "bf16" or "fp16".
+    """Accelerate's view of this command's processes, their devices (None: cuda if there is one) and their precision.
 
     Raises:
         FixEfficientNetError: The device or the precision cannot be used here; torchrun restarted processes of several
@@ -189,11 +171,7 @@ def several() -> bool:
 
 
 def leave(status: int) -> None:
-    """Ends this process immediately, as others may wait for it in a collective call, and it for them on exit.
-
-    Args:
-        status: Exit status of the process.
-    """
+    """Ends this process immediately, as others may wait for it in a collective call, and it for them on exit."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

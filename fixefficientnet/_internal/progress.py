@@ -13,14 +13,7 @@ PLAIN_SECONDS = 20.0
 
 @contextlib.contextmanager
 def bar(title: str, total: int, console: Console, say: Callable[[str], None]) -> Iterator["Bar"]:
-    """Shows a pass over `total` images; the bar's `advance` counts them.
-
-    Args:
-        title: Title of the pass.
-        total: Number of images in all.
-        console: Console for a live bar; a quiet one shows none.
-        say: Prints a plain line.
-    """
+    """Shows a pass over `total` images; a quiet console, and what is no terminal, gets plain lines by `say`."""
     with contextlib.ExitStack() as stack:
         progress = None
         if console.is_terminal and not console.quiet:
@@ -48,12 +41,7 @@ class Bar:
         self.advance(images)
 
     def advance(self, images: int, said: str = "") -> None:
-        """Counts finished images.
-
-        Args:
-            images: Number of the images.
-            said: Text beside the bar, such as loss or accuracy.
-        """
+        """Counts finished images; `said` stands beside the bar, such as loss or accuracy."""
         self._done = min(self._done + images, self._total)
         self._said = said
         now = time.monotonic()

@@ -86,11 +86,7 @@ Fraction = Annotated[float, Rule("a number from 0 to 1", least=0, most=1)]
 
 
 def decode(text: str | bytes, most: int = LARGEST) -> Any:
-    """Decodes JSON, which must mean one thing only.
-
-    Args:
-        text: The JSON.
-        most: Most letters or bytes that it may have.
+    """Decodes JSON of so many letters or bytes at most, which must mean one thing only.
 
     Raises:
         ValueError: It is no JSON; an object has a key twice, of which readers take one or the other; it has NaN or
@@ -112,11 +108,7 @@ def decode(text: str | bytes, most: int = LARGEST) -> Any:
 
 
 def decode_file(path: Path, most: int = LARGEST) -> Any:
-    """Decodes a JSON file.
-
-    Args:
-        path: The file.
-        most: Most bytes that it may have.
+    """Decodes a JSON file of so many bytes at most.
 
     Raises:
         OSError: It cannot be read.
@@ -126,11 +118,7 @@ def decode_file(path: Path, most: int = LARGEST) -> Any:
 
 
 def read_text(path: Path, most: int = LARGEST) -> str:
-    """The text of a file that may be anything.
-
-    Args:
-        path: The file.
-        most: Most bytes that it may have.
+    """The text of a file that may be anything, of so many bytes at most.
 
     Raises:
         OSError: It cannot be read.

@@ -83,11 +83,7 @@ def floors() -> dict[str, str]:
 
 
 def packages(extra: str = "") -> list[str]:
-    """Names on PyPI, with _ for -, of what an extra brings, those of the extras in it included.
-
-    Args:
-        extra: Its name; "": what the package itself needs.
-    """
+    """Names on PyPI, with _ for -, of what an extra brings, with those of the extras in it; "": the package itself."""
     found: dict[str, None] = {}
     for requirement in _listed().get(extra, []):
         if match := re.match(r"fixefficientnet\[([\w,-]+)\]", requirement):

@@ -30,11 +30,9 @@ Result = TypeVar("Result")
 
 
 def default_threads(model: nn.Module, batches: int | None = None) -> int:
-    """The number of threads that compute a batch each.
+    """The number of threads that compute one of so many batches (None: not known) each.
 
-    Args:
-        model: The model. On a CPU it has several threads, unless hooks watch it: they want one forward pass at a time.
-        batches: Number of batches to compute, if that is known.
+    On a CPU there are several, unless hooks watch the model: they want one forward pass at a time.
     """
     if next(model.parameters()).device.type != "cpu" or any(map(compat.has_hooks, model.modules())):
         return 1

@@ -38,11 +38,7 @@ def longest() -> float:
 
 @contextlib.contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """Holds a lock; a killed process leaves none behind.
-
-    Args:
-        path: File of the lock.
-        what: What it keeps others from, for messages.
+    """Holds a file's lock, of which messages call `what` it keeps others from; a killed process leaves none behind.
 
     Raises:
         TimeoutError: Another process held it for too long; names that process.

@@ -11,11 +11,7 @@ _STRONGEST = 0.72
 
 
 def forward(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-    """One forward pass that keeps the last feature map.
-
-    Args:
-        network: A classifier of timm's, in eval mode.
-        inputs: float32 [N, 3, S, S].
+    """One forward pass, of float32 [N, 3, S, S], that keeps the last feature map.
 
     Returns:
         The logits [N, classes]; and the feature map [N, channels, h, w], where its mean over all places is what a
@@ -35,27 +31,16 @@ def forward(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def activation_map(network: nn.Module, features: Tensor, label: int) -> Tensor:
-    """The class-activation map of one image.
+    """The class-activation map of one image's features, [channels, h, w]: float32 [h, w], on the CPU.
 
-    Args:
-        network: The classifier that gave the features.
-        features: The feature map, [channels, h, w].
-        label: Index of the class.
-
-    Returns:
-        float32 [h, w], on the CPU; its mean and the classifier's bias make the class's logit.
+    Its mean and the classifier's bias make the class's logit.
     """
     weight: Tensor = cast(Any, network).get_classifier().weight[label]
     return torch.einsum("c,chw->hw", weight, features).float().cpu()
 
 
 def paint(crop: Image.Image, activations: Tensor) -> Image.Image:
-    """Lays a class-activation map over an image: what speaks for the class glows, the rest stays as it is.
-
-    Args:
-        crop: The image that the network was shown.
-        activations: What `activation_map` gave for it.
-    """
+    """Lays a class-activation map over the image that it is of: what speaks for the class glows, the rest stays."""
     positive = activations.clamp(min=0)
     share = positive / positive.max().clamp(min=1e-12)
     small = Image.fromarray((255 * share).to(torch.uint8).numpy())

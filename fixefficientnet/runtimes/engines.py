@@ -39,12 +39,7 @@ EXPORTER = 1
 
 
 def check(engine: str, device: torch.device | str, precision: str = "no") -> None:
-    """Refuses an engine that cannot compute on a device or in a precision.
-
-    Args:
-        engine: One of `ENGINES`.
-        device: The device to compute on.
-        precision: "no", "bf16" or "fp16".
+    """Refuses an engine that cannot compute on a device or in a precision ("no", "bf16", "fp16").
 
     Raises:
         ExportError: There is no such engine, or it does not run there, or not in this precision.
@@ -65,10 +60,7 @@ def check(engine: str, device: torch.device | str, precision: str = "no") -> Non
 def device_for(engine: str, device: torch.device | str | None, precision: str = "no") -> torch.device:
     """The device to compute on, after all checks that engine, device and precision go together here.
 
-    Args:
-        engine: One of `ENGINES`.
-        device: The device asked for; None: the CPU for an engine that runs an exported file, else cuda if there is one.
-        precision: "no", "bf16" or "fp16".
+    Where none is asked for, an engine that runs an exported file takes the CPU, the others cuda if there is one.
 
     Raises:
         FixEfficientNetError: The device cannot be used here, or lacks the precision.
@@ -81,13 +73,9 @@ def device_for(engine: str, device: torch.device | str | None, precision: str = 
 
 
 def exported(loaded: "LoadedModel", test: TestTime, engine: str, on_message: OnMessage | None = None) -> Path:
-    """The exported file of a model at one size; made and checked where it is not kept yet.
+    """The exported file of a model on the CPU, at the size of `test`; made and checked where it is not kept yet.
 
-    Args:
-        loaded: The model, on the CPU.
-        test: The test-time preprocessing, whose size the file takes.
-        engine: "onnx" or "openvino".
-        on_message: Called with one line before an export, which takes its time.
+    An export takes its time: `on_message` is called with one line before.
 
     Raises:
         ExportError: The model cannot be exported, or the runtime disagrees with PyTorch.
@@ -177,18 +165,10 @@ def forward_of(
     precision: str = "no",
     on_message: OnMessage | None = None,
 ) -> Forward:
-    """A model's forward pass by an engine.
+    """A model's forward pass by an engine: float32 [N, 3, S, S] → float32 [N, classes]; the model stays as it is.
 
-    Args:
-        loaded: The model; its weights, mode and attributes stay as they are.
-        test: The test-time preprocessing, whose size an exported file takes.
-        engine: One of `ENGINES`.
-        threads: Number of threads that call it concurrently; they share the cores. "compile" takes one.
-        precision: "no" or "bf16", which OpenVINO alone computes in; PyTorch's engines follow autocast.
-        on_message: As in `exported`.
-
-    Returns:
-        float32 [N, 3, S, S] → float32 [N, classes].
+    So many threads call it concurrently, and share the cores; "compile" takes one. The precision is "no", or "bf16" for
+    OpenVINO alone: PyTorch's engines follow autocast.
 
     Raises:
         ExportError: As `exported` raises; or the model is not in float32, as exported files are.

@@ -39,11 +39,7 @@ PACKAGES = {
 
 
 def format_of(path: Path, format: str | None = None) -> str:
-    """The format of an exported file.
-
-    Args:
-        path: Path of the file, whose ending tells the format.
-        format: Name of the format that the ending must be of, if there is to be a check.
+    """The format of an exported file, as its ending tells; the ending must be that of the format, if one is named.
 
     Raises:
         ExportError: There is no such format, or it has another ending.

@@ -53,10 +53,7 @@ class Calibration:
 
     @torch.inference_mode()
     def correct(self, forward: Forward) -> tuple[int, int]:
-        """Counts the correct images, and all.
-
-        Args:
-            forward: The forward pass to measure.
+        """Counts the images that a forward pass classifies correctly, and all.
 
         Raises:
             DataError: None of the images can be read.
@@ -71,14 +68,7 @@ class Calibration:
 
 
 def quantise(format: str, path: Path, calibration: Calibration, metadata: str) -> None:
-    """Replaces an exported file of one size by its 8-bit form.
-
-    Args:
-        format: "onnx" or "openvino".
-        path: The file, in float32.
-        calibration: Images that ranges of activations are taken from.
-        metadata: The file's value under `formats.METADATA`, as JSON text.
-    """
+    """Replaces an exported file of one size in float32 by its 8-bit form, which keeps the metadata, JSON text."""
     with contextlib.redirect_stdout(sys.stderr):  # both print their progress
         _QUANTIZERS[format](path, calibration, metadata)
 
