@@ -295,7 +295,7 @@ def test_a_case_keeps_its_names_where_the_device_is_spoiled(monkeypatch: pytest.
 
 def test_the_check_fails_where_a_row_is_not_acceptable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     apart = {"precision": "bf16", "logits": 0.01, "gradients": 0.01, "statistics": 0.01}
-    assert limits.judged("chunks", apart) == apart
+    assert limits.checked("chunks", apart) == apart
     for part, row, said in (
         ("chunks", {**apart, "gradients": 0.3}, "gradients: 0.3, at most 0.05"),
         ("chunks", {**apart, "precision": "no"}, "logits: 0.01, at most 0.005; gradients: "),
@@ -305,7 +305,7 @@ def test_the_check_fails_where_a_row_is_not_acceptable(tmp_path: Path, monkeypat
         ("step", {"times --plan": 2.0}, "times --plan: 2, at most 1.25"),
         ("export", {"format": "onnx", "logits": 0.5}, "logits: 0.5, at most 0.01"),
     ):
-        assert limits.judged(part, row)["failed"].startswith(said)
+        assert limits.checked(part, row)["failed"].startswith(said)
     assert relative(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
 
     monkeypatch.setattr(command.signal, "signal", lambda *_: None)

@@ -23,12 +23,12 @@ def setting(tmp_path: Path) -> Setting:
 
 
 def test_a_step_in_chunks_is_that_of_the_whole_batch(setting: Setting):
-    rows = [limits.judged("chunks", row) for row in chunks.rows(setting)]
+    rows = [limits.checked("chunks", row) for row in chunks.rows(setting)]
     assert len(rows) == 2 and not any("failed" in row for row in rows), rows
 
 
 def test_runs_in_each_precision_can_be_published(setting: Setting):
-    rows = [limits.judged("runs", row) for row in runs.rows(setting)]
+    rows = [limits.checked("runs", row) for row in runs.rows(setting)]
     places = {("cpu", "no"), *(("cuda", precision) for precision in setting.precisions)}
     assert {(row["device"], row["precision"]) for row in rows} == places
     assert all(row.get("publishable") and "failed" not in row for row in rows), rows

@@ -316,8 +316,8 @@ def test_a_page_to_look_at(ground: Ground, evaluate, tmp_path: Path):
         assert ("h2", f"{run} at 48 pixels") in found.headings
         wrong = sum(correct[index] == "0" for index in kept)
         assert ("h3", f"Misclassified images: {wrong}") in found.headings
-    mended = sum((digits[ground.one][index], digits[ground.two][index]) == ("0", "1") for index in kept)
-    assert f"Correct only now: {mended} image" in found.text
+    gained = sum((digits[ground.one][index], digits[ground.two][index]) == ("0", "1") for index in kept)
+    assert f"Correct only now: {gained} image" in found.text
     assert f"{ground.two} against {ground.one}, on the same images: " in found.text
     assert "apple/2.png: The image of 8 bytes" in found.text
 

@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
         for name in chosen:
             start = time.perf_counter()
             found_here = rows_of(name, setting, PARTS[name].seconds * (10 if options.dry_run else 1))
-            rows = [limits.judged(name, row) for row in found_here] or [{"failed": "it gave no row"}]
+            rows = [limits.checked(name, row) for row in found_here] or [{"failed": "it gave no row"}]
             print(f"\n## {name}: {PARTS[name].what} ({time.perf_counter() - start:.0f} s)\n")
             print(f"{shown(rows)}\n\n{limits.stated(name)}", flush=True)
             found["rows"] += [{**taken, "part": name, **row} for row in rows]

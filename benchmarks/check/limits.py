@@ -63,7 +63,7 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
 }
 
 
-def judged(part: str, row: Row) -> Row:
+def checked(part: str, row: Row) -> Row:
     """A row of a part, which says under "failed" what of it is not acceptable."""
     wrong = [f"{name}: no" for name, value in row.items() if value is False]
     for limit in LIMITS.get(part, ()):
