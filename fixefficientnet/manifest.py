@@ -428,40 +428,35 @@ def packaged_path() -> Path:
 
 
 def parse(document: object, *, source: str = "manifest") -> dict[str, Variant]:
-    """Checks a whole manifest, as the packaged one must be, and turns it into variants.
-
-    Args:
-        document: The decoded JSON.
-        source: The document's name in errors.
+    """Checks a whole manifest (decoded JSON), as the packaged one must be, and turns it into variants.
 
     Raises:
-        ManifestError: The message names the row and the key at fault.
+        ManifestError: The message names the row and the key at fault, of the document `source`.
     """
     return _variants(_rows(document, source), PackagedRow, source)
 
 
 def parse_overlay(document: object, *, folder: Path, source: str) -> dict[str, Variant]:
-    """Lays rows over the packaged ones, and turns all into variants.
+    """Lays rows (decoded JSON) over the packaged ones, and turns all into variants; see `parse` for what it raises.
 
-    Args:
-        document: The decoded JSON. Within a row, objects merge and everything else is replaced; `weights` is replaced
-            as a whole.
-        folder: The folder that local weights lie in, or below.
-        source: The document's name in errors.
-
-    Raises:
-        ManifestError: The message names the row and the key at fault.
+    Within a row, objects merge and everything else is replaced; `weights` is replaced as a whole. Local weights lie in
+    `folder`, or below: symbolic links too must not lead out of it.
     """
-    packaged = packaged_path()
-    rows = dict(_rows(_decode(packaged.read_text(encoding="utf-8"), str(packaged)), str(packaged)))
+    packaged = str(packaged_path())
+    rows = dict(_rows(_packaged(), packaged))
     for key, row in _rows(document, source).items():
         # never half of one place's weights and half of another's
         rows[key] = _merge(rows.get(key), row) | {key: row[key] for key in ("weights",) if key in row}
     found = _variants(rows, Row, source)
     for key, variant in found.items():
         if isinstance(variant.weights, LocalWeights):
-            where = f"{source}: variants.{key}.weights.path"
-            found[key] = replace(variant, weights=_beside(folder, variant.weights, where))
+            path = (folder / variant.weights.path).resolve()
+            if not path.is_relative_to(folder.resolve()):
+                raise ManifestError(
+                    f"{source}: variants.{key}.weights.path: {str(variant.weights.path)!r} leads out of the manifest's "
+                    f"folder {folder}"
+                )
+            found[key] = replace(variant, weights=replace(variant.weights, path=path))
     return found
 
 
@@ -474,14 +469,17 @@ def schema() -> dict[str, Any]:
 
 @functools.cache
 def _load_packaged() -> Mapping[str, Variant]:
-    path = packaged_path()
-    source = str(path)
-    return MappingProxyType(parse(_decode(path.read_text(encoding="utf-8"), source), source=source))
+    return MappingProxyType(parse(_packaged(), source=str(packaged_path())))
 
 
 @functools.lru_cache(maxsize=8)
 def _load_overlay(text: str, folder: Path, source: str) -> Mapping[str, Variant]:
     return MappingProxyType(parse_overlay(_decode(text, source), folder=folder, source=source))
+
+
+def _packaged() -> Any:
+    path = packaged_path()
+    return _decode(path.read_text(encoding="utf-8"), str(path))
 
 
 def _decode(text: str, source: str) -> Any:
@@ -525,11 +523,3 @@ def _variants(rows: Mapping[str, Mapping[str, Any]], cls: type[Row], source: str
         if (other := names.setdefault(variant.timm_name, key)) != key:
             raise ManifestError(f"{source}: {key}: its timm name {variant.timm_name} is that of the row {other}")
     return variants
-
-
-def _beside(folder: Path, weights: LocalWeights, where: str) -> LocalWeights:
-    """Local weights by their absolute path, which symbolic links too must not lead out of the folder."""
-    path = (folder / weights.path).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise ManifestError(f"{where}: {str(weights.path)!r} leads out of the manifest's folder {folder}")
-    return replace(weights, path=path)
