@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -54,14 +54,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """One file in a Hub repository.
-
-    Attributes:
-        repository: The repository, organisation/name.
-        filename: The file's path inside the repository.
-        revision: The branch, tag or commit.
-        sha256: The hash that the bytes must have; None where it is not known.
-    """
+    """One file in a Hub repository, organisation/name; its sha256 is None where it is not known."""
 
     repository: str
     filename: str
@@ -96,38 +89,21 @@ def parse_uri(uri: str) -> HubFile:
 
 
 def read(file: HubFile, cache_dir: PathLike | None = None) -> bytes:
-    """Downloads a small file and gives its bytes, which are what was hashed.
-
-    Args:
-        file: The file to read; its hash, if given or told by the Hub, is checked at every call.
-        cache_dir: The Hub cache to use instead of the user's.
-
-    Raises:
-        DownloadError: The file is neither in the cache nor to be had from the Hub.
-        ChecksumError: The bytes have another hash, also after one fresh download.
-    """
+    """Downloads a small file and gives its bytes, which are what was hashed, at every call; otherwise as `fetch`."""
 
     def read_and_hash(path: Path, expected: str, _afresh: bool) -> tuple[bytes, str]:
         data = path.read_bytes()
-        if len(expected) == _SHA1:
-            return data, _sha1_like(expected, io.BytesIO(data), len(data))
-        return data, hashlib.sha256(data).hexdigest()
+        return data, _hash_like(expected, io.BytesIO(data), len(data))
 
-    data = _download_verified(file, cache_dir, read_and_hash)
-    _name_if_not_pinned(file)
-    return data
+    return _download_verified(file, cache_dir, read_and_hash)
 
 
 def fetch(file: HubFile, cache_dir: PathLike | None = None) -> Path:
     """Downloads a large file to the cache; its hash, if given or told by the Hub, is checked.
 
-    A sha256 is computed once and remembered.
+    A sha256 is computed once and remembered. `cache_dir` is the Hub cache to use instead of the user's.
 
     Weights that are not pinned are named as such in the log, which the command line shows.
-
-    Args:
-        file: The file to download.
-        cache_dir: The Hub cache to use instead of the user's.
 
     Raises:
         DownloadError: The file is neither in the cache nor to be had from the Hub.
@@ -137,20 +113,12 @@ def fetch(file: HubFile, cache_dir: PathLike | None = None) -> Path:
     def read_and_hash(path: Path, expected: str, afresh: bool) -> tuple[Path, str]:
         if not expected:
             return path, ""
-        if len(expected) == _SHA1:
-            with path.open("rb") as opened:
-                return path, _sha1_like(expected, opened, path.stat().st_size)
-        return path, sha256_of(path) if afresh else _cached_sha256(path, _repository_folder(file, cache_dir))
+        if len(expected) != _SHA1 and not afresh:
+            return path, _cached_sha256(path, _repository_folder(file, cache_dir))
+        with path.open("rb") as opened:
+            return path, _hash_like(expected, opened, path.stat().st_size)
 
-    path = _download_verified(file, cache_dir, read_and_hash)
-    _name_if_not_pinned(file)
-    return path
-
-
-def _name_if_not_pinned(file: HubFile) -> None:
-    if file.sha256 or file.filename.endswith(".json") or re.fullmatch("[0-9a-f]{40}", file.revision):
-        return
-    _logger.info("%s is not pinned: whoever owns it may change it.", file)
+    return _download_verified(file, cache_dir, read_and_hash)
 
 
 def backbone_file(backbone: Backbone, cache_dir: PathLike | None = None) -> Path:
@@ -165,11 +133,8 @@ def backbone_file(backbone: Backbone, cache_dir: PathLike | None = None) -> Path
     """
     package = backbone.package
     if package:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             path = Path(str(metadata.distribution(package.name).locate_file(package.filename)))
-        except metadata.PackageNotFoundError:
-            pass
-        else:
             return _verified_in_package(path, package.name, package.sha256)
     file = HubFile(backbone.repository, backbone.filename, backbone.revision, backbone.sha256)
     try:
@@ -227,13 +192,15 @@ def _verified_in_package(path: Path, package: str, expected: str) -> Path:
 
 
 def _download_verified(file: HubFile, cache_dir: PathLike | None, read_and_hash: ReadAndHash[T]) -> T:
-    """Downloads a file, and checks its hash; a wrong copy is deleted and downloaded once more.
+    """Downloads a file, checks its hash, and names it in the log if nothing pins it."""
+    result = _verified(file, cache_dir, read_and_hash)
+    if not (file.sha256 or file.filename.endswith(".json") or re.fullmatch("[0-9a-f]{40}", file.revision)):
+        _logger.info("%s is not pinned: whoever owns it may change it.", file)
+    return result
 
-    Args:
-        file: The file to download.
-        cache_dir: The Hub cache to use instead of the user's.
-        read_and_hash: Gives the result and its hash.
-    """
+
+def _verified(file: HubFile, cache_dir: PathLike | None, read_and_hash: ReadAndHash[T]) -> T:
+    """Downloads a file, and checks its hash; a wrong copy is deleted and downloaded once more."""
 
     def readable(path: Path, afresh: bool) -> tuple[T, str, str]:
         try:
@@ -317,8 +284,13 @@ def _expected_hash(file: HubFile, path: Path) -> str:
     return content.name if told else ""
 
 
-def _sha1_like(other: str, file: BinaryIO, size: int) -> str:
-    """The sha1 of a file as git takes it, over its size too; or plain, as mirrors do, where another is of that kind."""
+def _hash_like(other: str, file: io.BufferedIOBase, size: int) -> str:
+    """The hash of a file, of the kind that another is: a sha256, or a sha1.
+
+    A sha1 is over the size too, as git takes it; or plain, as mirrors do, where the other one is of that kind.
+    """
+    if len(other) != _SHA1:
+        return hashlib.file_digest(file, "sha256").hexdigest()
     of_git = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     plain = hashlib.sha1(usedforsecurity=False)
     while piece := file.read(2**20):
