@@ -41,12 +41,7 @@ _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Names of the modules that FixRes tunes.
-
-    Attributes:
-        norm: The last norm, see `find_head`; None where there is none.
-        classifier: The final linear layer.
-    """
+    """Names of the modules that FixRes tunes: the last norm, see `find_head` (None: there is none), and classifier."""
 
     norm: str | None
     classifier: str
@@ -90,23 +85,14 @@ class Description:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta(Description):
-    """A FixRes delta in memory; see `Description` for the other attributes.
-
-    Attributes:
-        tensors: The tuned tensors by state-dict name; float32, on the CPU.
-    """
+    """A FixRes delta in memory: the tuned tensors by state-dict name; float32, on the CPU."""
 
     tensors: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Metadata(Description):
-    """The metadata of a delta file.
-
-    Attributes:
-        format_version: The version of this format.
-        sha256: `sha256_over` the delta.
-    """
+    """The metadata of a delta file, with its `sha256_over`."""
 
     format_version: Literal[2]
     sha256: Sha256
@@ -121,11 +107,7 @@ def find_head(model: nn.Module) -> Head:
     module order, without shortcut branches. Where several branches are added or joined right before the pooling
     (RepVGG, Inception, PNASNet), it is that of the last branch.
 
-    Args:
-        model: A timm model; its weights may be on the meta device.
-
-    Raises:
-        UnsupportedModelError: There is no classifier, or more than one.
+    The model's weights may be on the meta device. What `find_classifier` raises goes through.
     """
     classifier = find_classifier(model)
     batch_norm: str | None = None
@@ -220,20 +202,9 @@ def of_tensors(
     recipe: Mapping[str, Any] | None = None,
     measured: Mapping[str, Any] | None = None,
 ) -> Delta:
-    """Makes a delta of a tuned head's tensors; see `extract`.
+    """Makes a delta of a tuned head's tensors and those that they replace, by the same names; see `extract`.
 
-    Args:
-        tuned: The tuned tensors by state-dict name; float32, on the CPU.
-        replaced: The backbone's tensors, which they replace, by the same names.
-        variant: The manifest's key, or the model's timm name where it is none of ours.
-        backbone: timm name of the network.
-        license: The delta's license; SPDX identifier, lower case.
-        recipe: The settings that decided the result; JSON values.
-        measured: The accuracy of the tuned model; JSON values.
-
-    Raises:
-        DeltaMismatchError: The two are not of the same architecture.
-        DeltaFormatError: The tuned tensors hold NaN or Inf.
+    The tuned ones are float32, on the CPU.
     """
     delta = Delta(
         tensors=tuned,
@@ -377,11 +348,7 @@ def sha256_over(described: Any, tensors: Mapping[str, Tensor]) -> str:
 
 
 def test_time(delta: Delta, usual: TestTime) -> TestTime:
-    """The test-time preprocessing that a delta was tuned for, as its recipe says.
-
-    Args:
-        delta: The delta.
-        usual: The preprocessing of its variant, for what the recipe does not say.
+    """The test-time preprocessing that a delta was tuned for, as its recipe says; as usual, what that does not say.
 
     Raises:
         DeltaFormatError: The recipe names a preprocessing that cannot be.
@@ -393,12 +360,7 @@ def test_time(delta: Delta, usual: TestTime) -> TestTime:
 
 
 def merge(tensors: Mapping[str, Tensor], delta: Delta, head: Head) -> dict[str, Tensor]:
-    """The backbone's state dict with the delta's tensors in place of its own.
-
-    Args:
-        tensors: The backbone's full state dict.
-        delta: The delta to put in.
-        head: The head of the network, whose tensors the delta must have.
+    """The backbone's full state dict with the delta's tensors in place of its head's.
 
     Raises:
         DeltaMismatchError: The delta has other tensors or shapes, or was tuned from another backbone.
@@ -430,11 +392,7 @@ def apply(model: nn.Module, delta: Delta) -> None:
 
 
 def check_variant(delta: Delta, variant: str, source: object) -> None:
-    """Refuses a delta that was tuned for another variant.
-
-    Raises:
-        DeltaMismatchError: It was.
-    """
+    """Refuses a delta that was tuned for another variant (DeltaMismatchError)."""
     if delta.variant != variant:
         raise DeltaMismatchError(f"{source} is the delta for {delta.variant}, not for {variant}.")
 
