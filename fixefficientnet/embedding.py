@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,24 +84,19 @@ def _stacked(rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
 
 
 @contextlib.contextmanager
-def _watching(network: nn.Module) -> Iterator["_Watched"]:
+def _watching(network: nn.Module) -> Iterator[Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]:
     """A network that gives what its classifier was given, too, in any number of threads."""
-    watched = _Watched(network)
-    classifier = network.get_submodule(delta.find_classifier(network))
-    handle = classifier.register_forward_pre_hook(watched.see)
+    seen = threading.local()
+
+    def see(_module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        seen.features = given[0]
+
+    def forward(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = network(inputs)
+        return seen.features, logits
+
+    handle = network.get_submodule(delta.find_classifier(network)).register_forward_pre_hook(see)
     try:
-        yield watched
+        yield forward
     finally:
         handle.remove()
-
-
-class _Watched:
-    def __init__(self, network: nn.Module) -> None:
-        self._network, self._seen = network, threading.local()
-
-    def see(self, module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-        self._seen.features = given[0]
-
-    def __call__(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = self._network(inputs)
-        return self._seen.features, logits

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import TypedDict, TypeVar, Unpack
 
@@ -66,6 +66,7 @@ class PredictionKeywords(TypedDict, total=False):
 
 
 Result = TypeVar("Result")
+Compute = Callable[[Sequence[ImageSource], torch.Tensor], Iterable[Result]]
 OnError = Callable[[ImageSource, ImageError], None]
 _Drawn = tuple[ImageSource, torch.Tensor | ImageError | None]
 """An image, with its tensor or the reason why it has none; None: not preprocessed yet."""
@@ -180,16 +181,7 @@ def several(images: ImageSource | Iterable[ImageSource]) -> Iterable[ImageSource
 def placed(
     model: "str | nn.Module | LoadedModel", options: PredictionOptions, pretrained: Pretrained | None = None
 ) -> LoadedModel:
-    """Opens a model if need be, and moves it to the device that the options ask for.
-
-    Args:
-        model: As in `predict`.
-        options: The options.
-        pretrained: As in `predict`.
-
-    Raises:
-        FixEfficientNetError: As `predict` raises.
-    """
+    """Opens a model if need be, and moves it to the device that the options ask for; see `predict` for the rest."""
     device: torch.device | str | None = options.device
     if device is None and not isinstance(model, str):
         network = model.network if isinstance(model, LoadedModel) else model
@@ -221,15 +213,7 @@ def ranked(
 
 @dataclass(frozen=True, slots=True)
 class ImagePass:
-    """How images go through a network, in batches.
-
-    Attributes:
-        network: The network.
-        transform: The test-time transform.
-        batch_size: Number of images per forward pass.
-        threads: Number of threads that compute a batch each.
-        dtype: The dtype of mixed precision; None: the network's own.
-    """
+    """How images go through a network, in batches, in threads; with the dtype of mixed precision, or its own (None)."""
 
     network: nn.Module
     transform: Preprocess
@@ -256,38 +240,34 @@ class ImagePass:
             return forward(inputs)
 
     def results(
-        self,
-        images: Iterable[ImageSource],
-        compute: Callable[[Sequence[ImageSource], torch.Tensor], Iterable[Result]],
-        on_error: OnError | None,
+        self, images: Iterable[ImageSource], compute: Compute[Result], on_error: OnError | None
     ) -> Iterator[Result]:
         """The results of images, in order; the network is in eval mode from the first one to the last.
 
-        Args:
-            images: The images.
-            compute: Gives the results of images from the network's inputs, float32 [N, 3, S, S]; called in threads.
-            on_error: Called with an image that cannot be used and the reason, instead of raising.
+        `compute` is called in threads, and gives them from images and the network's inputs, float32 [N, 3, S, S].
         """
+        done = map_in_threads(lambda batch: self._results(batch, compute), self._batches(images), self.threads)
+        with in_eval_mode(self.network), contextlib.closing(done):
+            for results, failed in done:
+                for image, error in failed:
+                    if on_error is None:
+                        raise error
+                    on_error(image, error)
+                yield from results
 
-        @torch.inference_mode()
-        def work(batch: list[_Drawn]) -> tuple[list[Result], list[tuple[ImageSource, ImageError]]]:
-            usable: list[tuple[ImageSource, torch.Tensor]] = []
-            failed: list[tuple[ImageSource, ImageError]] = []
-            for image, known in batch:
-                found = self._tensor(image) if known is None else known
-                if isinstance(found, ImageError):
-                    failed.append((image, found))
-                else:
-                    usable.append((image, found))
-            if not usable:
-                return [], failed
-            parameter = next(self.network.parameters())
-            pixels = stacked([pixels for _, pixels in usable]).to(parameter.device)
-            inputs = self.transform.normalise(pixels).to(parameter.dtype)
-            return list(compute([image for image, _ in usable], inputs)), failed
-
-        done = map_in_threads(work, self._batches(images), self.threads)
-        return _in_order(self.network, done, on_error)
+    @torch.inference_mode()
+    def _results(
+        self, batch: list[_Drawn], compute: Compute[Result]
+    ) -> tuple[list[Result], list[tuple[ImageSource, ImageError]]]:
+        found = [(image, self._tensor(image) if known is None else known) for image, known in batch]
+        failed = [(image, one) for image, one in found if isinstance(one, ImageError)]
+        usable = [(image, one) for image, one in found if not isinstance(one, ImageError)]
+        if not usable:
+            return [], failed
+        parameter = next(self.network.parameters())
+        pixels = stacked([pixels for _, pixels in usable]).to(parameter.device)
+        inputs = self.transform.normalise(pixels).to(parameter.dtype)
+        return list(compute([image for image, _ in usable], inputs)), failed
 
     def _batches(self, images: Iterable[ImageSource]) -> Iterator[list[_Drawn]]:
         """Batches of images; a PIL image is preprocessed when drawn: its owner may close it, or draw into it, next."""
@@ -301,17 +281,3 @@ class ImagePass:
             return self.transform.pixels(open_image(image, upright=True, srgb=True))
         except ImageError as error:
             return error
-
-
-def _in_order(
-    network: nn.Module,
-    done: Generator[tuple[list[Result], list[tuple[ImageSource, ImageError]]], None, None],
-    on_error: OnError | None,
-) -> Iterator[Result]:
-    with in_eval_mode(network), contextlib.closing(done):
-        for results, failed in done:
-            for image, error in failed:
-                if on_error is None:
-                    raise error
-                on_error(image, error)
-            yield from results
