@@ -74,11 +74,8 @@ def numbering(names: tuple[str, ...], num_classes: int | None, dataset: str, *, 
     Their order is never guessed: it is ImageNet's where the model has ImageNet's number of classes, and the dataset's
     own, which the output says, of no other model than one of as many classes.
 
-    Args:
-        names: Names of the dataset's classes, by its own index; some of the model's classes may be missing.
-        num_classes: Number of the model's classes; None: as many as the dataset has.
-        dataset: The dataset's name, for messages.
-        numbered: Whether names that are numbers below `num_classes` are the model's classes of these numbers.
+    Some of the model's classes may be missing, which has as many as the dataset has if `num_classes` is None. Names
+    that are numbers below that are the model's classes of these numbers, if `numbered`.
 
     Raises:
         DataError: The dataset has classes that are not ImageNet's, or another number of classes than the model.
@@ -179,13 +176,7 @@ def _plain(name: str) -> str:
 
 
 def by_name(names: Sequence[str], order: Sequence[str], dataset: str, owner: str) -> dict[int, int]:
-    """Maps classes to those of the same name in another order.
-
-    Args:
-        names: Names of the classes, by the index to map from.
-        order: Names of the classes, by the index to map to.
-        dataset: Name of the dataset that has `names`, for messages.
-        owner: Name of the split or model that has `order`, for messages.
+    """Maps the classes of a dataset, by index, to those of the same name in the order of its owner, a split or model.
 
     Raises:
         DataError: `order` lacks one of `names`.
@@ -198,11 +189,7 @@ def by_name(names: Sequence[str], order: Sequence[str], dataset: str, owner: str
 
 @dataclass(frozen=True, slots=True)
 class Subset:
-    """Classes that logits are restricted to.
-
-    Attributes:
-        classes: The model's indices, ascending.
-    """
+    """Classes that logits are restricted to: the model's indices, ascending."""
 
     classes: tuple[int, ...]
 
@@ -215,14 +202,10 @@ class Subset:
 def real_labels(files: Sequence[str]) -> list[list[int]]:
     """ReaL labels (Beyer et al., 2020, arXiv 2006.07159; timm's copy) of images of ImageNet's validation set.
 
-    Args:
-        files: File names of the images, which end in ILSVRC2012_val_00000001.JPEG and the like.
-
-    Returns:
-        The classes that count as correct, per image; some images have none.
+    These are the classes that count as correct, per image; some images have none.
 
     Raises:
-        DataError: A file name is not one of ImageNet's validation set.
+        DataError: A file name is not one of ImageNet's validation set (ILSVRC2012_val_00000001.JPEG and the like).
     """
     every = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 50_001)]
     known = RealLabelsImagenet(every).real_labels  # type: ignore[no-untyped-call]

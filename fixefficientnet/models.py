@@ -260,11 +260,7 @@ class LoadedModel:
         return replace(self, network=input_size.at_size(self.saved, size)) if self.saved else self
 
     def transform(self, test: TestTime, *, fast: bool = False) -> Preprocess:
-        """The transform for a preprocessing: `Preprocess`, or timm's for what that does not know.
-
-        Args:
-            test: The test-time preprocessing.
-            fast: Whether pixels may differ a little, see `FastPreprocess`.
+        """The transform for a preprocessing: `Preprocess`, or `FastPreprocess`; or timm's for what these do not know.
 
         Raises:
             EvaluationError: The model needs timm's transform, which has no fast form.
@@ -281,11 +277,7 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class _TimmPreprocess(Preprocess):
-    """A test-time transform whose images timm resizes and crops.
-
-    Attributes:
-        crop_mode: timm's name of how images are cropped.
-    """
+    """A test-time transform whose images timm resizes and crops."""
 
     crop_mode: str
 
@@ -570,11 +562,9 @@ def _described_by_timm(name: str, model: nn.Module) -> LoadedModel:
 def from_checkpoint(architecture: str, path: Path, size: int | None = None) -> nn.Module:
     """Builds a timm network with as many classes as a checkpoint of it has, in eval mode.
 
-    Args:
-        architecture: timm's name of the network; with a tag, the model's preprocessing is the tag's.
-        path: The checkpoint, as a training script saved it (see `checkpoint_file.read_trained`).
-        size: The size that the checkpoint is for, where its network takes images of one size only, in pixels; None:
-            the network's usual one.
+    With a tag in the architecture's name, the model's preprocessing is the tag's. A training script may have saved the
+    checkpoint (see `checkpoint_file.read_trained`). Its size, in pixels, is asked for where the network takes images of
+    one size only; None: the usual one.
 
     Raises:
         MissingFileError: There is no such file.

@@ -72,13 +72,9 @@ class Preprocess(TestTime):
         return _pixels(self.crop(image))
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """The last step, on the device that the pixels are on.
+        """The last step, on the device that the pixels are on: uint8 [..., 3, H, W] to float32 of the same shape.
 
-        Args:
-            pixels: uint8 [..., 3, H, W].
-
-        Returns:
-            float32 of the same shape, with channels last in memory: what torchvision computes, in that order.
+        Channels are last in memory; the values are what torchvision computes, in that order.
         """
         # a row at a time, as a CPU is slow where three values are all that lies together; and divided by a tensor, as
         # a GPU multiplies by the reciprocal of a number, which is rounded; sent without waiting for what it computes
@@ -157,11 +153,8 @@ class FineTuningTransform:
     Resize as at test time, mirror, jitter the colours a little, and crop at a height of the centre, at a
     horizontal offset drawn uniformly from all that the image's width allows.
 
-    Attributes:
-        test: The test-time transform.
-        seed: Seed of the draws, together with epoch and image index.
-        hflip: Probability of mirroring.
-        color_jitter: Largest relative change of brightness, contrast and saturation, each.
+    Seed, epoch and image index decide every draw. `hflip` is the probability of mirroring, `color_jitter` the largest
+    relative change of brightness, contrast and saturation, each.
     """
 
     test: Preprocess
@@ -201,13 +194,8 @@ def _jittered(
     Contrast changes with the mean of the whole image as it is then, so that what comes before is done on the whole
     image; what comes after, on the crop. Brightness and contrast make of each value another: in one table.
 
-    Args:
-        image: An RGB image.
-        box: What to crop to.
-        order: 0 (brightness), 1 (contrast), 2 (saturation) and 3 (hue, which stays), as they follow each other.
-        brightness: Factor of the brightness; None: unchanged; likewise the others.
-        contrast: Factor of the contrast.
-        saturation: Factor of the saturation.
+    `order` has 0 (brightness), 1 (contrast), 2 (saturation) and 3 (hue, which stays), as they follow each other; what
+    has None for a factor stays too.
     """
     table = _RAMP
     if contrast is None:
@@ -235,10 +223,6 @@ class Views:
 
     One view is the test-time transform's, mirrored in some images. Of several, the first is the test-time transform's,
     the second its mirror image, any further one a draw of the fine-tuning augmentation.
-
-    Attributes:
-        count: Number of views, at least 1.
-        augmented: The fine-tuning transform.
     """
 
     count: int
@@ -257,12 +241,9 @@ class Views:
 
 @dataclass(frozen=True, slots=True)
 class TrainingTransform:
-    """The usual training augmentation, at the train size: RandomResizedCrop and mirroring.
+    """The usual training augmentation: RandomResizedCrop and mirroring; see `FineTuningTransform` for seed and hflip.
 
-    Attributes:
-        train: The test-time transform at the train size, for its size, interpolation, mean and std.
-        seed: Seed of the draws, together with epoch and image index.
-        hflip: Probability of mirroring.
+    `train` is the test-time transform at the train size, for its size, interpolation, mean and std.
     """
 
     train: Preprocess
@@ -357,13 +338,11 @@ def _open(image: str | os.PathLike[str] | bytes) -> Image.Image:
     try:
         with _WARNINGS, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked right after
-            opened = _open_by_pillow(image)
+            return _open_by_pillow(image)
     except UnidentifiedImageError:
-        heif = open_heif(image, _name(image))
-        if heif is None:
-            raise
-        return heif
-    return opened
+        if heif := open_heif(image, _name(image)):
+            return heif
+        raise
 
 
 def _open_by_pillow(image: str | os.PathLike[str] | bytes) -> Image.Image:
