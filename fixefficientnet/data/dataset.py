@@ -200,10 +200,7 @@ def _in_folder(
 def follow(dataset: ImageDataset, order: tuple[str, ...], owner: str) -> ImageDataset:
     """Gives a split the class indices of a training split or a model, by name: folders are numbered as they come.
 
-    Args:
-        dataset: The split.
-        order: Names of the classes, by the index to follow; empty: the split stays as it is.
-        owner: Name of the training split or model that has this order, for messages.
+    `order` has the names of the classes of this owner; empty: the split stays as it is.
 
     Raises:
         DataError: The split has classes that `order` lacks.

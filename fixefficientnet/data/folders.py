@@ -75,13 +75,7 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class Exclusion:
-    """Images to leave out.
-
-    Attributes:
-        pattern: Matches what is left out, of paths with slashes; None: nothing is.
-        names: Paths that are left out.
-        data: The folder that paths may begin in.
-    """
+    """Images to leave out, by a pattern of paths with slashes, and by paths; either may begin in the folder `data`."""
 
     pattern: re.Pattern[str] | None
     names: frozenset[str]
@@ -91,10 +85,8 @@ class Exclusion:
     def of(cls, given: Sequence[str], data: Path) -> "Exclusion":
         """Reads the values of `--exclude`.
 
-        Args:
-            given: Glob patterns of paths, or of names where they have no slash; or text files with one path in each
-                line. Paths begin in the data folder or in the split's.
-            data: The data folder.
+        These are glob patterns of paths, or of names where they have no slash; or text files with one path in each
+        line. Paths begin in the data folder or in the split's.
 
         Raises:
             DataError: A text file is not there, or cannot be read.
@@ -179,9 +171,6 @@ def automatic_split(source: ImageFiles) -> dict[str, ImageFiles]:
     image's name with its class's folder decides, so that the split is the same in every run and on every machine;
     images that are added later move no other one, but for a class's only validation image.
 
-    Args:
-        source: The images of a folder of classes.
-
     Raises:
         DataError: A class has one image only.
     """
@@ -261,10 +250,7 @@ def _images_of_class(folder: Path, name: str, strays: list[str], left_out: list[
 def open_labelled(folder: Path, file: Path, exclusion: Exclusion) -> ImageFiles:
     """Opens a folder of images whose classes a file tells; they are the file's labels, in natural order.
 
-    Args:
-        folder: The folder; images may be in folders within it.
-        file: The labels, see `labels.read`.
-        exclusion: Images that are left out; what the file says of them is not read.
+    Images may be in folders within it. What the file (see `labels.read`) says of those that are left out is not read.
 
     Raises:
         DataError: The file cannot be read, or is not about all of these images and no others.

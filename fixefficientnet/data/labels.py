@@ -43,21 +43,12 @@ def normal(name: str) -> str:
 
 
 def read(file: Path, folder: Path, images: Sequence[str], others: Sequence[str] = ()) -> dict[str, str]:
-    """Reads the label of each image.
+    """Reads the label of each image, by its path in the folder, with slashes.
 
     The file has an image and its label in each line, separated by a tab, comma, semicolon or space; a header may name
     the columns. The image is its path in the folder, the ending of which may be missing. A file of labels alone is of
     ImageNet's validation images, which bear their numbers: WordNet ids, or the numbers of ILSVRC2012's devkit, whose
-    meta.mat must be beside it.
-
-    Args:
-        file: The file.
-        folder: The folder of the images.
-        images: Paths of the images in it, with slashes.
-        others: Paths of images that need no label and get none.
-
-    Returns:
-        Label by path.
+    meta.mat must be beside it. Other images need no label and get none.
 
     Raises:
         DataError: The file cannot be read, has another form, or labels other images than these.

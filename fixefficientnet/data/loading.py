@@ -48,11 +48,7 @@ Task = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class InEveryEpoch:
-    """A test-time transform as a `Transform`: the same in every epoch and for every image.
-
-    Attributes:
-        transform: RGB image → tensor.
-    """
+    """A test-time transform as a `Transform`: the same in every epoch and for every image."""
 
     transform: Callable[[Image.Image], Tensor]
 
@@ -98,13 +94,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Ahead:
-    """What workers load ahead, within a number of bytes.
-
-    Attributes:
-        workers: Number of loading processes, at least 1.
-        part: Images that a worker loads at a time, of one batch.
-        parts: Parts that are loaded ahead, per worker.
-    """
+    """What workers (at least 1) load ahead: so many parts each, of so many images of one batch."""
 
     workers: int
     part: int
@@ -112,13 +102,7 @@ class Ahead:
 
     @classmethod
     def of(cls, workers: int, batch: int, room: int) -> "Ahead":
-        """What is loaded ahead: two parts per worker or more, and a whole batch, if there is room.
-
-        Args:
-            workers: Number of loading processes that were asked for.
-            batch: Images per batch.
-            room: Number of images that there is room for, at least 1.
-        """
+        """What is loaded ahead: two parts per worker or more, and a whole batch, if there is room (in images)."""
         workers = min(workers, room)
         part = min(_PART, batch, max(1, room // workers // 2))
         return cls(workers, part, min(max(2, math.ceil(batch / part / workers)), room // workers // part))
@@ -133,16 +117,10 @@ def load_batches(
     substitute: bool = False,
     device: torch.device | None = None,
 ) -> Generator[Batch, None, None]:
-    """Loads batches of images, in order, in worker processes if asked.
+    """Loads batches of images, in order, in worker processes if asked (0: in this one), to the device (None: the CPU).
 
-    Args:
-        dataset: The dataset.
-        transform: The transform of each image.
-        tasks: Epoch and index of the images of each batch; drawn while batches are loaded.
-        workers: Number of loading processes; 0 loads in this process.
-        substitute: Whether the next readable image takes the place of an unreadable one, so that batches
-            keep their size; else the unreadable one is left out.
-        device: Where the inputs are put; None: the CPU.
+    Tasks are drawn while batches are loaded. If `substitute`, the next readable image takes the place of an unreadable
+    one, so that batches keep their size; else the unreadable one is left out.
 
     Raises:
         DataError: There is too little shared memory for workers; one of them was killed, or hangs.
@@ -241,11 +219,7 @@ def load_batch(dataset: ImageDataset, transform: Transform, tasks: list[Task]) -
 def shard_tasks(length: int, shard: int, batch: int, shards: Iterable[int]) -> Iterator[list[Task]]:
     """Batches for whole shards of a dataset: fixed runs of `shard` images, so that no batch is in two.
 
-    Args:
-        length: Number of images in all.
-        shard: Images per shard.
-        batch: Images per batch.
-        shards: Numbers of the shards, in order.
+    The dataset has `length` images; `shards` are the numbers of those that are loaded, in order.
     """
     for number in shards:
         indices = range(number * shard, min((number + 1) * shard, length))

@@ -20,10 +20,8 @@ class Names(Sequence[str]):
     """Strings without NUL, of which a million take tens of megabytes, and none in a process that shares them.
 
     They lie in tensors: what forks reads them where they are, and torch hands them to spawned processes in shared
-    memory. Strings in a list would be copied page by page, as reading one writes its reference count.
-
-    Args:
-        blocks: The names, some at a time.
+    memory. Strings in a list would be copied page by page, as reading one writes its reference count. They are packed
+    block by block.
     """
 
     def __init__(self, blocks: Iterable[Sequence[str]]):

@@ -141,7 +141,8 @@ def _files(folder: Path, splits: Sequence[str]) -> list[Path]:
     listing = folder / "_info.json"
     if listing.exists():
         try:
-            names = {name: [str(file) for file in split["filenames"]] for name, split in _splits(listing).items()}
+            found: dict[str, dict[str, list[str]]] = records.decode_file(listing)["splits"]
+            names = {name: [str(file) for file in split["filenames"]] for name, split in found.items()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{listing} is damaged: {error!r}") from error
     else:
@@ -156,9 +157,3 @@ def _files(folder: Path, splits: Sequence[str]) -> list[Path]:
                     raise DataError(f"{listing} names {path}, which is outside of its folder.")
             return files
     raise DataError(f"{folder} has no tar files of a split {splits[0]!r} (nor {', '.join(splits[1:]) or 'another'}).")
-
-
-def _splits(listing: Path) -> dict[str, dict[str, list[str]]]:
-    record = records.decode_file(listing)
-    splits: dict[str, dict[str, list[str]]] = record["splits"]
-    return splits
