@@ -124,11 +124,7 @@ class Description:
 
     @classmethod
     def beside(cls, path: Path) -> "Description | None":
-        """Reads the description in the config.json beside a file; None where it has none.
-
-        Raises:
-            EvaluationError: The description is malformed; names the field.
-        """
+        """Reads the description in the config.json beside a file; None where it has none. See `load` for the rest."""
         file = path.parent / CONFIG
         try:
             found = records.decode_file(file).get(DESCRIPTION)
@@ -304,6 +300,10 @@ def load(name: str) -> LoadedModel:
         EvaluationError: timm has no such model, or its weights could not be had.
         FixEfficientNetError: As `create` raises.
     """
+    return replace(_open(name), name=name)
+
+
+def _open(name: str) -> LoadedModel:
     if name.startswith(TIMM):
         return _of_timm(name)
     if name.startswith(REPOSITORIES):
@@ -314,24 +314,20 @@ def load(name: str) -> LoadedModel:
     except UnknownVariantError as error:
         path = Path(name).expanduser()
         if path.is_dir():
-            return _of_run(name, path)
+            return _of_run(path)
         if path.is_file():
-            return _of_file(name, path)
+            return _of_file(path)
         if path.suffix in WEIGHTS_SUFFIXES or "/" in key:
             raise MissingFileError(f"{name}: there is no such file or folder.") from None
         raise UnknownVariantError(
             f"{error} A model of timm's is timm/NAME (timm/resnet50.a1_in1k) or hf-hub:ORG/NAME, a fine-tuning run its "
             "folder."
         ) from None
-    return _of_variant(name, variant, weights or variant.usual_weights)
+    return _of_variant(variant, weights or variant.usual_weights)
 
 
 def from_module(model: nn.Module) -> LoadedModel:
-    """A model of `create`'s or timm's as it is, with its own preprocessing.
-
-    Raises:
-        EvaluationError: The model does not describe its preprocessing, or has no classifier.
-    """
+    """A model of `create`'s or timm's as it is, with the preprocessing that it describes (else EvaluationError)."""
     variant = getattr(model, "variant", None)
     preprocess = getattr(model, "preprocess", None)
     name = type(model).__name__
@@ -342,7 +338,7 @@ def from_module(model: nn.Module) -> LoadedModel:
     return _described_by_timm(name, model)
 
 
-def _of_variant(name: str, variant: Variant, weights: bool | str) -> LoadedModel:
+def _of_variant(variant: Variant, weights: bool | str) -> LoadedModel:
     try:
         model = zoo.create(variant.key, weights)
     except WeightsNotPublishedError as error:
@@ -351,7 +347,7 @@ def _of_variant(name: str, variant: Variant, weights: bool | str) -> LoadedModel
         ) from None
     tuned = weights != "backbone"
     return LoadedModel(
-        name=name,
+        name=variant.key,
         network=model,
         test=model.preprocess,
         timm_name=variant.timm_name if tuned else variant.backbone.name,
@@ -364,11 +360,7 @@ def _of_variant(name: str, variant: Variant, weights: bool | str) -> LoadedModel
 
 
 def checkpoint_of(path: Path) -> Path:
-    """The whole checkpoint that a path names: the file itself, or that of a run's folder.
-
-    Raises:
-        MissingFileError: A folder has none.
-    """
+    """The whole checkpoint that a path names: the file itself, or that of a run's folder (else MissingFileError)."""
     if not path.is_dir():
         return path
     if (path / DELTA).is_file() and not (path / MODEL).is_file():
@@ -383,12 +375,12 @@ def checkpoint_of(path: Path) -> Path:
     return path / MODEL
 
 
-def _of_run(name: str, folder: Path) -> LoadedModel:
+def _of_run(folder: Path) -> LoadedModel:
     if (folder / CONFIG).is_file():  # as timm and `merge` write them
-        return replace(_of_repository(f"local-dir:{folder}"), name=name)
+        return _of_repository(f"local-dir:{folder}")
     for file in (MODEL, DELTA):
         if (folder / file).is_file():
-            return replace(_of_file(name, folder / file), name=name)
+            return _of_file(folder / file)
     raise MissingFileError(
         f"{folder} has no {MODEL} and no {DELTA}: it is no finished run. The command that began it continues it."
     )
@@ -398,12 +390,13 @@ def _of_repository(name: str) -> LoadedModel:
     source, _, place = name.partition(":")
     if source == "local-dir":
         place = str(Path(place).expanduser())
-        if not Path(place, CONFIG).is_file():
+        config, file = Path(place, CONFIG), Path(place, MODEL)
+        if not config.is_file():
             raise MissingFileError(f"{place} has no {CONFIG}: it is no folder of a model of timm's.")
-        if Path(place, CONFIG).stat().st_size > records.LARGEST:
-            raise EvaluationError(f"{Path(place, CONFIG)} has more than {records.LARGEST:,} bytes.")
-        if Path(place, MODEL).is_file() and (described := Description.beside(Path(place, MODEL))):
-            return replace(_of_description(described, Path(place, MODEL)), name=name)
+        if config.stat().st_size > records.LARGEST:
+            raise EvaluationError(f"{config} has more than {records.LARGEST:,} bytes.")
+        if file.is_file() and (described := Description.beside(file)):
+            return _of_description(described, file)
     missing = None
     try:
         if source != "local-dir":
@@ -429,15 +422,12 @@ def _check_config(path: Path) -> None:
             raise EvaluationError(f"its {CONFIG} names weights other than {MODEL}, which may be code and are not read")
 
 
-def _of_file(name: str, path: Path) -> LoadedModel:
+def _of_file(path: Path) -> LoadedModel:
     if delta.is_delta(path):
-        return _of_delta(name, path, delta.load(path))
-    found = _of_its_own(path)
-    if found is None:
-        raise EvaluationError(
-            f"{path} does not say of which network it is: give it as timm/NAME:{path}, with timm's name."
-        )
-    return replace(found, name=name)
+        return _of_delta(path, delta.load(path))
+    if found := _of_its_own(path):
+        return found
+    raise EvaluationError(f"{path} does not say of which network it is: give it as timm/NAME:{path}, with timm's name.")
 
 
 def _of_its_own(path: Path) -> LoadedModel | None:
@@ -470,35 +460,19 @@ def _of_description(described: Description, path: Path) -> LoadedModel:
     )
 
 
-def _of_delta(name: str, path: Path, tuned: Delta) -> LoadedModel:
+def _of_delta(path: Path, tuned: Delta) -> LoadedModel:
     if tuned.variant in manifest.load():
-        loaded = _of_variant(name, manifest.find(tuned.variant), str(path))
-        return replace(loaded, train_size=_train_size(path, tuned, loaded), upright=_upright(tuned))
-    loaded = _of_timm(f"{TIMM}{tuned.backbone}")
-    delta.apply(loaded.saved or loaded.network, tuned)
-    test = delta.test_time(tuned, loaded.test)
-    return replace(
-        loaded.for_size(test.size),
-        name=name,
-        test=test,
-        train_size=_train_size(path, tuned, loaded),
-        tuned=True,
-        untuned=f"{TIMM}{tuned.backbone}",
-        own_weights=True,
-        upright=_upright(tuned),
-    )
-
-
-def _upright(tuned: Delta) -> bool | None:
-    found = tuned.recipe.get("upright")
-    return found if isinstance(found, bool) else None
-
-
-def _train_size(path: Path, tuned: Delta, loaded: LoadedModel) -> int | None:
-    size = tuned.recipe.get("train_size", loaded.train_size)
+        loaded = _of_variant(manifest.find(tuned.variant), str(path))
+    else:
+        untuned = f"{TIMM}{tuned.backbone}"
+        loaded = _of_timm(untuned)
+        delta.apply(loaded.saved or loaded.network, tuned)
+        test = delta.test_time(tuned, loaded.test)
+        loaded = replace(loaded.for_size(test.size), test=test, tuned=True, untuned=untuned, own_weights=True)
+    size, upright = tuned.recipe.get("train_size", loaded.train_size), tuned.recipe.get("upright")
     if size is not None and not isinstance(size, int):
         raise EvaluationError(f"{path}: the train_size {size!r} of its recipe is no size.")
-    return size
+    return replace(loaded, train_size=size, upright=upright if isinstance(upright, bool) else None)
 
 
 def _of_timm(name: str) -> LoadedModel:
@@ -508,8 +482,8 @@ def _of_timm(name: str) -> LoadedModel:
         raise EvaluationError(f"timm {timm.__version__} has no model {known!r} (timm.list_models() names them).")
     if file:
         path = Path(file).expanduser()
-        if (own := _of_its_own(path)) is not None and own.architecture == architecture:
-            return replace(own, name=name)
+        if (own := _of_its_own(path)) and own.architecture == architecture:
+            return own
         model = from_checkpoint(known, path)
     else:
         missing = None

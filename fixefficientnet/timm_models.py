@@ -29,17 +29,13 @@ default_cfgs: dict[str, "DefaultCfg"] = {}  # timm looks its configs up here
 
 def register_with_timm() -> None:
     """Registers all variants now, or as soon as timm is imported."""
-    for finder in [finder for finder in sys.meta_path if _is_ours(finder)]:  # of a copy that was imported before
+    ours = __name__, _AfterTimm.__qualname__  # by name: a copy that was imported before has another class of it
+    for finder in [one for one in sys.meta_path if (type(one).__module__, type(one).__qualname__) == ours]:
         sys.meta_path.remove(finder)
     finder = _AfterTimm()
     sys.meta_path.insert(0, finder)  # before looking: another thread may be about to import timm
     if "timm" in sys.modules:
         finder.registers()
-
-
-def _is_ours(finder: object) -> bool:
-    """By name: reloading this module makes another class of it."""
-    return (type(finder).__module__, type(finder).__qualname__) == (__name__, _AfterTimm.__qualname__)
 
 
 def _register() -> None:
