@@ -176,11 +176,7 @@ def _plain(name: str) -> str:
 
 
 def by_name(names: Sequence[str], order: Sequence[str], dataset: str, owner: str) -> dict[int, int]:
-    """Maps the classes of a dataset, by index, to those of the same name in the order of its owner, a split or model.
-
-    Raises:
-        DataError: `order` lacks one of `names`.
-    """
+    """Maps a dataset's classes, by index, to those of the same name of an owner, which must have them (DataError)."""
     if unknown := sorted(set(names) - set(order)):
         raise DataError(f"{dataset} has classes that {owner} lacks: {listed(unknown)}.")
     number = {name: index for index, name in enumerate(order)}
@@ -202,10 +198,8 @@ class Subset:
 def real_labels(files: Sequence[str]) -> list[list[int]]:
     """ReaL labels (Beyer et al., 2020, arXiv 2006.07159; timm's copy) of images of ImageNet's validation set.
 
-    These are the classes that count as correct, per image; some images have none.
-
-    Raises:
-        DataError: A file name is not one of ImageNet's validation set (ILSVRC2012_val_00000001.JPEG and the like).
+    These are the classes that count as correct, per image; some images have none. A file of another name than those of
+    that set is a DataError.
     """
     every = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 50_001)]
     known = RealLabelsImagenet(every).real_labels  # type: ignore[no-untyped-call]

@@ -233,11 +233,7 @@ def save(delta: Delta, path: str | os.PathLike[str]) -> str:
 
 
 def dumps(delta: Delta) -> bytes:
-    """The bytes of a delta file; equal deltas give equal bytes.
-
-    Raises:
-        DeltaFormatError: Its metadata cannot be written: a field of another type, or not JSON (NaN, for one).
-    """
+    """The bytes of a delta file; equal deltas give equal bytes. What is no JSON, such as NaN, is a DeltaFormatError."""
     described = _described(delta)
     metadata = _Metadata(**described, format_version=FORMAT_VERSION, sha256=sha256_over(described, delta.tensors))
     records.check(metadata, DeltaFormatError)
@@ -348,11 +344,7 @@ def sha256_over(described: Any, tensors: Mapping[str, Tensor]) -> str:
 
 
 def test_time(delta: Delta, usual: TestTime) -> TestTime:
-    """The test-time preprocessing that a delta was tuned for, as its recipe says; as usual, what that does not say.
-
-    Raises:
-        DeltaFormatError: The recipe names a preprocessing that cannot be.
-    """
+    """The test-time preprocessing that a delta was tuned for, as its recipe says; as usual, what that does not say."""
     names = {"test_size" if name == "size" else name: name for name in TestTime.__slots__}
     known = {names[key]: value for key, value in delta.recipe.items() if key in names}
     where = f"The recipe of the delta for {delta.variant}"
@@ -360,11 +352,7 @@ def test_time(delta: Delta, usual: TestTime) -> TestTime:
 
 
 def merge(tensors: Mapping[str, Tensor], delta: Delta, head: Head) -> dict[str, Tensor]:
-    """The backbone's full state dict with the delta's tensors in place of its head's.
-
-    Raises:
-        DeltaMismatchError: The delta has other tensors or shapes, or was tuned from another backbone.
-    """
+    """The backbone's full state dict with the delta's tensors in place of its head's; raises what `apply` does."""
     replaced = head.select(tensors)
     _check_names_and_shapes(delta, replaced)
     found = fingerprint(replaced)
@@ -398,11 +386,7 @@ def check_variant(delta: Delta, variant: str, source: object) -> None:
 
 
 def find_classifier(model: nn.Module) -> str:
-    """Finds the name of the final linear layer of any timm model.
-
-    Raises:
-        UnsupportedModelError: There is none, or more than one.
-    """
+    """Finds the name of the final linear layer of any timm model; UnsupportedModelError: it has none, or several."""
     configured = getattr(model, "pretrained_cfg", {}).get("classifier")
     modules = dict(model.named_modules())
     get_classifier = getattr(model, "get_classifier", None)

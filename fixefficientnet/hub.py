@@ -267,10 +267,8 @@ def _replace_wrong_copy(
 def _expected_hash(file: HubFile, path: Path) -> str:
     """The hash that a file in the cache must have: the pinned one, or the one that the Hub told; empty: unknown.
 
-    What the Hub tells names the content in the cache: the sha256 of a large file, git's hash of a small one.
-
-    Raises:
-        FileNotFoundError: The file is not there: another process may be replacing it.
+    What the Hub tells names the content in the cache: the sha256 of a large file, git's hash of a small one. There may
+    be no file (FileNotFoundError): another process may be replacing it.
     """
     if file.sha256:
         return file.sha256

@@ -166,11 +166,7 @@ def iter_predictions(
 
 
 def several(images: ImageSource | Iterable[ImageSource]) -> Iterable[ImageSource]:
-    """One image or several, as several.
-
-    Raises:
-        TypeError: It is an open file.
-    """
+    """One image or several, as several; an open file is a TypeError."""
     if isinstance(images, Image.Image | str | bytes | os.PathLike):
         return [images]
     if hasattr(images, "read"):

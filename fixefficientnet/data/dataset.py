@@ -53,11 +53,7 @@ class ImageDataset:
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """One image as RGB, and its class index of the model.
-
-        Raises:
-            ImageError: The image cannot be read; names it.
-        """
+        """One image as RGB, and its class index of the model; an ImageError names an image that cannot be read."""
         try:
             image, target = self.source[index][:2]
             if hasattr(image, "read"):
@@ -200,10 +196,7 @@ def _in_folder(
 def follow(dataset: ImageDataset, order: tuple[str, ...], owner: str) -> ImageDataset:
     """Gives a split the class indices of a training split or a model, by name: folders are numbered as they come.
 
-    `order` has the names of the classes of this owner; empty: the split stays as it is.
-
-    Raises:
-        DataError: The split has classes that `order` lacks.
+    `order` has the names of that owner's classes, which may not lack any (DataError); empty: the split stays as it is.
     """
     if not dataset.classes or not order or dataset.classes == order:
         return dataset

@@ -34,15 +34,10 @@ VALIDATION_SHARE = 0.2
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles:
-    """Images in the files of a folder, each of one class.
+    """Images in the files of a folder: their paths in it, and the class of each (int32 [n]).
 
-    Attributes:
-        root: The folder.
-        names: Path of each image in the folder.
-        labels: Class of each image; int32 [n].
-        classes: Names of the classes.
-        left_out: Names of the files beside the images that are none by their endings.
-        excluded: Number of images that were left out because it was asked for; None: it was not.
+    `left_out` names the files beside the images that are none by their endings; `excluded` is the number of images that
+    were left out because it was asked for; None: it was not.
     """
 
     root: str
@@ -129,11 +124,7 @@ def without(source: ImageFiles, exclusion: Exclusion) -> ImageFiles:
 
 
 def split_folder(folder: Path, split: str, *, may_be_whole: bool, labelled: bool = False) -> Path:
-    """The folder of a split, or the data folder itself where it holds the classes' folders or labelled images.
-
-    Raises:
-        DataError: There is no such folder, or no such split in it.
-    """
+    """The folder of a split, or the data folder itself where it holds the classes' folders or labelled images."""
     if not folder.is_dir():
         or_whole = ", or of classes' folders" if may_be_whole else ""
         raise DataError(f"There is no folder {folder}. --data takes one with {split}/ in it{or_whole}.")
@@ -170,9 +161,6 @@ def automatic_split(source: ImageFiles) -> dict[str, ImageFiles]:
     About `VALIDATION_SHARE` of each class's images validates, at least one, and at least one trains. The sha256 of an
     image's name with its class's folder decides, so that the split is the same in every run and on every machine;
     images that are added later move no other one, but for a class's only validation image.
-
-    Raises:
-        DataError: A class has one image only.
     """
     labels = source.labels.numpy()
     images = np.bincount(labels)
@@ -198,8 +186,7 @@ def _draw(name: str) -> float:
 def open_classes(folder: Path) -> ImageFiles:
     """Opens a folder of one folder per class; classes and images are in natural order, 2 before 10.
 
-    Raises:
-        DataError: A class has no images, or an image is in no class's folder.
+    A class without images is refused, as is an image that is in no class's folder.
     """
     inside = files.entries(folder)
     classes = in_natural_order(one.name for one in inside if one.is_dir())
@@ -250,10 +237,8 @@ def _images_of_class(folder: Path, name: str, strays: list[str], left_out: list[
 def open_labelled(folder: Path, file: Path, exclusion: Exclusion) -> ImageFiles:
     """Opens a folder of images whose classes a file tells; they are the file's labels, in natural order.
 
-    Images may be in folders within it. What the file (see `labels.read`) says of those that are left out is not read.
-
-    Raises:
-        DataError: The file cannot be read, or is not about all of these images and no others.
+    Images may be in folders within it. The file (see `labels.read`) must be about all of them and no others, but that
+    what it says of those that are left out is not read.
     """
     root, images, excluded, left_out = str(folder), [], [], []
     for path in files.below(folder):

@@ -29,19 +29,13 @@ class TarShards:
     """One split of a folder of tar files.
 
     A sample is the files of one tar that share a name up to its first dot: an image, and its class as a number in
-    `.cls`, or as "label" in `.json`.
-
-    Args:
-        folder: Folder of the tar files and, as a rule, of `_info.json` with the files of each split.
-        splits: Names for the split; the first that the folder has is taken. Without `_info.json` a split is
-            the files with its name in theirs: "imagenet1k-train-0000.tar".
+    `.cls`, or as "label" in `.json`. The folder has, as a rule, `_info.json` with the files of each split; without it,
+    a split is the files with its name in theirs: "imagenet1k-train-0000.tar". Of the names for the split, the first
+    that the folder has is taken.
 
     Attributes:
         names: The tar file of each image, and the image's name in it.
         labels: Class of each image; int32 [n].
-
-    Raises:
-        DataError: There is no such split, a file is damaged, or a sample lacks its image or label.
     """
 
     def __init__(self, folder: Path, splits: Sequence[str]):
