@@ -387,27 +387,19 @@ def check_variant(delta: Delta, variant: str, source: object) -> None:
 
 def find_classifier(model: nn.Module) -> str:
     """Finds the name of the final linear layer of any timm model; UnsupportedModelError: it has none, or several."""
-    configured = getattr(model, "pretrained_cfg", {}).get("classifier")
-    modules = dict(model.named_modules())
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    told = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    names = [name for name in ([told] if isinstance(told, str) else told) if name in layers]
     get_classifier = getattr(model, "get_classifier", None)
-    module = get_classifier() if callable(get_classifier) else None
-    if isinstance(configured, tuple | list):
-        configured = [name for name in configured if isinstance(modules.get(name), nn.Linear | nn.Conv2d)]
-    several = max(
-        (each for each in (configured, module) if isinstance(each, tuple | list | nn.ModuleList)), key=len, default=()
-    )
-    if len(several) > 1:
+    given = get_classifier() if callable(get_classifier) else None
+    count = max(len(names), len(given) if isinstance(given, tuple | list | nn.ModuleList) else 1)
+    if count > 1:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has {len(several)} classifiers, whose logits it joins (a distilled network, for "
+            f"{type(model).__name__} has {count} classifiers, whose logits it joins (a distilled network, for "
             "one). FixRes tunes networks of one: choose another."
         )
-    if isinstance(configured, list):
-        configured = next(iter(configured), None)
-    if configured and isinstance(modules.get(configured), nn.Linear | nn.Conv2d):
-        return str(configured)
-    for name, candidate in modules.items():
-        if candidate is module and isinstance(candidate, nn.Linear | nn.Conv2d):
-            return str(name)
+    if found := names or [name for name, layer in layers.items() if layer is given]:
+        return found[0]
     raise UnsupportedModelError(f"{type(model).__name__} has no classifier to tune: build it with num_classes above 0.")
 
 

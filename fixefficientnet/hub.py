@@ -72,11 +72,9 @@ class HubFile:
 
 
 def parse_uri(uri: str) -> HubFile:
-    """Reads `hf://org/repo/file.safetensors@revision`.
+    """Reads `hf://org/repo/file.safetensors@revision`; what is not of that form is a DownloadError.
 
-    Raises:
-        DownloadError: It is not of that form. The revision is required; only a commit hash makes sure
-            that the same line means the same bytes tomorrow.
+    The revision is required; only a commit hash makes sure that the same line means the same bytes tomorrow.
     """
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)/([^@]+)@([\w./-]+)", uri)
     if match and RELATIVE_FILE.accepts(match[2]):
@@ -122,14 +120,9 @@ def fetch(file: HubFile, cache_dir: PathLike | None = None) -> Path:
 
 
 def backbone_file(backbone: Backbone, cache_dir: PathLike | None = None) -> Path:
-    """The backbone's original weights: from the package that ships them if installed, else from the Hub.
+    """The backbone's original weights: from the package that ships them if installed, else from the Hub as by `fetch`.
 
-    Returns:
-        A `.safetensors` file with timm's tensor names, or the package's own `.pth`.
-
-    Raises:
-        DownloadError: Neither place has it.
-        ChecksumError: The file is not the pinned one.
+    That is a `.safetensors` file with timm's tensor names, or the package's own `.pth`.
     """
     package = backbone.package
     if package:
@@ -147,14 +140,9 @@ def backbone_file(backbone: Backbone, cache_dir: PathLike | None = None) -> Path
 
 
 def bring(file: HubFile) -> DownloadError | None:
-    """Brings a file to the user's cache, where timm then finds it, as `fetch` does.
+    """Brings a file to the user's cache, where timm then finds it, as `fetch` does; None: it is there.
 
-    Returns:
-        Why it is neither in the cache nor on the Hub, in whose place timm may know another; None: it is there.
-
-    Raises:
-        DownloadError: The Hub has the file, and it could not be downloaded.
-        ChecksumError: The file has another hash than the Hub tells, also after one fresh download.
+    Gives the reason if the Hub does not have it, in whose place timm may know another file, instead of raising it.
     """
     try:
         fetch(file)

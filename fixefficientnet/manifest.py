@@ -228,12 +228,7 @@ class PackagedWeights(Weights):
 class LocalWeights:
     """The FixRes delta of a variant: a local file in the folder of the overlay that names it, or below.
 
-    Attributes:
-        path: The file; relative to the overlay's folder in JSON, absolute once read.
-        sha256: The file's hash, checked at every load.
-        bytes: The file's size.
-        license: SPDX identifier, lower case.
-        measured: The accuracy of these very weights.
+    Its path is relative to that folder in JSON, absolute once read. See `Weights` for the other attributes.
     """
 
     path: LocalSafetensors

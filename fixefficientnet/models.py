@@ -66,10 +66,7 @@ class Description:
         stage: "fixres", or "base" for the training before it, of the whole network at the train size.
         train_size: Size of the training images, in pixels.
         test_size: Size that FixRes tunes for, in pixels.
-        crop_pct: Share of the resized shorter side that the test-time crop keeps, in (0, 1].
-        interpolation: "bicubic" or "bilinear".
-        mean: Mean per channel (RGB), on the [0, 1] scale.
-        std: Standard deviation per channel (RGB), on the [0, 1] scale.
+        crop_pct, interpolation, mean, std: As `TestTime` has them.
         classes: Names of the classes, by the network's index; empty if the dataset names none.
         upright: Whether training and evaluation turned images as their EXIF orientation says.
         part_of: Fingerprint of the folder whose automatic split was used; None where the splits had folders.

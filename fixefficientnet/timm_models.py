@@ -112,10 +112,21 @@ class _AfterTimm(importlib.abc.MetaPathFinder):
         return spec
 
     def registers(self) -> None:
-        """Registers the variants, unless that is done."""
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
-            _register_or_warn()
+        """Registers the variants, unless that is done.
+
+        Whatever goes wrong with these names, it may break neither `import timm` nor `import fixefficientnet`.
+        """
+        if self not in sys.meta_path:
+            return
+        sys.meta_path.remove(self)
+        try:
+            try:
+                _register()
+            except (AttributeError, ImportError, TypeError):
+                requirements.need("timm")  # an old one lacks what registering takes
+                raise
+        except (AttributeError, ImportError, ManifestError, TypeError) as error:
+            warnings.warn(f"The FixEfficientNet names are not registered with timm: {error}", stacklevel=2)
 
 
 class _Loading(importlib.abc.Loader):
@@ -137,15 +148,3 @@ class _Loading(importlib.abc.Loader):
         module.__loader__ = self._own
         self._own.exec_module(module)
         self._finder.registers()
-
-
-def _register_or_warn() -> None:
-    """Whatever goes wrong with these names, it may break neither `import timm` nor `import fixefficientnet`."""
-    try:
-        try:
-            _register()
-        except (AttributeError, ImportError, TypeError):
-            requirements.need("timm")  # an old one lacks what registering takes
-            raise
-    except (AttributeError, ImportError, ManifestError, TypeError) as error:
-        warnings.warn(f"The FixEfficientNet names are not registered with timm: {error}", stacklevel=2)

@@ -66,13 +66,8 @@ def read(file: Path, folder: Path, images: Sequence[str], others: Sequence[str] 
         elif label:
             found[path] = label
     bare = [path for path in images if path not in found]
-    wrong = (
-        (missing, "labels of files that are not there"),
-        (bare, "images without a label"),
-        (twice, "second labels"),
-    )
-    if any(names for names, _ in wrong):
-        said = "; ".join(f"{len(names):,} {what}: {listed(names)}" for names, what in wrong if names)
+    wrong = {"labels of files that are not there": missing, "images without a label": bare, "second labels": twice}
+    if said := "; ".join(f"{len(names):,} {what}: {listed(names)}" for what, names in wrong.items() if names):
         raise DataError(
             f"{file} does not fit the images of {folder}. {said}. Paths begin in that folder; --exclude leaves images "
             "out."
