@@ -347,12 +347,9 @@ def _download_in_time(file: HubFile, cache_dir: PathLike | None, afresh: bool) -
 
 def _arriving(folder: Path) -> object:
     """What has come of a repository's files so far."""
-    found = []
-    with contextlib.suppress(OSError), os.scandir(folder / "blobs") as files:
-        for one in files:
-            if one.name.endswith(".incomplete"):
-                found.append((one.name, one.stat().st_size))
-    return found
+    with contextlib.suppress(OSError):
+        return [(path.name, path.stat().st_size) for path in (folder / "blobs").glob("*.incomplete")]
+    return []
 
 
 def _offline_hint(file: HubFile, cache_dir: PathLike | None, cause: BaseException | None) -> str:

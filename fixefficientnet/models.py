@@ -245,19 +245,11 @@ class LoadedModel:
         )
 
     def for_size(self, size: int) -> "LoadedModel":
-        """The model with its network built for images of a size, in pixels, where it takes those of one size only.
-
-        Raises:
-            UnsupportedModelError: The network cannot take this size.
-        """
+        """The model with its network built for images of a size, in pixels, where it takes those of one size only."""
         return replace(self, network=input_size.at_size(self.saved, size)) if self.saved else self
 
     def transform(self, test: TestTime, *, fast: bool = False) -> Preprocess:
-        """The transform for a preprocessing: `Preprocess`, or `FastPreprocess`; or timm's for what these do not know.
-
-        Raises:
-            EvaluationError: The model needs timm's transform, which has no fast form.
-        """
+        """The transform for a preprocessing: `Preprocess`, or `FastPreprocess`; or timm's, which has no fast form."""
         if self.crop_mode == "center" and test.interpolation in INTERPOLATIONS:
             return (FastPreprocess if fast else Preprocess).of(test)
         if fast:
@@ -402,12 +394,11 @@ def _of_repository(name: str) -> LoadedModel:
         model = timm.create_model(f"{source}:{place}", pretrained=True).eval()
     except Exception as error:  # timm and huggingface_hub raise a dozen kinds
         raise EvaluationError(f"{name} could not be loaded by timm {timm.__version__}: {missing or error}") from error
-    if not getattr(model, "num_classes", 0):
-        raise EvaluationError(f"{name} has no classifier.")
+    loaded = _described_by_timm(name, model)
     names = cast(dict[str, Any], model.pretrained_cfg).get("label_names")
     names = [names[key] for key in sorted(names, key=int)] if isinstance(names, dict) else names or ()
-    own = tuple(map(str, names)) if len(names) == model.num_classes else ()
-    return replace(_described_by_timm(name, model), classes=own, own_weights=True)
+    own = tuple(map(str, names)) if len(names) == loaded.num_classes else ()
+    return replace(loaded, classes=own, own_weights=True)
 
 
 def _check_config(path: Path) -> None:
@@ -493,8 +484,6 @@ def _of_timm(name: str) -> LoadedModel:
                 f"timm's weights of {known} could not be had: {reason}. They come from the Hugging Face Hub; a file of "
                 f"one's own goes in as {TIMM}{known}:FILE."
             ) from error
-    if not getattr(model, "num_classes", 0):
-        raise EvaluationError(f"{known} has no classifier to evaluate.")
     described = _described_by_timm(name, model)
     tag = cast(dict[str, Any], model.pretrained_cfg).get("tag")
     full = f"{architecture}.{tag}" if tag and "." not in known else known
@@ -514,6 +503,8 @@ def bring_timms(name: str) -> DownloadError | None:
 
 
 def _described_by_timm(name: str, model: nn.Module) -> LoadedModel:
+    if not getattr(model, "num_classes", 0):
+        raise EvaluationError(f"{name} has no classifier to evaluate.")
     config = resolve_model_data_config(model, use_test_size=True)  # type: ignore[no-untyped-call]
     height, width = config["input_size"][1:]
     if height != width:

@@ -84,17 +84,8 @@ def create(
     """
     if refused := {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cfg"} & timm_kwargs.keys():
         raise TypeError(f"create() takes no {', '.join(sorted(refused))}; timm.create_model does.")
-    model = build(
-        find(name),
-        pretrained,
-        cache_dir=cache_dir,
-        num_classes=num_classes,
-        in_chans=in_chans,
-        features_only=features_only,
-        device=device,
-        dtype=dtype,
-        **timm_kwargs,
-    )
+    timm_kwargs |= {"num_classes": num_classes, "in_chans": in_chans, "features_only": features_only}
+    model = build(find(name), pretrained, cache_dir=cache_dir, device=device, dtype=dtype, **timm_kwargs)
     return cast("ZooModel", model.eval())
 
 

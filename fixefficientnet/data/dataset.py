@@ -5,7 +5,7 @@ Images are addressed by their index, and an image that cannot be read is named, 
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,14 +85,13 @@ class ImageDataset:
 
     def present(self) -> set[int]:
         """The model's class indices that images may have; all of them, if the source does not tell."""
-        labels: Iterable[int] | None = None
         if isinstance(self.source, ImageFiles | TarShards):
             labels = np.unique(self.source.labels).tolist()
         elif hasattr(self.source, "samples"):
-            labels = {int(label) for _, label in self.source.samples}
-        if labels is not None:
-            return {self.targets.get(label, label) for label in labels}
-        return set(self.targets.values()) or set(range(len(self.classes)))
+            labels = [int(label) for _, label in self.source.samples]
+        else:
+            return set(self.targets.values()) or set(range(len(self.classes)))
+        return {self.targets.get(label, label) for label in labels}
 
     def class_name(self, label: int) -> str:
         """Name of a class, by the model's index; the index itself, where the dataset names none."""

@@ -82,9 +82,6 @@ class Exclusion:
 
         These are glob patterns of paths, or of names where they have no slash; or text files with one path in each
         line. Paths begin in the data folder or in the split's.
-
-        Raises:
-            DataError: A text file is not there, or cannot be read.
         """
         patterns, names = [], set()
         for one in given:

@@ -22,11 +22,7 @@ _LONGEST = 255
 
 
 def lines(file: Path) -> list[str]:
-    """The lines of a text file, with the bytes that are no UTF-8 as file names have them.
-
-    Raises:
-        DataError: It cannot be read, or is no text.
-    """
+    """The lines of a text file, with the bytes that are no UTF-8 as file names have them."""
     try:
         check_file(file)
         text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
