@@ -74,8 +74,8 @@ def numbering(names: tuple[str, ...], num_classes: int | None, dataset: str, *, 
     Their order is never guessed: it is ImageNet's where the model has ImageNet's number of classes, and the dataset's
     own, which the output says, of no other model than one of as many classes.
 
-    Some of the model's classes may be missing, which has as many as the dataset has if `num_classes` is None. Names
-    that are numbers below that are the model's classes of these numbers, if `numbered`.
+    Some of the model's classes may be missing. Without `num_classes`, it has those of the dataset. If `numbered`, names
+    that are numbers below `num_classes` are the model's classes of these numbers.
 
     Raises:
         DataError: The dataset has classes that are not ImageNet's, or another number of classes than the model.

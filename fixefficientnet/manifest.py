@@ -423,11 +423,7 @@ def packaged_path() -> Path:
 
 
 def parse(document: object, *, source: str = "manifest") -> dict[str, Variant]:
-    """Checks a whole manifest (decoded JSON), as the packaged one must be, and turns it into variants.
-
-    Raises:
-        ManifestError: The message names the row and the key at fault, of the document `source`.
-    """
+    """Makes variants of a whole, decoded manifest, as the packaged one must be; a ManifestError names row and key."""
     return _variants(_rows(document, source), PackagedRow, source)
 
 

@@ -98,12 +98,7 @@ class Description:
 
     @classmethod
     def load(cls, path: Path) -> "Description | None":
-        """Reads the description of a model.safetensors; None for a file that has none.
-
-        Raises:
-            MissingFileError: There is no such file.
-            EvaluationError: The description is malformed; names the field.
-        """
+        """Reads the description of a model.safetensors; None: it has none. An EvaluationError names a wrong field."""
         checkpoint_file.check_there(path)
         try:
             with safetensors.safe_open(path, "pt") as file:

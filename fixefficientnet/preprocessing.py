@@ -286,10 +286,7 @@ def preprocess(name: str) -> Preprocess:
 def open_image(image: ImageSource, *, upright: bool = False, srgb: bool = False) -> Image.Image:
     """Opens an image as RGB: the first frame, alpha dropped, 16-bit values scaled to 8.
 
-    Args:
-        image: A PIL image of any mode, a path, or an encoded file's bytes.
-        upright: Whether to turn the image as its EXIF orientation says.
-        srgb: Whether to convert its colours to sRGB as its colour profile says.
+    If asked, it is turned `upright` as its EXIF orientation says, and its colours become sRGB as its profile says.
 
     Raises:
         TypeError: The image is none of these.

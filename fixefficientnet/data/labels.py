@@ -44,10 +44,7 @@ def read(file: Path, folder: Path, images: Sequence[str], others: Sequence[str] 
     The file has an image and its label in each line, separated by a tab, comma, semicolon or space; a header may name
     the columns. The image is its path in the folder, the ending of which may be missing. A file of labels alone is of
     ImageNet's validation images, which bear their numbers: WordNet ids, or the numbers of ILSVRC2012's devkit, whose
-    meta.mat must be beside it. Other images need no label and get none.
-
-    Raises:
-        DataError: The file cannot be read, has another form, or labels other images than these.
+    meta.mat must be beside it. It must label all of these images, and may label some of the others, which get none.
     """
     rows = _rows(file)
     find = _finder(folder, [*images, *others])

@@ -31,11 +31,7 @@ class TarShards:
     A sample is the files of one tar that share a name up to its first dot: an image, and its class as a number in
     `.cls`, or as "label" in `.json`. The folder has, as a rule, `_info.json` with the files of each split; without it,
     a split is the files with its name in theirs: "imagenet1k-train-0000.tar". Of the names for the split, the first
-    that the folder has is taken.
-
-    Attributes:
-        names: The tar file of each image, and the image's name in it.
-        labels: Class of each image; int32 [n].
+    that the folder has is taken. An image's name is that of its tar file and its own in it; labels are int32 [n].
     """
 
     def __init__(self, folder: Path, splits: Sequence[str]):
