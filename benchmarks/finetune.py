@@ -127,7 +127,7 @@ def ours(given: dict[str, Any]) -> dict[str, Any]:
         checkpoints = Checkpoints(Path(place) / "state.safetensors", {}, 1000, 600)
         before = machine.forget_peak()
         start = machine.settled(given["device"])
-        tuned = online.tune(session, net, images, recipe, checkpoints)
+        tuned = online.tune(session, net, images, checkpoints)
         return found(given, tuned.forwards, start, before)
 
 

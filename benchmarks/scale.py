@@ -166,7 +166,7 @@ def _tuning(part: str, data: Path, work: Path) -> Callable[[], Any]:
     net = network.prepare(network.load(subject, "random", num_classes=CLASSES, seed=0, size=PIXELS), resolved)
     session = Session(Accelerator(cpu=True), work, Log(work, enabled=True, console=Console(quiet=True)), WORKERS)
     checkpoints = Checkpoints(work / f"{part}.safetensors", {}, sys.maxsize, float("inf"))
-    return lambda: cached.tune(session, net, open_dataset(str(data), "train"), resolved, checkpoints, work / "features")
+    return lambda: cached.tune(session, net, open_dataset(str(data), "train"), checkpoints, work / "features")
 
 
 def _evaluating(data: Path) -> Callable[[], Any]:

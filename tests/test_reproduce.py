@@ -1075,7 +1075,7 @@ def test_a_state_saved_twice_leaves_the_last_good_one(tmp_path: Path):
     """As before a validation: the same state again must not take the place of the one before it."""
     recipe = recipes.resolve(recipes.subject_of_backbone("test_efficientnet"), {})
     network = prepare(timm.create_model("test_efficientnet", num_classes=3), recipe)
-    state = TrainingState(network, optimizer_of(network, recipe))
+    state = TrainingState(network, optimizer_of(network))
     checkpoints = Checkpoints(tmp_path / "state.safetensors", {}, 1, 60)
     weight = network.model.get_parameter("classifier.weight")
 

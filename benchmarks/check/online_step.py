@@ -41,8 +41,8 @@ class OnlineStep:
             self.targets = torch.randint(1000, (recipe.batch_size,))
         self.images = self.images.contiguous(memory_format=torch.channels_last)
         self.network = network.prepare(model.to(memory_format=torch.channels_last), recipe)
-        self.in_chunks = StepNetwork(self.network, recipe)
-        self.network.train(recipe)
+        self.in_chunks = StepNetwork(self.network)
+        self.network.train()
 
     def whole(self, images: Tensor) -> Tensor:
         """Logits of a batch that goes through the network as one."""

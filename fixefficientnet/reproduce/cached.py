@@ -59,21 +59,14 @@ def tune(
     session: Session,
     network: Network,
     dataset: ImageDataset,
-    recipe: Recipe,
     checkpoints: Checkpoints,
     folder: Path,
     validation: tuple[ImageDataset, int] | None = None,
 ) -> int:
     """Estimates the statistics, computes features, trains the classifier; continues where an earlier call stopped.
 
-    Args:
-        session: Processes, log, signals.
-        network: The network, prepared for the recipe; left in eval mode.
-        dataset: The training images.
-        recipe: The recipe.
-        checkpoints: Checkpoints of the classifier's training.
-        folder: Folder of shards and features; those already there are used if they are of this network and dataset.
-        validation: Validation images, and the number of epochs between two validations; None: none.
+    Shards and features that the folder has are used if they are of this network and dataset. Where validation images
+    are given, it is with the number of epochs between two validations. The network is left in eval mode.
 
     Returns:
         Number of images that went forward through the backbone.
@@ -82,42 +75,43 @@ def tune(
         RunError: Too little disk for the features; NaN or Inf in features or loss.
         Interrupted: A signal asked to stop; what was done is saved.
     """
+    recipe = network.recipe
     network.model.eval()
     with session.stoppable():
         if network.statistics:
-            _estimate_statistics(session, network, dataset, recipe, folder)
+            _estimate_statistics(session, network, dataset, folder)
         if recipe.trains_classifier:
             with contextlib.ExitStack() as locks:
-                features = _features_of(session, network, dataset, recipe, folder, locks)
+                features = _features_of(session, network, dataset, folder, locks)
                 between = None
                 if validation and recipe.epochs > validation[1]:
-                    plain = replace(recipe, views=1, hflip=0.0, feature_dtype="float32")
-                    measured = _features_of(session, network, validation[0], plain, folder, locks, "validation")
+                    plain = replace(network, recipe=replace(recipe, views=1, hflip=0.0, feature_dtype="float32"))
+                    measured = _features_of(session, plain, validation[0], folder, locks, "validation")
                     between = Validation(validation[1], lambda position: _top1(session, network, measured, position))
-                session.on_main(lambda: _train_classifier(session, network, features, recipe, checkpoints, between))
+                session.on_main(lambda: _train_classifier(session, network, features, checkpoints, between))
             with torch.no_grad():
                 for tensor in network.moving.values():
                     tensor.copy_(cast(Tensor, broadcast(tensor.detach().clone())))
-    return forwards(network, recipe, len(dataset))
+    return forwards(network, len(dataset))
 
 
 def _features_of(
     session: Session,
     network: Network,
     dataset: ImageDataset,
-    recipe: Recipe,
     folder: Path,
     locks: contextlib.ExitStack,
     split: str = "",
 ) -> Features:
     """Computes the features of a split in their own folder, which is locked for as long as they are used."""
-    place = folder / f"{split and f'{split}-'}features-{_key(network, dataset, recipe, 'features')}"
+    place = folder / f"{split and f'{split}-'}features-{_key(network, dataset, 'features')}"
     locks.enter_context(session.locked(place))
-    return _compute_features(session, network, dataset, recipe, place, f"{split} features".strip().capitalize())
+    return _compute_features(session, network, dataset, place, f"{split} features".strip().capitalize())
 
 
-def forwards(network: Network, recipe: Recipe, dataset: int) -> int:
+def forwards(network: Network, dataset: int) -> int:
     """Number of images that go forward through the backbone."""
+    recipe = network.recipe
     statistics = min(recipe.statistics_images or dataset, dataset) if network.statistics else 0
     return statistics + (recipe.views * dataset if recipe.trains_classifier else 0)
 
@@ -133,11 +127,9 @@ def _chosen(recipe: Recipe, length: int) -> Array:
     return np.arange(length) if not asked or asked >= length else np.sort(order(recipe, 0, length)[:asked])
 
 
-def _estimate_statistics(
-    session: Session, network: Network, dataset: ImageDataset, recipe: Recipe, folder: Path
-) -> None:
+def _estimate_statistics(session: Session, network: Network, dataset: ImageDataset, folder: Path) -> None:
     norm: Any = network.norm
-    channels = norm.running_mean.numel()
+    recipe, channels = network.recipe, norm.running_mean.numel()
     sums: Shard = {}
 
     def take(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -148,11 +140,11 @@ def _estimate_statistics(
         sums["count"] = torch.tensor(values.numel() // channels, dtype=torch.float64)
 
     def forward(batch: Batch) -> Shard:
-        _forward(session, network, recipe, batch.inputs)
+        _forward(session, network, batch.inputs)
         return {name: tensor.cpu() for name, tensor in sums.items()}
 
     chosen = _chosen(recipe, len(dataset))
-    key = _key(network, dataset, recipe, "statistics", chosen=hashlib.sha256(chosen.tobytes()).hexdigest())
+    key = _key(network, dataset, "statistics", chosen=hashlib.sha256(chosen.tobytes()).hexdigest())
     place = folder / f"statistics-{key}"
     transform = Views(1, cast(Any, transform_of(replace(recipe, hflip=0.0))))
     hook = norm.register_forward_pre_hook(take)
@@ -196,10 +188,8 @@ class _Subset:
         return self._images.image_path(int(self._chosen[index]))
 
 
-def _compute_features(
-    session: Session, network: Network, dataset: ImageDataset, recipe: Recipe, place: Path, title: str
-) -> Features:
-    channels = cast(Tensor, network.classifier.weight).shape[1]
+def _compute_features(session: Session, network: Network, dataset: ImageDataset, place: Path, title: str) -> Features:
+    recipe, channels = network.recipe, cast(Tensor, network.classifier.weight).shape[1]
     shape = (len(dataset), recipe.views, channels)
     path = place / "features.bin"
     session.on_main(lambda: _allocate(path, feature_bytes(recipe, len(dataset), channels)))
@@ -211,7 +201,7 @@ def _compute_features(
 
     def forward(batch: Batch) -> Shard:
         seen.clear()
-        logits = _forward(session, network, recipe, batch.inputs)
+        logits = _forward(session, network, batch.inputs)
         (pooled, classified), *more = seen
         same = classified.shape == logits.shape and classified.allclose(logits, 0, 0, equal_nan=True)
         if more or pooled.shape != (len(logits), channels) or not same:
@@ -295,24 +285,18 @@ def _logits(session: Session, network: Network, values: Tensor) -> Tensor:
 
 
 def _train_classifier(
-    session: Session,
-    network: Network,
-    features: Features,
-    recipe: Recipe,
-    checkpoints: Checkpoints,
-    validation: Validation | None,
+    session: Session, network: Network, features: Features, checkpoints: Checkpoints, validation: Validation | None
 ) -> None:
     """Trains on every view of every image, in one process alone, as it takes seconds."""
-    device = session.accelerator.device
+    recipe, device = network.recipe, session.accelerator.device
     images = np.flatnonzero(features.targets >= 0)
     if not len(images):
         raise DataError("None of the images could be read.")
     examples = len(images) * recipe.views
     size = min(recipe.batch_size, examples)
     schedule = Schedule(examples // size, size)
-    state = TrainingState(network, optimizer_of(network, recipe))
-    assert state.optimizer
-    optimizer = state.optimizer
+    optimizer = optimizer_of(network)
+    state = TrainingState(network, optimizer)
     # the statistics, which the passes before put in place, are in the checkpoint too
     position = checkpoints.restore(state)
     session.log.resume(position.steps)
@@ -338,7 +322,7 @@ def _train_classifier(
         return StepResult(loss.detach(), (logits.argmax(1) == labels).sum(), size, session.stopped_by)
 
     with one_thread():
-        train(session, state, recipe, schedule, checkpoints, position, step, validation)
+        train(session, state, schedule, checkpoints, position, step, validation)
 
 
 def _near(values: Array, device: torch.device) -> Tensor:
@@ -351,15 +335,16 @@ def _near(values: Array, device: torch.device) -> Tensor:
 
 
 @torch.inference_mode()
-def _forward(session: Session, network: Network, recipe: Recipe, pixels: Tensor) -> Tensor:
+def _forward(session: Session, network: Network, pixels: Tensor) -> Tensor:
     """Runs the whole network, whose hooks take what is wanted; uint8 [n, views, 3, S, S] → [n x views, classes]."""
     with session.accelerator.autocast():
-        logits: Tensor = network.model(Preprocess.of(recipe.test).normalise(pixels.flatten(0, 1)))
+        logits: Tensor = network.model(Preprocess.of(network.recipe.test).normalise(pixels.flatten(0, 1)))
     return logits.float()
 
 
-def _key(network: Network, dataset: ImageDataset, recipe: Recipe, kind: str, **more: Any) -> str:
+def _key(network: Network, dataset: ImageDataset, kind: str, **more: Any) -> str:
     """A hash of all that decides these shards: the network as it is now, the images, the views."""
+    recipe = network.recipe
     fields = ["test_size", "crop_pct", "interpolation", "mean", "std", "upright"]
     fields += ["forward_batch", "shard", "mixed_precision"]
     if kind == "features":

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from fixefficientnet.preprocessing import Preprocess
 from fixefficientnet.reproduce.network import Network
-from fixefficientnet.reproduce.recipe import Recipe
 
 
 class StepNetwork(nn.Module):
@@ -25,10 +24,10 @@ class StepNetwork(nn.Module):
     Wrappers, such as DDP and Accelerate's autocast, go around this module, and leave the network itself as it is.
     """
 
-    def __init__(self, network: Network, recipe: Recipe):
-        """Takes a network, prepared for a recipe, in eval mode."""
+    def __init__(self, network: Network):
+        """Takes a network in eval mode."""
         super().__init__()
-        self.model = network.model
+        self.model, recipe = network.model, network.recipe
         self._normalise = Preprocess.of(recipe.test).normalise
         self._chunk = recipe.forward_batch
         in_chunks = recipe.stage == "fixres" and _ends_features(network, recipe.work_size)

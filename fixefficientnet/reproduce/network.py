@@ -22,6 +22,7 @@ class Network:
     """A network prepared for a recipe: the rest of it is frozen.
 
     Attributes:
+        recipe: What it is prepared for.
         model: The whole network.
         head: Names of the classifier and of the last norm before it.
         norm: The last norm before the classifier; None where there is none.
@@ -30,6 +31,7 @@ class Network:
         statistics: State-dict names of the running statistics that change.
     """
 
+    recipe: Recipe
     model: nn.Module
     head: Head
     norm: nn.Module | None
@@ -52,10 +54,10 @@ class Network:
         keeps = "" if _keeps_statistics(self.norm) else ", no statistics"
         return f"{self.head.norm} ({type(self.norm).__name__}{keeps}) and {classifier}"
 
-    def train(self, recipe: Recipe) -> None:
+    def train(self) -> None:
         """Puts what moves in train mode; what is frozen stays in eval mode."""
         self.model.eval()
-        if recipe.stage == "base" and recipe.tune == "all":
+        if self.recipe.stage == "base" and self.recipe.tune == "all":
             self.model.train()
         elif self.norm and self.statistics:
             self.norm.train()
@@ -200,7 +202,7 @@ def prepare(model: nn.Module, recipe: Recipe) -> Network:
     if recipe.stage == "fixres" and recipe.mixed_precision != "no":
         for module in filter(None, (norm, classifier)):
             _in_float32(module)
-    return Network(model, head, norm, classifier, trained, tuple(statistics))
+    return Network(recipe, model, head, norm, classifier, trained, tuple(statistics))
 
 
 def without_weights(recipe: Recipe, num_classes: int) -> Network:
@@ -214,20 +216,18 @@ def without_weights(recipe: Recipe, num_classes: int) -> Network:
         kwargs = input_size.arguments(architecture, size)
         model = meta_device.without_weights(architecture, num_classes=num_classes, **kwargs)
     with torch.device("meta"):
-        return prepare(model, replace(recipe, mixed_precision="no"))  # the meta device has no autocast
+        found = prepare(model, replace(recipe, mixed_precision="no"))  # the meta device has no autocast
+        return replace(found, recipe=recipe)
 
 
-def check_single_image(network: Network, recipe: Recipe) -> None:
-    """Refuses a step of one image that leaves a batch norm in train mode one value per channel.
-
-    Args:
-        network: The network, on the meta device.
-        recipe: The recipe, which trains on images.
+def check_single_image(network: Network) -> None:
+    """Refuses a step of one image that leaves a batch norm in train mode one value per channel; on the meta device.
 
     Raises:
         RecipeError: It does.
     """
-    network.train(recipe)
+    recipe = network.recipe
+    network.train()
     try:
         network.model(torch.empty(1, 3, recipe.work_size, recipe.work_size, device="meta"))
     except ValueError as error:  # torch's own words for it
@@ -239,9 +239,9 @@ def check_single_image(network: Network, recipe: Recipe) -> None:
     network.model.eval()
 
 
-def average_of(network: Network, recipe: Recipe) -> ModelEmaV3 | None:
+def average_of(network: Network) -> ModelEmaV3 | None:
     """timm's moving average of the network, before it is wrapped; None where the recipe has none."""
-    decay = recipe.model_ema_decay
+    decay = network.recipe.model_ema_decay
     return ModelEmaV3(network.model, decay=decay, use_warmup=True) if decay else None
 
 
@@ -250,9 +250,10 @@ def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
-def optimizer_of(network: Network, recipe: Recipe) -> torch.optim.SGD:
+def optimizer_of(network: Network) -> torch.optim.SGD:
     """SGD over the trained parameters; the training loop sets its learning rate before each step."""
-    return torch.optim.SGD(network.trained.values(), lr=0.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    momentum, decay = network.recipe.momentum, network.recipe.weight_decay
+    return torch.optim.SGD(network.trained.values(), lr=0.0, momentum=momentum, weight_decay=decay)
 
 
 def compile_frozen(network: Network) -> None:

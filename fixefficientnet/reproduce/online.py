@@ -83,27 +83,20 @@ def tune(
     session: Session,
     network: Network,
     dataset: ImageDataset,
-    recipe: Recipe,
     checkpoints: Checkpoints,
     validation: tuple[Callable[[nn.Module], float | None], int] | None = None,
 ) -> Tuned:
     """Trains from the checkpoint to the end; the network is left in eval mode, in the base stage with the best weights.
 
-    Args:
-        session: Processes, log, signals.
-        network: The network, prepared for the recipe.
-        dataset: The training images.
-        recipe: The recipe.
-        checkpoints: Where the state is saved.
-        validation: What gives a network's top-1 on the validation images, in per cent, and the number of epochs between
-            two validations; None: none. The base stage needs it.
+    The validation, which the base stage needs, is what gives a network's top-1 on the validation images, in per cent,
+    and the number of epochs between two of them.
 
     Raises:
         RunError: The loss is NaN or infinite.
         Interrupted: A signal asked to stop; the state is saved.
     """
-    optimizer = optimizer_of(network, recipe) if network.trained else None
-    average, best = average_of(network, recipe), Best() if recipe.stage == "base" else None
+    recipe, optimizer = network.recipe, optimizer_of(network) if network.trained else None
+    average, best = average_of(network), Best() if recipe.stage == "base" else None
     state = TrainingState(network, optimizer, session.accelerator.scaler, average, best)
     position = checkpoints.restore(state)
     session.count_unreadable(dataset.name, sorted(checkpoints.unreadable), len(dataset))
@@ -112,10 +105,10 @@ def tune(
     if position.steps:
         session.log.say(f"Continuing after step {position.steps} (epoch {position.epoch}).")
     session.log.resume(position.steps)
-    model, stepper = _distributed(session, network, recipe, optimizer)
+    model, stepper = _distributed(session, network, optimizer)
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
     schedule = Schedule(*steps_of_epoch(recipe, len(dataset), session.world))
-    network.train(recipe)
+    network.train()
     loaded = _batches(session, dataset, recipe, replace(position))
     # a failure must not leave loading processes behind
     with session.stoppable(), contextlib.closing(loaded) as batches:
@@ -125,7 +118,7 @@ def tune(
             # dropout and stochastic depth, which some networks train with
             torch.manual_seed(_seed(recipe.seed, position.steps, session.rank))
             result = _step(session, model, criterion, stepper, batch)
-            _average(session, network, recipe)
+            _average(session, network)
             if average:
                 average.update(network.model, step=position.steps + 1)
             if position.step + 1 == schedule.steps:
@@ -144,7 +137,7 @@ def tune(
             return top1
 
         between = Validation(validation[1], validate) if validation else None
-        train(session, state, recipe, schedule, checkpoints, position, step, between)
+        train(session, state, schedule, checkpoints, position, step, between)
     network.model.eval()
     last = copied(state.result) if best and best.epoch < position.epoch else {}
     if best:
@@ -157,13 +150,13 @@ def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-def _distributed(session: Session, network: Network, recipe: Recipe, optimizer: Any) -> tuple[nn.Module, Any]:
+def _distributed(session: Session, network: Network, optimizer: Any) -> tuple[nn.Module, Any]:
     """What a step runs, and the optimizer, as Accelerate wraps them; unwrapped where no gradient flows."""
-    if recipe.sync_bn and session.accelerator.device.type != "cuda":
+    if network.recipe.sync_bn and session.accelerator.device.type != "cuda":
         raise RecipeError("sync_bn works on CUDA devices only.")
-    if recipe.sync_bn and session.world > 1:
+    if network.recipe.sync_bn and session.world > 1:
         _synchronise(network)
-    step_network = StepNetwork(network, recipe)
+    step_network = StepNetwork(network)
     if optimizer is None:
         return step_network, None
     with warnings.catch_warnings():
@@ -202,16 +195,9 @@ def _batches(
         yield batch
 
 
-def _step(
-    session: Session,
-    model: nn.Module,
-    criterion: nn.Module,
-    stepper: Any,
-    batch: Batch,
-) -> StepResult:
+def _step(session: Session, model: nn.Module, criterion: nn.Module, stepper: Any, batch: Batch) -> StepResult:
     """One step of all processes."""
-    accelerator = session.accelerator
-    device = accelerator.device
+    accelerator, device = session.accelerator, session.accelerator.device
     targets = batch.targets.to(device, non_blocking=True)
     with torch.set_grad_enabled(stepper is not None), accelerator.autocast():
         logits = model(batch.inputs).float()
@@ -229,9 +215,9 @@ def _step(
     return StepResult(loss_sum / images, hits, images, int(stop))
 
 
-def _average(session: Session, network: Network, recipe: Recipe) -> None:
+def _average(session: Session, network: Network) -> None:
     """Gives all processes the mean of their running statistics, so that each holds the same state."""
-    if session.world == 1 or not network.statistics or recipe.sync_bn:
+    if session.world == 1 or not network.statistics or network.recipe.sync_bn:
         return
     statistics = [network.model.get_buffer(name) for name in network.statistics]
     flat = cast(Tensor, session.accelerator.reduce(torch.cat([tensor.view(-1) for tensor in statistics]), "mean"))

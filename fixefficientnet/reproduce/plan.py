@@ -120,10 +120,10 @@ def plan(
         epoch_images = size // devices
         forwards = loads = recipe.epochs * steps * size
         if epoch_images == 1:
-            network.check_single_image(net, recipe)
+            network.check_single_image(net)
     else:
-        forwards = cached.forwards(net, recipe, train)
-        loads = cached.forwards(net, replace(recipe, views=1), train)
+        forwards = cached.forwards(net, train)
+        loads = cached.forwards(replace(net, recipe=replace(recipe, views=1)), train)
     base = recipe.stage == "base"
     measured = [recipe.train_size] if base else [recipe.train_size, recipe.test_size, recipe.test_size]
     between = (recipe.epochs - 1) // val_interval if val_interval else 0
@@ -149,7 +149,7 @@ def plan(
         passes=passes,
         measured=tuple(measured),
         total_gmacs=forwards * passes * gmacs[work_size] + sum(validation * gmacs[size] for size in measured),
-        memory=_peak_memory(net, recipe, work_size, epoch_images),
+        memory=_peak_memory(net, epoch_images),
         feature_bytes=(cached.feature_bytes(recipe, train, channels) + 4 * channels * validation * between) * stores,
     )
 
@@ -236,37 +236,38 @@ class _LiveBytes:
         self.peak = max(self.peak, sum(self._alive.values()))
 
 
-def _peak_memory(net: network.Network, recipe: Recipe, size: int, step_images: int) -> int:
+def _peak_memory(net: network.Network, step_images: int) -> int:
     """The tensors of the network itself, its average, its gradients and momentum, and its largest forward or step.
 
     Evaluations are in float32, with as many images at once, whatever the recipe's precision.
     """
+    recipe = net.recipe
     fixed: int = sum(tensor.nbytes for tensor in net.model.state_dict().values())
     fixed *= 2 if recipe.model_ema_decay else 1
     fixed += 2 * sum(parameter.nbytes for parameter in net.trained.values())
-    peaks = [_forward_peak(net, size, recipe.forward_batch)]
+    peaks = [_forward_peak(net, recipe.forward_batch)]
     if recipe.stage == "fixres" and recipe.mixed_precision != "no":
         _in_half_precision(net)
     if recipe.method == "cached":
-        peaks.append(_forward_peak(net, size, recipe.forward_batch * recipe.views))
+        peaks.append(_forward_peak(net, recipe.forward_batch * recipe.views))
     else:
-        peaks.append(_step_peak(net, recipe, size, step_images))
+        peaks.append(_step_peak(net, step_images))
     return fixed + max(peaks)
 
 
-def _forward_peak(net: network.Network, size: int, images: int) -> int:
+def _forward_peak(net: network.Network, images: int) -> int:
     """Most bytes of a forward pass's own tensors."""
-    live = _LiveBytes(net.model)
+    live, size = _LiveBytes(net.model), net.recipe.work_size
     dtype = next(net.model.parameters()).dtype
     with compat.showing_results(live), torch.no_grad():
         net.model(torch.empty(images, 3, size, size, dtype=dtype, device="meta"))
     return live.peak
 
 
-def _step_peak(net: network.Network, recipe: Recipe, size: int, images: int) -> int:
+def _step_peak(net: network.Network, images: int) -> int:
     """Most bytes of a training step's own tensors."""
-    step_network, chunk = StepNetwork(net, recipe), recipe.forward_batch
-    net.train(recipe)
+    step_network, chunk, size = StepNetwork(net), net.recipe.forward_batch, net.recipe.work_size
+    net.train()
     live = _LiveBytes(net.model)
     with compat.showing_results(live), torch.set_grad_enabled(bool(net.trained)):
         pixels = torch.empty(images, 3, size, size, dtype=torch.uint8, device="meta")

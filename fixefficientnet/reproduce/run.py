@@ -104,13 +104,6 @@ class _Inputs:
 def run(job: Job, accelerator: Accelerator) -> Report:
     """Tunes, measures and reports; continues where a killed run of the same recipe was.
 
-    Args:
-        job: The run.
-        accelerator: Processes, devices, precision.
-
-    Returns:
-        The report.
-
     Raises:
         DataError: The images cannot be used.
         CheckpointError: A checkpoint is damaged or of another network.
@@ -160,12 +153,7 @@ def _after_failure(job: Job, error: Exception, accelerator: Accelerator) -> Job:
 
 
 def halved_before(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe as an earlier call of the same command, with `auto_batch`, halved it; unchanged, if none did.
-
-    Args:
-        recipe: The recipe that is asked for.
-        folder: Folder of the run.
-    """
+    """The recipe as an earlier call of the same command, with `auto_batch`, halved it; unchanged, if none did."""
     try:
         saved = Identity.load(folder / RECIPE).recipe
     except MissingFileError:
@@ -236,7 +224,7 @@ def _open(job: Job, world: int) -> _Inputs:
     # what it cannot do is said before anything is trained
     cost.gmacs(recipe.backbone.partition(".")[0], {size, recipe.work_size}, num_classes)
     if recipe.method == "online" and online.steps_of_epoch(recipe, len(train), world)[1] == world:
-        network.check_single_image(network.without_weights(recipe, num_classes), recipe)
+        network.check_single_image(network.without_weights(recipe, num_classes))
     upright = turned_upright(num_classes) if recipe.upright is None else recipe.upright
     train, validation = replace(train, upright=upright), replace(validation, upright=upright)
     untuned, model = (input_size.at_size(model, each) for each in (size, recipe.work_size))
@@ -244,11 +232,7 @@ def _open(job: Job, world: int) -> _Inputs:
 
 
 def _claim(session: Session, job: Job, identity: Identity) -> Report | None:
-    """Makes the folder this run's; refuses the folder of another run.
-
-    Returns:
-        The report, if the run is finished.
-    """
+    """Makes the folder this run's, or gives the report of a finished run; refuses the folder of another run."""
     folder = job.folder
     if job.options.overwrite:
         for path in folder.iterdir():
@@ -295,10 +279,10 @@ def _tune(session: Session, job: Job, inputs: _Inputs, identity: Identity) -> Re
     net = prepared(inputs.model)
     model = net.model
     original = {name: tensor.detach().clone() for name, tensor in net.head.select(model.state_dict()).items()}
-    _introduce(session, net, recipe, train, validation)
+    _introduce(session, net, train, validation)
     if job.options.compile:
         network.compile_frozen(net)
-    measurements = Measurements(session, net, validation, recipe)
+    measurements = Measurements(session, net, validation)
     if recipe.stage == "fixres":
         untuned = model if inputs.untuned is inputs.model else prepared(inputs.untuned).model
         _measure_untuned(session, job, measurements, untuned, validation.name)
@@ -307,10 +291,10 @@ def _tune(session: Session, job: Job, inputs: _Inputs, identity: Identity) -> Re
     if recipe.method == "cached":
         features = job.features or job.folder / "features"
         between = (validation, interval) if interval else None
-        tuned = Tuned(cached.tune(session, net, train, recipe, checkpoints, features, between), recipe.epochs)
+        tuned = Tuned(cached.tune(session, net, train, checkpoints, features, between), recipe.epochs)
     else:
         measured = (lambda model: measurements.top1(test, model), interval) if interval else None
-        tuned = online.tune(session, net, train, recipe, checkpoints, measured)
+        tuned = online.tune(session, net, train, checkpoints, measured)
     net.model.eval()
     measurements.take("tuned" if recipe.stage == "fixres" else "trained", test)
     finished = session.on_main(lambda: _finish(session, job, inputs, net, original, measurements, tuned))
@@ -411,11 +395,7 @@ def _keeps_network(recipe: Recipe) -> bool:
 
 
 def _save_delta(job: Job, model: nn.Module, original: Mapping[str, torch.Tensor], finished: Report) -> str:
-    """Writes the delta.
-
-    Returns:
-        The sha256 of the file, in hex.
-    """
+    """Writes the delta; gives the sha256 of its file, in hex."""
     variant = job.subject.variant
     kept = ("size", "crop_pct", "images", "top1", "top5")
     measured = {name: {key: getattr(row, key) for key in kept} for name, row in finished.measured.items()}
@@ -432,11 +412,7 @@ def _save_delta(job: Job, model: nn.Module, original: Mapping[str, torch.Tensor]
 
 
 def _save_network(path: Path, weights: Mapping[str, torch.Tensor], finished: Report, part_of: str | None) -> str:
-    """Writes a whole network.
-
-    Returns:
-        The sha256 of the file, in hex.
-    """
+    """Writes a whole network; gives the sha256 of its file, in hex."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     for name, tensor in tensors.items():
         if name.endswith(".num_batches_tracked"):  # without effect, and not kept when a run is interrupted
@@ -461,7 +437,8 @@ def _save_network(path: Path, weights: Mapping[str, torch.Tensor], finished: Rep
     return hashlib.sha256(written).hexdigest()
 
 
-def _introduce(session: Session, net: Network, recipe: Recipe, train: ImageDataset, validation: ImageDataset) -> None:
+def _introduce(session: Session, net: Network, train: ImageDataset, validation: ImageDataset) -> None:
+    recipe = net.recipe
     session.log.say(
         f"{recipe.variant}: {recipe.stage} stage, {recipe.method}, tune {recipe.tune}, at {recipe.work_size} pixels; "
         f"{len(train):,} images to train on, {len(validation):,} to measure on; {session.world} "
@@ -492,17 +469,14 @@ def _introduce(session: Session, net: Network, recipe: Recipe, train: ImageDatas
 class Measurements:
     """The evaluations of a run, kept on disk as they go, so that a run that continues does not repeat them."""
 
-    def __init__(self, session: Session, net: Network, dataset: ImageDataset, recipe: Recipe):
-        self._session, self._net, self._dataset, self._recipe = session, net, dataset, recipe
+    def __init__(self, session: Session, net: Network, dataset: ImageDataset):
+        self._session, self._net, self._dataset = session, net, dataset
         self.found: dict[str, Evaluation] = {}
 
     def take(self, name: str, test: TestTime, model: nn.Module | None = None) -> None:
-        """Evaluates the network as it is now, as far as that is not done yet.
+        """Evaluates the network (or one for images of another size) as it is now, as far as that is not done yet.
 
-        Args:
-            name: A name in `report.TITLES`.
-            test: The test-time preprocessing.
-            model: The network, where it is another one: for images of another size.
+        The name is one in `report.TITLES`.
         """
         session = self._session
         journal = Journal(session.folder / EVALUATIONS / name, session.rank)
@@ -525,7 +499,7 @@ class Measurements:
             return None
 
     def _evaluate(self, title: str, test: TestTime, journal: Journal | None, model: nn.Module) -> Evaluation:
-        session, recipe = self._session, self._recipe
+        session, recipe = self._session, self._net.recipe
         with session.log.bar(title, len(self._dataset)) as bar:
             return EvaluationLoop(
                 model,
@@ -542,12 +516,9 @@ class Measurements:
 
 
 def with_weights(choices: Mapping[str, Any], checkpoint: Path | None, *, pretrained: bool) -> dict[str, Any]:
-    """Choices for a recipe, with where its weights come from.
+    """Choices for a recipe (None: not chosen), with where its weights come from: a file, timm or nowhere.
 
-    Args:
-        choices: Fields of the recipe that were chosen; None means not chosen.
-        checkpoint: File of the weights, if there is one; it may tell the size that it was trained at.
-        pretrained: Whether timm's weights are taken where there is no file.
+    A checkpoint may tell the size that it was trained at.
 
     Raises:
         MissingFileError: There is no such checkpoint.

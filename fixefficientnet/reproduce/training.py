@@ -11,7 +11,6 @@ from fixefficientnet._internal.progress import Bar
 from fixefficientnet.errors import Interrupted
 from fixefficientnet.reproduce.checkpoints import Checkpoints, Position
 from fixefficientnet.reproduce.network import Best, TrainingState
-from fixefficientnet.reproduce.recipe import Recipe
 from fixefficientnet.reproduce.session import Session
 
 _READ_TOGETHER = 50
@@ -66,37 +65,28 @@ class Validation:
 def train(
     session: Session,
     state: TrainingState,
-    recipe: Recipe,
     schedule: Schedule,
     checkpoints: Checkpoints,
     position: Position,
     step: Callable[[Position], StepResult],
     validation: Validation | None = None,
 ) -> None:
-    """Trains from a position to the end of the recipe's epochs.
+    """Trains from a position, which is counted on as steps are done, to the end of the recipe's epochs.
 
-    Args:
-        session: Processes, log, signals.
-        state: The network and its optimizer, which gets the learning rate before each step.
-        recipe: Epochs and learning rates.
-        schedule: Steps per epoch.
-        checkpoints: Where the state is saved.
-        position: Where training stands; counted on as steps are done.
-        step: Does one step at a position.
-        validation: What is measured between epochs; after the last one, which the run's evaluation follows, only where
-            the best weights are kept.
+    The optimizer gets the learning rate before each step. After the last epoch, which the run's evaluation follows,
+    there is a validation only where the best weights are kept.
 
     Raises:
         RunError: The loss is NaN or infinite.
         Interrupted: A signal asked to stop; the state is saved.
     """
-    size, best = schedule.batch_size, state.best
+    recipe, size, best = state.network.recipe, schedule.batch_size, state.best
     while True:
         epoch = position.epoch
         between = epoch and not position.step and (best or epoch < recipe.epochs)
         if validation and between and epoch % validation.interval == 0:
             _validate(session, state, position, validation)
-        if epoch == recipe.epochs or _in_vain(session, best, recipe, position):
+        if epoch == recipe.epochs or _in_vain(session, best, recipe.patience, position):
             break
         with session.log.bar(f"Epoch {epoch + 1}/{recipe.epochs}", schedule.steps * size) as bar:
             bar.skip(position.step * size)
@@ -138,11 +128,7 @@ class _Ledger:
     _loss_sum: float = 0
 
     def note(self, at: Position, done: StepResult, rate: float) -> None:
-        """Takes the result of the step at a position.
-
-        Raises:
-            RunError: A loss is NaN or infinite.
-        """
+        """Takes the result of the step at a position; raises as `read` does."""
         self._unread.append((at, done, rate))
         if isinstance(done.loss, float) or len(self._unread) == _READ_TOGETHER:
             self.read()
@@ -178,9 +164,9 @@ def _validate(session: Session, state: TrainingState, position: Position, valida
         session.log.write(position.steps, epoch=position.epoch - 1, val_top1=top1)
 
 
-def _in_vain(session: Session, best: Best | None, recipe: Recipe, position: Position) -> bool:
+def _in_vain(session: Session, best: Best | None, patience: int | None, position: Position) -> bool:
     """Whether so many epochs brought nothing that training stops here."""
-    if not best or not recipe.patience or position.step or position.epoch - best.epoch < recipe.patience:
+    if not best or not patience or position.step or position.epoch - best.epoch < patience:
         return False
     session.log.say(f"No gain since epoch {best.epoch}: stopped after epoch {position.epoch}.")
     return True

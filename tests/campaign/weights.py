@@ -43,7 +43,7 @@ def _checkpoints(shared: Path) -> Iterator[Attempt]:
     def fresh() -> Any:
         torch.manual_seed(0)
         net = network.prepare(timm.create_model("test_efficientnet", num_classes=3), made)
-        return network.TrainingState(net, network.optimizer_of(net, made), best=network.Best())
+        return network.TrainingState(net, network.optimizer_of(net), best=network.Best())
 
     state, identity = fresh(), {"recipe": {"seed": 1, "mean": [0.5, 0.25]}, "network": "a" * 64}
     for tensor in state.network.moving.values():
