@@ -212,8 +212,8 @@ def test_a_variants_whole_model_lies_beside_its_delta(
 
 def test_changed_runs_are_refused(runs: Path, tmp_path: Path):
     for name, change, said in (
-        ("base", _other_weights, "it was changed after it"),
-        ("tuned", _other_weights, "it was changed after it"),
+        ("base", _other_weights, "the file was changed after the run"),
+        ("tuned", _other_weights, "the file was changed after the run"),
         ("figures", _other_figures, "give loss"),
         ("unfinished", lambda run: (run / "report.json").unlink(), "it is no finished run"),
     ):

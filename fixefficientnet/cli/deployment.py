@@ -56,14 +56,15 @@ def convert(
 
     options = {"full": full, "size": size, "crop_pct": crop_pct, "license": license, "overwrite": overwrite}
     done = conversion.convert(checkpoint, variant, output, **options)  # type: ignore[arg-type]
+    found = done.checkpoint
     _say(
-        f"{checkpoint}: {done.variant.key}, {done.tensors} tensors; of the {done.outside} outside the head "
-        f"{done.outside - len(done.differing)} are the backbone's (tolerance {conversion.TOLERANCE:g}), "
-        f"{len(done.differing)} differ"
+        f"{checkpoint}: {done.variant.key}, {len(found.tensors)} tensors; of the {found.outside} outside the head "
+        f"{found.outside - len(found.differing)} are the backbone's (tolerance {conversion.TOLERANCE:g}), "
+        f"{len(found.differing)} differ"
     )
-    if not done.tuned:
+    if not found.tuned:
         _say("The head is the backbone's own too: nothing was tuned.")
-    for name, difference in done.differing.items():
+    for name, difference in found.differing.items():
         _say(f"  {name}: by up to {difference:.3g}")
     if full:
         _say(f"{output}: the whole network, for timm's {done.variant.backbone.architecture}")

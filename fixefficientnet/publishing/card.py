@@ -14,7 +14,7 @@ from fixefficientnet.evaluation.outcome import Summary
 from fixefficientnet.evaluation.paper import IMAGENET_NAME
 from fixefficientnet.models import LoadedModel
 from fixefficientnet.publishing import manifest_rows
-from fixefficientnet.publishing.index import Index, PublishedModel
+from fixefficientnet.publishing.index import Index
 from fixefficientnet.reproduce.recipe import Recipe
 from fixefficientnet.reproduce.report import TITLES, Report
 
@@ -25,12 +25,7 @@ _TAGS = ["image-classification", "timm", "fixres", "efficientnet", "arxiv:2003.0
 
 
 def render(repository: str, index: Index) -> bytes:
-    """The model card of a repository of deltas: a template filled with what models.json tells of each model.
-
-    Args:
-        repository: ORGANISATION/NAME.
-        index: All models of the repository.
-    """
+    """The model card of a repository of deltas: a template filled with what models.json tells of each model."""
     first, licenses = next(iter(index.models)), _licenses(index)
     known = manifest.load().get(first)
     return _filled(
@@ -43,11 +38,8 @@ def render(repository: str, index: Index) -> bytes:
         first=first,
         timm_name=known.timm_name if known else f"{manifest.PREFIX}_{first}",
         not_comparable=[key for key, model in index.models.items() if model.paper and not model.comparable],
-        recipes={
-            key: _escaped(manifest_rows.dumps(records.to_json(model.recipe))) for key, model in index.models.items()
-        },
+        recipes={key: _recipe(model.recipe) for key, model in index.models.items()},
         licenses=licenses,
-        citation=_citation(),
     )
 
 
@@ -69,7 +61,6 @@ def planned() -> dict[str, bytes]:
                 datasets=[IMAGENET_DATASET],
             ),
             variant=variant,
-            citation=_citation(),
         )
         for variant in manifest.load().values()
         if variant.paper and not variant.weights
@@ -77,14 +68,10 @@ def planned() -> dict[str, bytes]:
 
 
 def render_model(repository: str, loaded: LoadedModel, license: str, report: Report | None) -> bytes:
-    """The model card of a repository with one whole model.
+    """The model card of a repository with one whole model, with the report of the run that made it, if there is one.
 
-    Args:
-        repository: ORGANISATION/NAME.
-        loaded: The model.
-        license: License of a network of one's own; SPDX identifier, lower case, or "unknown". A variant has its
-            backbone's.
-        report: The report of the run that made it, if there is one.
+    The license (SPDX identifier, lower case, or "unknown") is that of a network of one's own; a variant has its
+    backbone's.
     """
     name = repository.partition("/")[2]
     dataset = dataset_name(report) if report else ""
@@ -116,13 +103,14 @@ def render_model(repository: str, loaded: LoadedModel, license: str, report: Rep
 
 
 def _filled(template: str, data: ModelCardData, **values: Any) -> bytes:
-    """A template of this folder, filled."""
-    text = Path(__file__).with_name(template).read_text(encoding="utf-8")
+    """A template of this folder, filled; with the citation beside it, for those that ask for it."""
+    text, citation = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in (template, "citation.bib"))
     for name, value in vars(data).items():  # YAML has all letters as they are
         setattr(data, name, [*map(inert, value)] if isinstance(value, list) else inert(value))
     environment = Environment()  # noqa: S701 - the template says what escapes each value, in Markdown
     environment.filters |= {"md": markdown, "code": code}
-    card = ModelCard(environment.from_string(text).render(card_data=data.to_yaml(), **values))
+    filled = environment.from_string(text).render(card_data=data.to_yaml(), citation=citation.rstrip(), **values)
+    card = ModelCard(filled)
     return f"{str(card).rstrip()}\n".encode("utf-8", "replace")
 
 
@@ -135,13 +123,9 @@ def _escaped(text: str) -> str:
     return "".join(one if one == "\n" or inert(one) == one else json.dumps(one)[1:-1] for one in text)
 
 
-def _citation() -> str:
-    return Path(__file__).with_name("citation.bib").read_text(encoding="utf-8").rstrip()
-
-
 def dataset_name(report: Report) -> str:
     """Name of the images that a run was measured on, without places on this machine."""
-    if report.paper is not None and report.paper.comparable:
+    if report.comparable:
         return f"{IMAGENET_NAME}, validation"
     path = PurePath(report.validation_data)
     skipped = 3 if path.parts[1:2] in (("home",), ("Users",)) else 1  # /home/NAME names the user
@@ -177,13 +161,13 @@ def _metadata(repository: str, index: Index, licenses: list[str]) -> ModelCardDa
         datasets=[IMAGENET_DATASET] if every_imagenet else None,
         metrics=["accuracy"],
         model_name=repository.partition("/")[2],
-        eval_results=[result for key, model in models.items() for result in _results(key, model)],
+        eval_results=[
+            result
+            for key, model in models.items()
+            for result in _accuracies(model.tuned, model.dataset, f"of {key} at {model.tuned.size} pixels")
+        ],
         base_model_relation="finetune",
     )
-
-
-def _results(key: str, model: PublishedModel) -> list[EvalResult]:
-    return _accuracies(model.tuned, model.dataset, f"of {key} at {model.tuned.size} pixels")
 
 
 def _accuracies(row: Summary, dataset: str, where: str) -> list[EvalResult]:

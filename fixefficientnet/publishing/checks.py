@@ -1,7 +1,8 @@
 """A finished run, checked before anyone else gets it."""
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,22 +66,8 @@ class CheckedRun:
     test: TestTime
     probe: ProbeCheck
 
-    @property
-    def dataset(self) -> str:
-        """Name of the images that the run was measured on."""
-        return card.dataset_name(self.report)
-
-    @property
-    def comparable(self) -> bool:
-        """Whether the run was measured on what the paper's figures are of."""
-        return self.report.paper is not None and self.report.paper.comparable
-
     def as_model(self, file: str) -> PublishedModel:
-        """What a repository tells of the run.
-
-        Args:
-            file: Name of the delta's file in the repository.
-        """
+        """What a repository tells of the run, whose delta gets this name there."""
         return PublishedModel(
             file=file,
             sha256=self.sha256,
@@ -90,11 +77,11 @@ class CheckedRun:
             backbone_repository=self.variant.backbone.repository,
             parameters=self.variant.parameters,
             test=self.test,
-            dataset=self.dataset,
+            dataset=card.dataset_name(self.report),
             measured=self.report.measured,
             paired=self.report.paired,
             paper=self.variant.paper,
-            comparable=self.comparable,
+            comparable=self.report.comparable,
             train_images=self.report.train_images,
             processes=self.report.processes,
             recipe=self.report.recipe,
@@ -108,9 +95,6 @@ def check(folder: Path) -> CheckedRun:
 
     The run is complete; the delta has the recorded hash, and is of the recorded recipe and of a variant that `create`
     builds; the evaluations' batches give the recorded figures; backbone and delta give the logits that the run left.
-
-    Args:
-        folder: Folder of the run.
 
     Raises:
         PublishError: One of these does not hold.
@@ -133,13 +117,7 @@ def check(folder: Path) -> CheckedRun:
 
 
 def check_model(folder: Path) -> tuple[LoadedModel, Report]:
-    """Reads a run whose model is published whole, and compares its report with its files, as `check` does.
-
-    Args:
-        folder: Folder of the run, of any network and of either stage.
-
-    Returns:
-        The model, and the run's report.
+    """Reads a run of any network and of either stage, to publish its model whole: as `check`, without a delta.
 
     Raises:
         PublishError: Its report does not follow from its files.
@@ -187,16 +165,9 @@ def check_all(folders: Sequence[Path]) -> list[CheckedRun]:
 def _read_delta(folder: Path, found: Report) -> tuple[Delta, bytes, str]:
     """The delta, its file's content and sha256."""
     file = folder / DELTA
-    try:
+    with _readable(file):
         data = file.read_bytes()
-    except OSError as error:
-        raise PublishError(f"{file} cannot be read: {error.strerror}.") from error
-    sha256 = hashlib.sha256(data).hexdigest()
-    if sha256 != found.delta_sha256:
-        raise PublishError(
-            f"{file} has the sha256 {sha256}, the run recorded {found.delta_sha256}: the file was changed after the "
-            "run."
-        )
+    sha256 = _checked(file, hashlib.sha256(data).hexdigest(), found.delta_sha256)
     tuned = delta.loads(data, source=str(file))
     delta.check_variant(tuned, found.variant, file)
     return tuned, data, sha256
@@ -208,14 +179,25 @@ def _check_weights(folder: Path, found: Report) -> None:
     if not any(recorded.values()):
         raise PublishError(f"{folder / report.FILENAME} tells no sha256 of the weights: make the run with --overwrite.")
     for file, sha256 in ((folder / name, sha256) for name, sha256 in recorded.items() if sha256):
-        try:
-            found_here = sha256_of(file)
-        except OSError as error:
-            raise PublishError(f"{file} cannot be read: {error.strerror}.") from error
-        if found_here != sha256:
-            raise PublishError(
-                f"{file} has the sha256 {found_here}, the run recorded {sha256}: it was changed after it."
-            )
+        with _readable(file):
+            _checked(file, sha256_of(file), sha256)
+
+
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PublishError(f"{file} cannot be read: {error.strerror}.") from error
+
+
+def _checked(file: Path, sha256: str, recorded: str | None) -> str:
+    """The sha256 of a file, if it is the recorded one."""
+    if sha256 != recorded:
+        raise PublishError(
+            f"{file} has the sha256 {sha256}, the run recorded {recorded}: the file was changed after the run."
+        )
+    return sha256
 
 
 def _check_recipe(folder: Path, found: Report, tuned: Delta) -> None:

@@ -60,23 +60,15 @@ class ConversionResult:
 
     Attributes:
         variant: Row of the manifest that the checkpoint is of.
-        tensors: Number of tensors in the checkpoint.
-        outside: Number of tensors outside the head.
-        differing: Largest difference of each tensor outside the head that is not the backbone's, by name.
-        tuned: Whether the head differs from the backbone's.
-        output: The file that was written.
-        written: Number of tensors in it.
+        checkpoint: The checkpoint.
+        written: Number of tensors in the file that was written.
         bytes: Size of the file, in bytes.
         sha256: sha256 of the file.
         test: Test-time preprocessing that the weights were tuned for.
     """
 
     variant: Variant
-    tensors: int
-    outside: int
-    differing: Mapping[str, float]
-    tuned: bool
-    output: Path
+    checkpoint: Checkpoint
     written: int
     bytes: int
     sha256: str
@@ -127,26 +119,11 @@ def convert(
         made = to_delta(found, row, license=license, source=checkpoint.name, test=test)
         deltas.save(made, output)
         written = len(made.tensors)
-    return ConversionResult(
-        variant=row,
-        tensors=len(found.tensors),
-        outside=found.outside,
-        differing=found.differing,
-        tuned=found.tuned,
-        output=output,
-        written=written,
-        bytes=output.stat().st_size,
-        sha256=sha256_of(output),
-        test=test,
-    )
+    return ConversionResult(row, found, written, output.stat().st_size, sha256_of(output), test)
 
 
 def read(path: Path, variant: Variant) -> Checkpoint:
-    """Reads a whole checkpoint and compares it with the variant's backbone.
-
-    Args:
-        path: The checkpoint, as a training script saved it (see `checkpoint_file.read_trained`).
-        variant: Row of the manifest that it is of.
+    """Reads a whole checkpoint, as a training script saved it, and compares it with the variant's backbone.
 
     Raises:
         MissingFileError: There is no such file.
@@ -202,14 +179,7 @@ def _differing(found: Mapping[str, Tensor], backbone: Mapping[str, Tensor], name
 
 
 def to_delta(found: Checkpoint, variant: Variant, *, license: str, source: str, test: TestTime) -> Delta:
-    """The delta that makes a checkpoint of its backbone.
-
-    Args:
-        found: The checkpoint.
-        variant: Row of the manifest that it is of.
-        license: License of the weights; SPDX identifier, lower case.
-        source: Where the weights come from, for the delta's metadata.
-        test: Test-time preprocessing that they were tuned for.
+    """The delta that makes a checkpoint of its backbone; its metadata name the source that the weights come from.
 
     Raises:
         CheckpointError: Other tensors than the head's were tuned too, which a delta cannot hold.

@@ -6,11 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
@@ -89,12 +85,9 @@ class HubRepository:
         return Contents(info.sha, hashes, models, tags)
 
     def commit(self, files: Mapping[str, bytes | Path], message: str, parent: str | None) -> str:
-        """Adds or replaces files in one commit; makes the repository if need be.
+        """Adds or replaces files, given by their content or path, in one commit; makes the repository if need be.
 
-        Args:
-            files: Content of each file, or its path, by name.
-            message: Message of the commit.
-            parent: The last commit as `contents` saw it; None where there was no repository.
+        The parent is the last commit as `contents` saw it; None where there was no repository.
 
         Returns:
             The commit, 40 hex digits.
@@ -122,11 +115,7 @@ class HubRepository:
         return str(made.oid)
 
     def tag(self, name: str, revision: str) -> None:
-        """Tags a commit.
-
-        Args:
-            name: The tag.
-            revision: The commit, 40 hex digits.
+        """Tags a commit, 40 hex digits.
 
         Raises:
             PublishError: The Hub refuses, or breaks off; the commit stays.
@@ -142,9 +131,8 @@ class HubRepository:
     def _explained(self, state: str, unknown: str | None = None) -> Iterator[None]:
         """Turns huggingface_hub's errors into one message, which says what is published and what is not.
 
-        Args:
-            state: What is published and what is not, where the Hub refuses.
-            unknown: The same where the Hub breaks off and may have done what it was asked for; None: `state`.
+        That is the state where the Hub refuses; where it breaks off, and may have done what it was asked for, `unknown`
+        is said instead, if given.
         """
         try:
             yield
@@ -196,9 +184,6 @@ def _reason(error: Exception) -> str:
 
 def check_name(repository: str) -> None:
     """Refuses what cannot name a repository on the Hub.
-
-    Args:
-        repository: The name to check.
 
     Raises:
         PublishError: It is not ORGANISATION/NAME.

@@ -94,11 +94,7 @@ class Index:
 
     @classmethod
     def load(cls, data: bytes, source: str) -> "Index":
-        """Reads models.json.
-
-        Args:
-            data: Content of the file.
-            source: What to call it in messages.
+        """Reads models.json, which messages call `source`.
 
         Raises:
             PublishError: It is no such file; names the field at fault.
@@ -119,12 +115,9 @@ class Index:
 
     @classmethod
     def following(cls, index: "Index | None", models: Mapping[str, PublishedModel], *, replaced: bool) -> "Index":
-        """The next version of a repository: with more models, or with others in the place of some.
+        """The next version of a repository, or a first one (None): with more models, or others in the place of some.
 
-        Args:
-            index: The version before; None for a new repository.
-            models: The new models, by the variant's key; they get the next version.
-            replaced: Whether weights are replaced.
+        The new models, by the variant's key, get that version; it is a major one if weights are replaced.
         """
         version = FIRST
         if index is not None:

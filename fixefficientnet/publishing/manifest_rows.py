@@ -21,13 +21,7 @@ NEW: Mapping[str, Any] = {"schema_version": manifest.SCHEMA_VERSION, "variants":
 
 
 def on_hub(model: PublishedModel, repository: str, revision: str) -> Weights:
-    """Where the weights of a model lie on the Hub.
-
-    Args:
-        model: The model.
-        repository: ORGANISATION/NAME.
-        revision: Commit, 40 hex digits.
-    """
+    """Where the weights of a model lie in a repository (ORGANISATION/NAME) on the Hub, at a commit (40 hex digits)."""
     return Weights(repository, model.file, revision, model.sha256, model.bytes, model.license, _measured(model))
 
 
@@ -47,13 +41,9 @@ def updated(
     models: Mapping[str, PublishedModel],
     weights: Mapping[str, Weights | LocalWeights],
 ) -> str:
-    """The text of a manifest with the rows of published models.
+    """The text of a manifest (a whole one, or rows to lay over one) with the rows of published models.
 
-    Args:
-        document: The manifest as it is: a whole one, or rows to lay over one.
-        path: Path of the manifest.
-        models: Each model by the variant's key.
-        weights: Where the weights of each lie, by the variant's key.
+    Models, and where their weights lie, are by the variant's key.
 
     Raises:
         ManifestError: It is no manifest, or cannot take the rows.
@@ -96,12 +86,7 @@ def read(path: Path) -> Mapping[str, Any]:
 def rewrite(path: Path, text_of: Callable[[], str]) -> str:
     """Writes a manifest's file anew, one process after the other: each reads what the one before it wrote.
 
-    Args:
-        path: Path of the manifest.
-        text_of: Reads the file and gives its new text.
-
-    Returns:
-        The text.
+    The new text, which `text_of` makes of what it reads in the file, is returned.
 
     Raises:
         PublishError: The file cannot be written; all else is published.

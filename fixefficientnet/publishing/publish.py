@@ -143,13 +143,7 @@ def _publish_whole(run: CheckedRun, repository: str, options: PublishOptions) ->
 
 
 def plan(models: Mapping[str, PublishedModel], before: Index | None, where: str, *, replace: bool = False) -> Plan:
-    """Compares models with what a repository has.
-
-    Args:
-        models: The models to publish, by the variant's key.
-        before: All models that the repository has; None where it has none.
-        where: Name of the repository, for messages.
-        replace: Whether other weights of the same variants are replaced.
+    """Compares models to publish, by the variant's key, with what a repository has (None: nothing).
 
     Raises:
         PublishError: The repository has other weights of a variant, which are not to be replaced.
@@ -246,16 +240,7 @@ def _to_hub(
         revisions, text = _load_from(target, models, contents, revision, manifest_file)
     said = _said(planned, files)
     return PublishResult(
-        runs,
-        target.name,
-        said,
-        files,
-        manifest_file,
-        text,
-        models,
-        revisions,
-        written=not dry_run,
-        unreachable=unreachable,
+        runs, target.name, said, files, manifest_file, text, models, revisions, not dry_run, unreachable
     )
 
 
@@ -264,10 +249,7 @@ def published(
 ) -> tuple[dict[str, PublishedModel], dict[str, list[str]]]:
     """What a repository on the Hub has of variants; completes its last tag and the manifest's rows of these.
 
-    Args:
-        recipes: The recipe of each variant, by key.
-        repository: ORGANISATION/NAME on the Hub.
-        options: The options.
+    Recipes are by the variant's key.
 
     Returns:
         The variants that it has by these recipes; and those that it has by others, with the differences. Both by key.
@@ -300,14 +282,9 @@ def published(
 def _load_from(
     target: HubRepository, models: Mapping[str, PublishedModel], contents: Contents, newest: str, manifest_file: Path
 ) -> tuple[dict[str, str], str]:
-    """Writes the manifest's rows that load models from the Hub.
+    """Writes the manifest's rows that load models from a repository, which had these contents, on the Hub.
 
-    Args:
-        target: The repository.
-        models: Its models, by the variant's key.
-        contents: What it had.
-        newest: Commit of its last version, 40 hex digits.
-        manifest_file: The manifest's file.
+    Given is also the commit of its newest version, 40 hex digits; models are by the variant's key.
 
     Returns:
         The commit of each model, by the variant's key; the text of the manifest's file.

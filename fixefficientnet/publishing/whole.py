@@ -79,7 +79,10 @@ def merge(
         name = f"{find(model).key}:{weights}"
     loaded = load(name)
     if folder:
-        write_repository(loaded, output, f"ORGANISATION/{output.resolve().name}", license, report_of(model))
+        # a card names a repository; a folder that is there keeps its other files
+        repository = f"ORGANISATION/{output.resolve().name}"
+        with beside(output) as temporary:
+            move(write_files(loaded, temporary, repository, license, report_of(model)), output)
     else:
         save(loaded.network.state_dict(), output)
     return MergeResult(loaded, output, folder)
@@ -94,11 +97,7 @@ def report_of(name: str) -> Report | None:
 
 
 def check_suffix(output: Path, allowed: tuple[str, ...]) -> None:
-    """Refuses a path with another ending than those allowed.
-
-    Raises:
-        FixEfficientNetError: It has another one.
-    """
+    """Refuses a path with another ending than those allowed, by a FixEfficientNetError."""
     if output.suffix not in allowed:
         raise FixEfficientNetError(f"{output}: the ending of such a file is {' or '.join(allowed)}.")
 
@@ -115,38 +114,13 @@ def save(tensors: Mapping[str, Tensor], path: Path) -> None:
         temporary.write_bytes(written.getbuffer())
 
 
-def write_repository(
-    loaded: LoadedModel, path: Path, repository: str, license: str = "unknown", report: Report | None = None
-) -> None:
-    """Writes a model as timm keeps it on the Hub, with no trace of this package in what timm reads.
-
-    A folder that is there keeps its other files.
-
-    Args:
-        loaded: The model.
-        path: The folder.
-        repository: ORGANISATION/NAME, for the card.
-        license: License of a network of one's own; SPDX identifier, lower case. The card of a variant has its own.
-        report: The report of the run that made it, for the card.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    with beside(path) as temporary:
-        move(write_files(loaded, temporary, repository, license, report), path)
-
-
 def write_files(
     loaded: LoadedModel, folder: Path, repository: str, license: str, report: Report | None
 ) -> dict[str, Path]:
-    """Writes the files of a model's repository into an empty folder.
+    """Writes a model as timm keeps it on the Hub, in an empty folder; in what timm reads is no trace of this package.
 
-    Args:
-        loaded: As for `write_repository`.
-        folder: The folder.
-        repository: As for `write_repository`.
-        license: As for `write_repository`.
-        report: As for `write_repository`.
+    Repository (ORGANISATION/NAME), license (of a network of one's own; SPDX, lower case; a variant has its backbone's)
+    and the report of the run that made it are for the card.
 
     Returns:
         The path of each file by its name, in the order to move them in: a folder without the last is no model's.

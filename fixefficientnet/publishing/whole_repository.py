@@ -45,13 +45,7 @@ class WholeResult:
 
 
 def publish_model(loaded: LoadedModel, report: Report, repository: str, options: PublishOptions) -> WholeResult:
-    """Writes a whole model to a repository of its own: on the Hub, that is one commit.
-
-    Args:
-        loaded: The model.
-        report: The report of the run that made it.
-        repository: ORGANISATION/NAME on the Hub.
-        options: The options.
+    """Writes a whole model to a repository of its own, ORGANISATION/NAME: on the Hub, that is one commit.
 
     Raises:
         PublishError: The repository has another model, or the files cannot be written.

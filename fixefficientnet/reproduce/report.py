@@ -226,10 +226,7 @@ class Report:
 
     @classmethod
     def load(cls, path: Path) -> "Report":
-        """Reads the report of a run.
-
-        Args:
-            path: A run's folder, or its report.json.
+        """Reads the report of a run, given its folder or its report.json.
 
         Raises:
             MissingFileError: There is no report: the run is not finished.
@@ -257,6 +254,11 @@ class Report:
         return f"{self.variant}: {'FixRes fine-tuning' if self.recipe.stage == 'fixres' else 'base stage'}"
 
     @property
+    def comparable(self) -> bool:
+        """Whether the run was measured on what the paper's figures are of."""
+        return self.paper is not None and self.paper.comparable
+
+    @property
     def gain(self) -> Gain | None:
         """What FixRes brought; None for a base stage."""
         return Gain.of(self.measured, self.paired)
@@ -275,8 +277,8 @@ class Report:
         if "tuned" not in self.measured:
             return None
         rows = {name: Accuracy(row.size, row.top1, row.top5) for name, row in self.measured.items()}
-        comparable = bool(self.paper and self.paper.comparable)
-        return Result(self.variant, source, self.measured["tuned"].images, comparable, rows.get("base"), rows["tuned"])
+        images = self.measured["tuned"].images
+        return Result(self.variant, source, images, self.comparable, rows.get("base"), rows["tuned"])
 
 
 def results(paths: Iterable[Path]) -> list[Result]:
@@ -315,17 +317,14 @@ def as_markdown(report: Report) -> str:
         lines += ["", _beside_paper(report.paper)]
     elif recipe.stage == "fixres":
         lines += ["", "The paper has no figures for this network."]
-    if report.unreadable:
-        lines += ["", f"Unreadable images: {len(report.unreadable)}, left out:"]
-        lines += [f"- {markdown(reason)}" for reason in report.unreadable[:20]]
-    if report.unturned:
-        lines += ["", f"Images with an EXIF orientation: {len(report.unturned)}, not turned (`--upright` turns them):"]
-        lines += [f"- {markdown(name)}" for name in report.unturned[:20]]
+    unreadable, unturned, left_out = report.unreadable, report.unturned, report.left_out
+    lines += _listed(f"Unreadable images: {len(unreadable)}, left out:", unreadable)
+    lines += _listed(
+        f"Images with an EXIF orientation: {len(unturned)}, not turned (`--upright` turns them):", unturned
+    )
     if report.excluded:
         lines += ["", f"Images that were excluded (`--exclude`): {report.excluded:,}."]
-    if report.left_out:
-        lines += ["", f"Files that were left out by the endings of their names: {len(report.left_out):,}:"]
-        lines += [f"- {markdown(name)}" for name in report.left_out[:20]]
+    lines += _listed(f"Files that were left out by the endings of their names: {len(left_out):,}:", left_out)
     lines += [
         "",
         f"Forward passes through the backbone: {report.forwards:,} images "
@@ -340,14 +339,13 @@ def as_markdown(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_html(report: Report, evaluations: Mapping[str, Evaluation], validation: ImageDataset) -> bytes:
-    """The report as a page with the images that are misclassified.
+def _listed(heading: str, names: Sequence[str]) -> list[str]:
+    """The first of some names under a heading; nothing, where there are none."""
+    return ["", heading, *(f"- {markdown(name)}" for name in names[:20])] if names else []
 
-    Args:
-        report: The report.
-        evaluations: The run's evaluations, by a name in `TITLES`.
-        validation: The images that the run was measured on.
-    """
+
+def as_html(report: Report, evaluations: Mapping[str, Evaluation], validation: ImageDataset) -> bytes:
+    """The report as a page with the images that are misclassified; evaluations are by a name in `TITLES`."""
     lines = dict.fromkeys(UNTUNED, "untuned")
     rows = {
         name: page.Row(TITLES[name], found, validation, lines.get(name, "FixRes"))
@@ -386,13 +384,9 @@ def _beside_paper(paper: PaperFigures) -> str:
 
 
 def curve(lines: Sequence[Mapping[str, Any]], measured: Mapping[str, Summary], path: Path, title: str) -> None:
-    """Draws loss and accuracy against steps, as logged; accuracy on the validation images too.
+    """Draws loss and accuracy against steps, as in the lines of log.jsonl; accuracy on the validation images too.
 
-    Args:
-        lines: The lines of log.jsonl.
-        measured: Figures of each evaluation of the run, by a name in `TITLES`: those before and after training.
-        path: The figure to write.
-        title: Title of the figure.
+    The evaluations of the run, by a name in `TITLES`, give the figures before and after training.
     """
     points = [line for line in lines if "loss" in line]
     if not points:  # nothing was trained by gradients

@@ -43,8 +43,7 @@ class Row:
         """The row of a run, by its folder; one without figures, where it is not finished."""
         with contextlib.suppress(FixEfficientNetError):
             found = Report.load(folder)
-            comparable = found.paper is not None and found.paper.comparable
-            return cls(variant, found.measured, comparable, hours.read(folder))
+            return cls(variant, found.measured, found.comparable, hours.read(folder))
         return cls(variant, {})
 
     def cells(self) -> list[str]:
