@@ -88,15 +88,7 @@ def convert(
 ) -> ConversionResult:
     """Makes a delta of a whole checkpoint, whose tensors outside the head must be the original backbone's.
 
-    Args:
-        checkpoint: Whole checkpoint, as a training script saved it.
-        variant: Key or alias of the variant that it is of.
-        output: The delta, `.safetensors`; with `full`, the network, also `.pth`.
-        full: Write the whole network, also where it differs from the backbone.
-        size: Test size that it was tuned for, in pixels; None: the variant's.
-        crop_pct: Share of the resized shorter side that the crop keeps, in (0, 1]; None: the variant's.
-        license: License of the weights; SPDX identifier, lower case.
-        overwrite: Replace the output if it is there.
+    The command `convert` says what it takes. The output is `.safetensors`; with `full`, also `.pth`.
 
     Raises:
         UnknownVariantError: There is no such variant.

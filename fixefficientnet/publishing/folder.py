@@ -37,13 +37,8 @@ def write(folder: Path, files: Mapping[str, bytes], obsolete: Iterable[str] = ()
 
     All are written under temporary names first, and then renamed in the order given. A kill in between leaves files
     of both states, so a file that others name must come before them. What is obsolete goes before the last file, which
-    tells the next call what is there: after a kill it is found again.
-
-    Args:
-        folder: The folder.
-        files: Content of each file, by name.
-        obsolete: Names of the files that are removed; the last of `files` alone still names them.
-        index: Content of the folder's models.json as it was read before; None where there was none.
+    tells the next call what is there, and alone still names them: after a kill it is found again. The index is the
+    content of the folder's models.json as it was read before; None where there was none.
 
     Raises:
         PublishError: A file cannot be written, or somebody else wrote there meanwhile.

@@ -102,10 +102,7 @@ def publish(runs: Sequence[Path], repository: str, options: PublishOptions | Non
     repository as timm keeps its models. What is there already stays as it is, so the same call completes one that
     failed.
 
-    Args:
-        runs: Folders of finished runs, of different variants; or of one other network.
-        repository: ORGANISATION/NAME on the Hub; with a folder (`to`), the cards name the weights as in it.
-        options: The options; None: the defaults.
+    The repository is ORGANISATION/NAME on the Hub; with a folder (`to`), the cards name the weights as in it.
 
     Raises:
         PublishError: A run cannot be published, or not there; the message says what is published by then.

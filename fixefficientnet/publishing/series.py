@@ -35,14 +35,9 @@ class Repository:
 
 
 class Series:
-    """Runs one after the other.
+    """Runs one after the other, in folders in `output`; with a repository, of different variants.
 
-    Args:
-        jobs: The runs; with a repository, of different variants.
-        accelerator: Processes, devices, precision.
-        output: Folder that the runs' folders are in.
-        repository: Where each is published as it finishes; None: nowhere.
-        show: Shows the table, each time that it grew; None: nobody wants it, and it is not written either.
+    `show` is given the table each time that it grew; None: nobody wants it, and it is not written either.
     """
 
     def __init__(

@@ -52,15 +52,7 @@ class MergeResult:
 def merge(
     model: str, output: Path, *, delta: str | None = None, license: str = "unknown", overwrite: bool = False
 ) -> MergeResult:
-    """Makes one whole checkpoint of a model, which plain timm loads.
-
-    Args:
-        model: A name as `load` takes it: a variant's, a run's folder, "timm/NAME:FILE", …
-        output: `.safetensors` or `.pth`; a path with another ending is a folder in the Hub's layout.
-        delta: Of a variant: path of a delta, folder of a run, hf://…, or "backbone"; None: the published weights, and
-            "backbone" where the paper has none.
-        license: License of a network of one's own, for the card; SPDX identifier, lower case.
-        overwrite: Replace the output if it is there; a folder keeps its other files.
+    """Makes one whole checkpoint of a model, which plain timm loads; the command `merge` says what it takes.
 
     Raises:
         UnknownVariantError: There is no such model, or `delta` is given for one that is no variant.

@@ -120,12 +120,7 @@ class Checkpoints:
             self._unconfirmed = False
 
     def give_up(self, loss: float, position: Position) -> RunError:
-        """Puts the last state that is known to be good back, and gives the error to raise.
-
-        Args:
-            loss: The loss, which is not finite.
-            position: The position of the step that gave it.
-        """
+        """Puts the last state that is known to be good back, and gives the error of a loss that is not finite."""
         if self._unconfirmed:
             self.path.unlink(missing_ok=True)
             if self._previous.exists():

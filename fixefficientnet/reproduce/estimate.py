@@ -77,7 +77,6 @@ class Estimate:
     Attributes:
         plan: The plan.
         gpu: The GPU.
-        workers: Loading processes of a device.
         computed: Images/s that it computes forward at the size that the stage works at.
         loaded: Images/s that its loading processes bring at that size.
         hours: Device-hours in all: tuning and evaluations, each at the rate of what is slower.
@@ -86,7 +85,6 @@ class Estimate:
 
     plan: Plan
     gpu: Gpu
-    workers: int
     computed: float
     loaded: float
     hours: float
@@ -110,12 +108,9 @@ def rates() -> Rates:
 
 
 def estimate(plan: Plan, name: str, workers: int = WORKERS) -> Estimate:
-    """The hours that a plan takes.
+    """The hours that a plan takes on a GPU of gpus.toml.
 
-    Args:
-        plan: The plan.
-        name: Name of the GPU in gpus.toml.
-        workers: Loading processes per device, each with a core of its own; 0: the device waits for one core.
+    Each of the loading processes per device has a core of its own; without them (0), the device waits for one core.
     """
     known, recipe, (_, validation) = rates(), plan.recipe, plan.images
     gpu, work_size = known.gpus[name], recipe.work_size
@@ -133,14 +128,13 @@ def estimate(plan: Plan, name: str, workers: int = WORKERS) -> Estimate:
     measuring = [validation / min(computed(size, half=False), loaded(size)) for size in plan.measured]
     seconds = max(computing, loading) + sum(measuring)
     limit: Literal["GPU", "loading"] = "GPU" if computing >= loading else "loading"
-    return Estimate(plan, gpu, workers, rate, loaded(work_size), seconds / 3600, limit)
+    return Estimate(plan, gpu, rate, loaded(work_size), seconds / 3600, limit)
 
 
 def as_table(by_method: Mapping[str, Sequence[Estimate]]) -> list[list[str]]:
     """Header, one row per variant and the sum, for a terminal 80 columns wide.
 
-    Args:
-        by_method: The estimates of the same variants in the same order, by "online" and "cached" or one of them.
+    Each method ("online", "cached") has estimates of the same variants in the same order.
     """
     header = [title for title in HEADER if title.partition(",")[0] in by_method or ", h" not in title]
     rows = []

@@ -20,13 +20,7 @@ def check(subject: Subject, recipe: Recipe, base: Evaluation, images: str) -> st
     """Refuses to go on where the untuned network is not as accurate as timm publishes it.
 
     Only a variant with its own weights and timm's preprocessing is held against timm's figure, and only where images of
-    all 1000 classes were measured.
-
-    Args:
-        subject: The network that the run tunes.
-        recipe: The recipe.
-        base: The untuned network at its train size.
-        images: Name of the images that it was measured on.
+    all 1000 classes, whose name is given for messages, were measured at the train size.
 
     Returns:
         What came of it; None where there is no figure of timm's for these weights.
@@ -52,12 +46,7 @@ def check(subject: Subject, recipe: Recipe, base: Evaluation, images: str) -> st
 
 
 def _tolerance(published: float, images: int) -> float:
-    """The tolerance in points: more for a part of the validation images, whose accuracy chance decides too.
-
-    Args:
-        published: Top-1 on all of ImageNet's validation images, in per cent.
-        images: Number of images that were measured.
-    """
+    """The tolerance in points, at a top-1 in per cent: more for a part of the images, where chance decides too."""
     share, total = published / 100, IMAGENET[0]
     left_out = max(0, total - images) / (total - 1)
     return TOLERANCE + 100 * _DEVIATIONS * math.sqrt(share * (1 - share) / images * left_out)

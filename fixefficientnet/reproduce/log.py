@@ -14,13 +14,7 @@ from fixefficientnet._internal.progress import Bar, bar
 
 
 class Log:
-    """Speaks for the first process; on the others everything here is silent and writes nothing.
-
-    Args:
-        folder: Folder of the run.
-        enabled: Whether this is the first process.
-        console: Console to print on; None: the terminal.
-    """
+    """Speaks for the first process, which is `enabled`; on the others everything is silent and writes nothing."""
 
     def __init__(self, folder: Path, *, enabled: bool, console: Console | None = None):
         self.enabled = enabled

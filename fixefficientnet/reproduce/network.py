@@ -128,15 +128,11 @@ class TrainingState:
 
 
 def load(subject: Subject, weights: str | Path, *, num_classes: int, seed: int, size: int) -> nn.Module:
-    """Builds the network, at the size that its weights are for.
+    """Builds the network with weights ("pretrained", "random" or a checkpoint file), at the size that these are for.
 
-    Args:
-        subject: The network to build.
-        weights: "pretrained", "random", or a checkpoint file, as a training script saved it.
-        num_classes: Number of classes; a classifier that comes with no weights for them starts at zero, so that
-            training begins with equal probabilities. A checkpoint file decides the number itself.
-        seed: Seed of what starts at random.
-        size: Train size, in pixels: that of random weights, and of a checkpoint that does not tell its own.
+    A classifier that comes with no weights for these classes starts at zero, so that training begins with equal
+    probabilities; a checkpoint file decides their number itself. The size, in pixels, is that of random weights, and of
+    a checkpoint that does not tell its own.
 
     Raises:
         MissingFileError: There is no such checkpoint.

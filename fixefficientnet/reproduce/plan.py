@@ -66,13 +66,7 @@ class Plan:
 
 
 def plan_runs(recipes: Sequence[Recipe], data: Data | None, devices: int = 1, val_interval: int = 1) -> list[Plan]:
-    """Plans of several runs on the same images.
-
-    Args:
-        recipes: The recipes.
-        data: The images; None: ImageNet's numbers.
-        devices: Number of devices that share each batch.
-        val_interval: Number of epochs between two validations; 0: none.
+    """Plans of several runs on the same images (None: ImageNet's numbers); the rest is as for `plan`.
 
     Raises:
         DataError: The images cannot be used.

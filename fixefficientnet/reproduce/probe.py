@@ -48,14 +48,7 @@ class Probe:
 
 
 def take(model: nn.Module, dataset: "ImageDataset", evaluation: "Evaluation", test: TestTime) -> Probe:
-    """Takes images from all over a dataset, among those that could be read.
-
-    Args:
-        model: In eval mode, float32.
-        dataset: What it was measured on.
-        evaluation: The evaluation on it.
-        test: The test-time preprocessing.
-    """
+    """Takes images from all over a dataset, among those that could be read; of a model in eval mode and float32."""
     evaluated = np.flatnonzero(evaluation.predictions.evaluated)
     chosen = evaluated[np.linspace(0, len(evaluated) - 1, min(COUNT, len(evaluated))).astype(int)].tolist()
     preprocess = Preprocess.of(test)
@@ -97,15 +90,11 @@ def load(path: Path) -> Probe:
 
 
 def difference(probe: Probe, found: Tensor) -> float:
-    """Largest difference of other logits from a probe's, relative to its largest; infinite where there is no telling.
+    """Largest difference of other logits, float32 [N, classes], from a probe's, relative to its largest.
 
-    That is: one of them is no number or infinite, or all of the probe's are 0.
-
-    Args:
-        probe: The probe.
-        found: float32 [N, classes].
+    It is infinite where there is no telling: one of them is no number or infinite, or all of the probe's are 0.
     """
     if found.shape != probe.logits.shape:
-        return float("inf")
+        return math.inf
     apart, largest = float((found - probe.logits).abs().max()), float(probe.logits.abs().max())
     return apart / largest if math.isfinite(apart) and largest else math.inf

@@ -197,11 +197,9 @@ def subject_of_backbone(name: str) -> Subject:
 
 
 def subjects(names: Sequence[str], backbone: str | None = None) -> list[Subject]:
-    """The networks that a command means.
+    """The networks that a command means: variants, by names or wildcards, or another one by its timm name.
 
-    Args:
-        names: Variants, or wildcards; none: all variants of the paper.
-        backbone: Another network of timm instead, by its timm name.
+    Without names, these are all variants of the paper.
 
     Raises:
         UnknownVariantError: No variant has one of these names.
@@ -225,35 +223,33 @@ GIVEN = ("variant", "backbone", "weights")
 
 
 def resolve(subject: Subject, choices: Mapping[str, Any]) -> Recipe:
-    """The whole recipe: the network's row in recipes.toml, with what was chosen on top.
-
-    Args:
-        subject: The network to fine-tune.
-        choices: Fields of the recipe that were chosen; None means not chosen.
+    """The whole recipe: the network's row in recipes.toml, with what was chosen (not None) on top.
 
     Raises:
         RecipeError: An unknown field, or a value that a field cannot have.
     """
     chosen = {key: value for key, value in choices.items() if value is not None}
-    table = _table()
+    table, test = _table(), subject.test
     stage, method = chosen.get("stage", "fixres"), chosen.get("method", "online")
-    test = subject.test
-    given = {"variant": subject.name, "backbone": subject.backbone, "weights": "pretrained", "stage": stage}
-    given |= {
+    original = chosen.get("weights", "pretrained") == "pretrained"
+    given = {
+        "variant": subject.name,
+        "backbone": subject.backbone,
+        "weights": "pretrained",
+        "stage": stage,
+        "method": method,
         "tune": "all" if stage == "base" else "fixres",
         "test_size": test.size,
         "train_size": subject.base.size,
-        "crop_pct": test.crop_pct,
+        "base_crop_pct": (subject.base if original else test).crop_pct,
+        **{name: getattr(test, name) for name in ("crop_pct", "interpolation", "mean", "std")},
     }
-    given |= {"interpolation": test.interpolation, "mean": test.mean, "std": test.std}
-    original = chosen.get("weights", "pretrained") == "pretrained"
-    given["base_crop_pct"] = (subject.base if original else test).crop_pct
     section = "base" if stage == "base" else str(method)
     if section not in table:
         raise RecipeError(f"recipe.method: must be one of online, cached, is {method!r}")
     defaults = dict(table[section])
     row = defaults.pop("variants", {}).get(subject.name, {})
-    values = {**given, **defaults, **row, "method": method, **chosen}
+    values = {**given, **defaults, **row, **chosen}
     recipe = records.read(Recipe, values, "recipe", RecipeError)
     _check_combination(recipe)
     return recipe

@@ -72,15 +72,10 @@ class Session:
         return int(self.accelerator.process_index)
 
     def count_unreadable(self, what: str, reasons: Sequence[str], total: int) -> None:
-        """Remembers images that could not be read; the same one counts once.
-
-        Args:
-            what: The dataset's split.
-            reasons: Each names the image.
-            total: How many images there are.
+        """Remembers images of a split that could not be read, each by the reason, which names it and so counts once.
 
         Raises:
-            DataError: They are more than tolerated.
+            DataError: They are more than tolerated of this total.
         """
         found = self.unreadable.setdefault(what, set())
         found.update(reasons)

@@ -57,20 +57,18 @@ class ShardPass:
     flush: Callable[[], None] = lambda: None
 
     def run(self) -> list[Shard]:
-        """Computes the shards that are not done yet, each process its share.
-
-        Returns:
-            All shards, in order; empty ones for those without a readable image.
+        """Computes the shards that are not done yet, each process its share; gives all, in order, as `_load` does.
 
         Raises:
             RunError: A shard is not on disk after it was written.
             Interrupted: A signal asked to stop; finished shards are saved.
         """
         session = self.session
-        paths = [self.folder / f"{number:06d}.safetensors" for number in range(math.ceil(self._total / self._size))]
+        count = math.ceil(len(self.dataset) / self.recipe.shard)
+        paths = [self.folder / f"{number:06d}.safetensors" for number in range(count)]
         mine = range(session.rank, len(paths), session.world)
         left = [number for number in mine if self._read(paths[number], number) is None]
-        tasks = shard_tasks(self._total, self._size, self.recipe.forward_batch, left)
+        tasks = shard_tasks(len(self.dataset), self.recipe.shard, self.recipe.forward_batch, left)
         device, workers = session.accelerator.device, min(session.workers, sum(map(self._length, left)))
         with session.log.bar(self.title, sum(map(self._length, mine))) as bar:
             bar.skip(sum(self._length(number) for number in set(mine) - set(left)))
@@ -84,16 +82,8 @@ class ShardPass:
         session.on_main(lambda: self._check(paths))
         return [self._load(path) for path in paths]
 
-    @property
-    def _total(self) -> int:
-        return len(self.dataset)
-
-    @property
-    def _size(self) -> int:
-        return self.recipe.shard
-
     def _length(self, number: int) -> int:
-        return min(self._size, self._total - number * self._size)
+        return min(self.recipe.shard, len(self.dataset) - number * self.recipe.shard)
 
     def _compute(self, number: int, path: Path, batches: Iterator[Batch], advance: Callable[[int], None]) -> None:
         shard: Shard | None = None
@@ -101,7 +91,7 @@ class ShardPass:
         unturned: list[str] = []
         for batch in islice(batches, math.ceil(self._length(number) / self.recipe.forward_batch)):
             unreadable += [reason for _, reason in batch.unreadable]
-            self.session.count_unreadable(self.dataset.name, unreadable, self._total)
+            self.session.count_unreadable(self.dataset.name, unreadable, len(self.dataset))
             unturned += map(self.dataset.image_path, batch.unturned)
             if len(batch.targets):
                 part = self.forward(batch)
@@ -125,13 +115,14 @@ class ShardPass:
             return None
 
     def _load(self, path: Path) -> Shard:
+        """A finished shard, whose unreadable images are counted; empty, if none of its images is readable."""
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             reasons = json.loads(metadata["unreadable"])
             self.session.count_unturned(self.dataset.name, json.loads(metadata["unturned"]))
             shard = {name: file.get_tensor(name) for name in file.keys() if name != _EMPTY}  # noqa: SIM118
         with self.session.alike():
-            self.session.count_unreadable(self.dataset.name, reasons, self._total)
+            self.session.count_unreadable(self.dataset.name, reasons, len(self.dataset))
         return shard
 
 
