@@ -148,11 +148,7 @@ def has_delta_to_publish(folder: Path) -> bool:
 
 
 def check_all(folders: Sequence[Path]) -> list[CheckedRun]:
-    """Checks several runs, of different variants.
-
-    Raises:
-        PublishError: `check` refuses one, or two are of the same variant.
-    """
+    """Checks several runs, and refuses two of the same variant by a PublishError."""
     runs: dict[str, CheckedRun] = {}
     for folder in folders:
         run = check(folder)

@@ -66,11 +66,7 @@ class HubRepository:
     private: bool = False
 
     def contents(self) -> Contents:
-        """Asks the Hub what the repository has.
-
-        Raises:
-            PublishError: The Hub does not answer, or refuses.
-        """
+        """Asks the Hub what the repository has; a PublishError says that it does not answer, or refuses."""
         api = self._api()
         with self._explained("Nothing was published"):
             try:
@@ -115,11 +111,7 @@ class HubRepository:
         return str(made.oid)
 
     def tag(self, name: str, revision: str) -> None:
-        """Tags a commit, 40 hex digits.
-
-        Raises:
-            PublishError: The Hub refuses, or breaks off; the commit stays.
-        """
+        """Tags a commit, 40 hex digits, which stays where a PublishError says that the Hub refuses, or breaks off."""
         done = f"The commit {revision} is published"
         with self._explained(f"{done}, its tag {name} is not", f"{done}, whether its tag {name} is, is not known"):
             in_time(lambda: self._api().create_tag(self.name, tag=name, revision=revision))
@@ -163,11 +155,7 @@ class HubRepository:
 
 
 def ask(target: HubRepository, dry_run: bool) -> tuple[Contents, str | None]:
-    """What a repository has; of a dry run without the Hub, nothing, with the reason.
-
-    Raises:
-        PublishError: The Hub does not answer, or refuses, and it is no dry run.
-    """
+    """What a repository has; of a dry run without the Hub, nothing, with the reason, which else is raised."""
     try:
         return target.contents(), None
     except PublishError as error:
@@ -183,11 +171,7 @@ def _reason(error: Exception) -> str:
 
 
 def check_name(repository: str) -> None:
-    """Refuses what cannot name a repository on the Hub.
-
-    Raises:
-        PublishError: It is not ORGANISATION/NAME.
-    """
+    """Refuses, by a PublishError, what is not ORGANISATION/NAME, and so cannot name a repository on the Hub."""
     try:
         if not repository.isascii() or not repository.isprintable():  # which huggingface_hub overlooked before 1.0
             raise HFValidationError(f"Letters are A to Z and a to z: {repository!r}.")

@@ -94,11 +94,7 @@ class Index:
 
     @classmethod
     def load(cls, data: bytes, source: str) -> "Index":
-        """Reads models.json, which messages call `source`.
-
-        Raises:
-            PublishError: It is no such file; names the field at fault.
-        """
+        """Reads models.json; of another file, a PublishError names the source and the field at fault."""
         try:
             index = records.read_sealed(cls, records.decode(data), source, PublishError)
             if incomplete := [key for key, model in index.models.items() if "tuned" not in model.measured]:

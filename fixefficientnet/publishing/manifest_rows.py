@@ -65,11 +65,7 @@ def updated(
 
 
 def read(path: Path) -> Mapping[str, Any]:
-    """Reads a manifest's file; one without rows, where there is no file.
-
-    Raises:
-        ManifestError: The file cannot be read, or is no manifest.
-    """
+    """Reads a manifest's file, by default one without rows; a ManifestError says why a file that is there is none."""
     try:
         document = records.decode_file(path)
     except FileNotFoundError:

@@ -217,11 +217,7 @@ def without_weights(recipe: Recipe, num_classes: int) -> Network:
 
 
 def check_single_image(network: Network) -> None:
-    """Refuses a step of one image that leaves a batch norm in train mode one value per channel; on the meta device.
-
-    Raises:
-        RecipeError: It does.
-    """
+    """Refuses, by a RecipeError, a step of one image that leaves a batch norm in train mode one value per channel."""
     recipe = network.recipe
     network.train()
     try:

@@ -72,11 +72,7 @@ def save(probe: Probe, path: Path) -> None:
 
 
 def load(path: Path) -> Probe:
-    """Reads a probe.
-
-    Raises:
-        CheckpointError: It is damaged, or none.
-    """
+    """Reads a probe; a CheckpointError says that it is damaged, or none."""
     try:
         tensors, _ = sealed.load(path)
         probe = Probe(**{name: tensors[name] for name in _DTYPES})

@@ -184,11 +184,7 @@ def subject_of_variant(variant: Variant) -> Subject:
 
 
 def subject_of_backbone(name: str) -> Subject:
-    """The subject for another network of timm, with its own preprocessing and whole crops at test time.
-
-    Raises:
-        RecipeError: timm has no such model.
-    """
+    """The subject for another network of timm, with its own preprocessing and whole crops at test time."""
     cfg = _timm_cfg(name)
     size, mean, std = int(cfg["input_size"][-1]), tuple(cfg["mean"]), tuple(cfg["std"])
     interpolation = cfg["interpolation"] if cfg["interpolation"] in INTERPOLATIONS else "bicubic"

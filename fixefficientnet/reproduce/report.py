@@ -282,12 +282,7 @@ class Report:
 
 
 def results(paths: Iterable[Path]) -> list[Result]:
-    """The FixRes runs among reports, run folders, and folders of run folders, for the paper's tables.
-
-    Raises:
-        MissingFileError: There is no report.
-        RunError: A report cannot be read.
-    """
+    """The FixRes runs among reports, run folders, and folders of run folders; raises as `Report.load` does."""
     found = []
     for path in paths:
         reports = [path] if path.is_file() else sorted({*path.glob(FILENAME), *path.glob(f"*/{FILENAME}")})

@@ -72,10 +72,9 @@ class Session:
         return int(self.accelerator.process_index)
 
     def count_unreadable(self, what: str, reasons: Sequence[str], total: int) -> None:
-        """Remembers images of a split that could not be read, each by the reason, which names it and so counts once.
+        """Remembers images of a split that could not be read, each by a reason, which names it and so counts once.
 
-        Raises:
-            DataError: They are more than tolerated of this total.
+        Where they are more than tolerated of the total, that is a DataError.
         """
         found = self.unreadable.setdefault(what, set())
         found.update(reasons)
@@ -90,11 +89,7 @@ class Session:
         self.unturned.setdefault(what, set()).update(names)
 
     def share_counted(self, what: str, total: int) -> None:
-        """Gives all processes the images of a split that any of them could not read, or did not turn.
-
-        Raises:
-            DataError: Together, the unreadable ones are more than tolerated.
-        """
+        """Gives all processes the images of a split that any did not read or not turn; too many unread: a DataError."""
         if self.world > 1:
             mine = self.unreadable.get(what, set()), self.unturned.get(what, set())
             unreadable, unturned = zip(*gather_object([mine]), strict=True)

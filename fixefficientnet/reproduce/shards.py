@@ -57,7 +57,7 @@ class ShardPass:
     flush: Callable[[], None] = lambda: None
 
     def run(self) -> list[Shard]:
-        """Computes the shards that are not done yet, each process its share; gives all, in order, as `_load` does.
+        """Computes the shards that are not done yet, each process its share; gives all of them, in order.
 
         Raises:
             RunError: A shard is not on disk after it was written.

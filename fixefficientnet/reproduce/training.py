@@ -128,17 +128,13 @@ class _Ledger:
     _loss_sum: float = 0
 
     def note(self, at: Position, done: StepResult, rate: float) -> None:
-        """Takes the result of the step at a position; raises as `read` does."""
+        """Takes the result of the step at a position, and reads many together."""
         self._unread.append((at, done, rate))
         if isinstance(done.loss, float) or len(self._unread) == _READ_TOGETHER:
             self.read()
 
     def read(self) -> None:
-        """Logs what was noted.
-
-        Raises:
-            RunError: A loss is NaN or infinite.
-        """
+        """Logs what was noted; a RunError says that a loss is NaN or infinite."""
         if not self._unread:
             return
         pairs = [(torch.as_tensor(done.loss), torch.as_tensor(done.correct)) for _, done, _ in self._unread]
