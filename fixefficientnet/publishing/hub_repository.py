@@ -42,11 +42,6 @@ class Contents:
     index: bytes | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def names(self) -> frozenset[str]:
-        """Names of its files."""
-        return frozenset(self.hashes)
-
     def has(self, name: str, file: Path) -> bool:
         """Whether a file is there under a name, with this very content."""
         known = self.hashes.get(name, "")

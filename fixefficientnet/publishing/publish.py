@@ -15,6 +15,7 @@ from fixefficientnet.publishing.index import Index, PublishedModel
 from fixefficientnet.publishing.whole_repository import WholeResult, publish_model
 from fixefficientnet.reproduce.recipe import Recipe, differences
 
+_MANIFEST = Path(manifest_rows.FILENAME)
 NO_COMMIT = "0" * 40
 """Stands for the commit in the rows of a dry run."""
 
@@ -124,10 +125,9 @@ def publish(runs: Sequence[Path], repository: str, options: PublishOptions | Non
         return Publication(None, [publish_model(loaded, report, repository, options)])
     checked = checks.check_all(runs)
     if options.to is None:
-        target, file = HubRepository(repository, options.private), options.manifest or Path(manifest_rows.FILENAME)
-        deltas = _to_hub(checked, target, file, options.replace, options.dry_run)
+        deltas = _to_hub(checked, repository, options)
     else:
-        deltas = _to_folder(checked, repository, options.to, options.replace, options.dry_run)
+        deltas = _to_folder(checked, repository, options.to, options)
     return Publication(deltas, [_publish_whole(each, repository, options) for each in checked if options.whole])
 
 
@@ -166,10 +166,6 @@ def plan(models: Mapping[str, PublishedModel], before: Index | None, where: str,
     return Plan(after, added, replaced, described, files | made, obsolete)
 
 
-def _deltas(runs: Sequence[CheckedRun], after: Index) -> dict[str, bytes]:
-    return {after.models[run.variant.key].file: run.data for run in runs}
-
-
 def _refuse_foreign(where: str, names: Set[str], replace: bool) -> None:
     """Refuses to replace files that no publication wrote."""
     if names and not replace:
@@ -185,60 +181,55 @@ def _said(planned: Plan, files: Mapping[str, bytes]) -> str:
     return f"{planned.index.version}: {'write again what was missing' if files else 'all was there already'}"
 
 
-def _to_folder(
-    runs: Sequence[CheckedRun], repository: str, target: Path, replace: bool, dry_run: bool
-) -> PublishResult:
+def _to_folder(runs: Sequence[CheckedRun], repository: str, target: Path, options: PublishOptions) -> PublishResult:
     content = folder.read_index(target)
     before = None if content is None else Index.load(content, str(target / index.FILENAME))
     # other weights get another name: a publication that is killed leaves both, and each manifest finds its own
     models = {run.variant.key: run.as_model(f"{run.variant.key}-{run.sha256[:8]}.safetensors") for run in runs}
-    planned = plan(models, before, str(target), replace=replace)
+    planned = plan(models, before, str(target), replace=options.replace)
     after, manifest_file = planned.index, target / manifest_rows.FILENAME
     weights = {key: manifest_rows.in_folder(model) for key, model in after.models.items()}
     text = manifest_rows.updated(manifest_rows.NEW, manifest_file, after.models, weights)
-    files = _deltas(runs, after)
+    files = {after.models[run.variant.key].file: run.data for run in runs}
     files |= {manifest_rows.FILENAME: text.encode(), card.FILENAME: card.render(repository, after)}
     files |= {index.FILENAME: after.dump()}
     files = {name: data for name, data in files.items() if not folder.has(target / name, data)}
     there = {name for name in files if os.path.lexists(target / name)}
-    _refuse_foreign(str(target), there - planned.listed, replace)
-    if not dry_run:
+    _refuse_foreign(str(target), there - planned.listed, options.replace)
+    written = not options.dry_run
+    if written:
         folder.write(target, files, planned.obsolete, index=content)
-    where = f"{target} ({repository})"
-    models = {key: after.models[key] for key in models}
-    return PublishResult(runs, where, _said(planned, files), files, manifest_file, text, models, written=not dry_run)
+    where, models = f"{target} ({repository})", {key: after.models[key] for key in models}
+    return PublishResult(runs, where, _said(planned, files), files, manifest_file, text, models, written=written)
 
 
-def _to_hub(
-    runs: Sequence[CheckedRun], target: HubRepository, manifest_file: Path, replace: bool, dry_run: bool
-) -> PublishResult:
-    contents, unreachable = ask(target, dry_run)
-    source = f"{index.FILENAME} of {target.name}"
-    before = None if contents.index is None else Index.load(contents.index, source)
+def _to_hub(runs: Sequence[CheckedRun], repository: str, options: PublishOptions) -> PublishResult:
+    target, manifest_file = HubRepository(repository, options.private), options.manifest or _MANIFEST
+    contents, unreachable = ask(target, options.dry_run)
+    before = None if contents.index is None else Index.load(contents.index, f"{index.FILENAME} of {repository}")
     models = {run.variant.key: run.as_model(f"{run.variant.key}.safetensors") for run in runs}
-    planned = plan(models, before, target.name, replace=replace)
-    after = planned.index
+    planned = plan(models, before, repository, replace=options.replace)
+    after, written = planned.index, not options.dry_run
     files: dict[str, bytes] = {}
     if planned.changed:
         if after.version in contents.tags:
             raise PublishError(
-                f"{target.name} has a tag {after.version} already, which `publish` did not make. Nothing was "
+                f"{repository} has a tag {after.version} already, which `publish` did not make. Nothing was "
                 "published: remove it first."
             )
-        files = _deltas([run for run in runs if run.variant.key in planned.changed], after)
-        files |= {index.FILENAME: after.dump(), card.FILENAME: card.render(target.name, after)}
-        _refuse_foreign(target.name, contents.names & (files.keys() - planned.listed), replace)
+        changed = (run for run in runs if run.variant.key in planned.changed)
+        files = {after.models[run.variant.key].file: run.data for run in changed}
+        files |= {index.FILENAME: after.dump(), card.FILENAME: card.render(repository, after)}
+        _refuse_foreign(repository, contents.hashes.keys() & (files.keys() - planned.listed), options.replace)
     models = {key: after.models[key] for key in models}
     # with zeros first: a manifest that cannot take the rows is found before anything is published
-    text = _hub_rows(manifest_file, models, target.name, dict.fromkeys(models, NO_COMMIT))
+    text = _hub_rows(manifest_file, models, repository, dict.fromkeys(models, NO_COMMIT))
     revisions: dict[str, str] = {}
-    if not dry_run:
+    if written:
         revision = _commit(target, after.version, files, planned.message, contents)
         revisions, text = _load_from(target, models, contents, revision, manifest_file)
     said = _said(planned, files)
-    return PublishResult(
-        runs, target.name, said, files, manifest_file, text, models, revisions, not dry_run, unreachable
-    )
+    return PublishResult(runs, repository, said, files, manifest_file, text, models, revisions, written, unreachable)
 
 
 def published(
@@ -256,7 +247,7 @@ def published(
         ManifestError: The manifest's file cannot take the rows.
     """
     check_name(repository)
-    target, file = HubRepository(repository, options.private), options.manifest or Path(manifest_rows.FILENAME)
+    target, file = HubRepository(repository, options.private), options.manifest or _MANIFEST
     manifest_rows.read(file)
     contents = target.contents()
     if contents.index is None:

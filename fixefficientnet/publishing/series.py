@@ -23,12 +23,7 @@ from fixefficientnet.reproduce.table import Row
 
 @dataclass(frozen=True)
 class Repository:
-    """Where runs of variants are published.
-
-    Attributes:
-        name: ORGANISATION/NAME on the Hub.
-        options: Options of a publication.
-    """
+    """Where runs of variants are published: ORGANISATION/NAME on the Hub, and with which options."""
 
     name: str
     options: PublishOptions

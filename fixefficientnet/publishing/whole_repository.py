@@ -64,7 +64,7 @@ def publish_model(loaded: LoadedModel, report: Report, repository: str, options:
                 there = {name for name in files if os.path.lexists(to / name)}
                 changed = {name: file for name, file in files.items() if not _same(to / name, file)}
             else:
-                there = set(contents.names & files.keys())
+                there = contents.hashes.keys() & files.keys()
                 changed = {name: file for name, file in files.items() if not contents.has(name, file)}
             other = sorted(there & changed.keys())  # what a publication that was killed left is no other model's
             if other and whole.MODEL in changed and not options.replace:

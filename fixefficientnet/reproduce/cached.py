@@ -8,6 +8,7 @@ last thing before the linear classifier, the classifier alone can become all tha
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -154,11 +155,10 @@ def _estimate_statistics(session: Session, network: Network, dataset: ImageDatas
             shards = ShardPass(session, "Statistics", images, transform, recipe, place, forward, _sum).run()
         finally:
             hook.remove()
-    total: Shard = {}
-    for part in filter(None, shards):
-        total = _sum(total, part) if total else part
-    if not total:
+    found = [shard for shard in shards if shard]
+    if not found:
         raise DataError(f"None of the images of {dataset.name} could be read.")
+    total = functools.reduce(_sum, found)
     count = float(total["count"])
     mean = total["sum"] / count
     variance = (total["squares"] / count - mean.square()).clamp_min(0) * (count / max(1.0, count - 1))

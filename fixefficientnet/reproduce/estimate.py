@@ -59,12 +59,7 @@ class Loading:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """The file gpus.toml.
-
-    Attributes:
-        gpus: The GPUs, by name.
-        loading: What loading costs.
-    """
+    """The file gpus.toml: the GPUs by name, and what loading costs."""
 
     gpus: Mapping[str, Gpu]
     loading: Loading

@@ -87,14 +87,9 @@ def plan(
     devices: int = 1,
     val_interval: int = 1,
 ) -> Plan:
-    """Counts what a recipe takes.
+    """Counts what a recipe takes, on so many images to train on and to measure on, by devices that share each batch.
 
-    Args:
-        recipe: What would be run.
-        images: Number of images to train on, and to measure on.
-        num_classes: Number of classes.
-        devices: Number of devices that share each batch.
-        val_interval: Number of epochs between two validations; 0: none; the base stage validates after each.
+    `val_interval` is the number of epochs between two validations; 0: none; the base stage validates after each.
 
     Raises:
         UnsupportedModelError: The network has no head that the recipe can tune, or cannot take one of its sizes.

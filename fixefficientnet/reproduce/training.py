@@ -36,12 +36,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many steps an epoch has.
-
-    Attributes:
-        steps: Steps per epoch.
-        batch_size: Images per step, all processes together.
-    """
+    """How many steps an epoch has, and a step images, all processes together."""
 
     steps: int
     batch_size: int
