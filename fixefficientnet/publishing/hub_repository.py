@@ -78,10 +78,7 @@ class HubRepository:
     def commit(self, files: Mapping[str, bytes | Path], message: str, parent: str | None) -> str:
         """Adds or replaces files, given by their content or path, in one commit; makes the repository if need be.
 
-        The parent is the last commit as `contents` saw it; None where there was no repository.
-
-        Returns:
-            The commit, 40 hex digits.
+        The parent is the last commit as `contents` saw it; None where there was no repository. Gives the new commit.
 
         Raises:
             PublishError: The Hub refuses, or breaks off; says whether anything was published.

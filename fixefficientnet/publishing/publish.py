@@ -237,10 +237,8 @@ def published(
 ) -> tuple[dict[str, PublishedModel], dict[str, list[str]]]:
     """What a repository on the Hub has of variants; completes its last tag and the manifest's rows of these.
 
-    Recipes are by the variant's key.
-
-    Returns:
-        The variants that it has by these recipes; and those that it has by others, with the differences. Both by key.
+    These are the variants that it has by these recipes, and those that it has by others, with the differences; all are
+    by the variant's key.
 
     Raises:
         PublishError: The Hub does not answer, or refuses.
@@ -272,10 +270,8 @@ def _load_from(
 ) -> tuple[dict[str, str], str]:
     """Writes the manifest's rows that load models from a repository, which had these contents, on the Hub.
 
-    Given is also the commit of its newest version, 40 hex digits; models are by the variant's key.
-
-    Returns:
-        The commit of each model, by the variant's key; the text of the manifest's file.
+    Given is also the commit of its newest version. Gives the commit of each model, by the variant's key, and the text
+    of the manifest's file.
     """
     revisions = {key: contents.tags.get(model.version, newest) for key, model in models.items()}
     text = manifest_rows.rewrite(manifest_file, lambda: _hub_rows(manifest_file, models, target.name, revisions))

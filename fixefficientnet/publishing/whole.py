@@ -112,10 +112,8 @@ def write_files(
     """Writes a model as timm keeps it on the Hub, in an empty folder; in what timm reads is no trace of this package.
 
     Repository (ORGANISATION/NAME), license (of a network of one's own; SPDX, lower case; a variant has its backbone's)
-    and the report of the run that made it are for the card.
-
-    Returns:
-        The path of each file by its name, in the order to move them in: a folder without the last is no model's.
+    and the report of the run that made it are for the card. Gives the path of each file by its name, in the order to
+    move them in: a folder without the last is no model's.
     """
     config = json.dumps(config_of(loaded), indent=2, ensure_ascii=False)
     files = {name: folder / name for name in (card.FILENAME, MODEL, CONFIG)}

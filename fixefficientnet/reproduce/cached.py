@@ -32,7 +32,7 @@ from fixefficientnet.errors import DataError, RunError, UnsupportedModelError
 from fixefficientnet.preprocessing import Preprocess, Views
 from fixefficientnet.reproduce.checkpoints import Checkpoints, Position
 from fixefficientnet.reproduce.network import Network, TrainingState, optimizer_of
-from fixefficientnet.reproduce.online import order, transform_of
+from fixefficientnet.reproduce.online import Tuned, order, transform_of
 from fixefficientnet.reproduce.recipe import Recipe
 from fixefficientnet.reproduce.session import Session
 from fixefficientnet.reproduce.shards import Shard, ShardPass, one_thread
@@ -63,14 +63,11 @@ def tune(
     checkpoints: Checkpoints,
     folder: Path,
     validation: tuple[ImageDataset, int] | None = None,
-) -> int:
+) -> Tuned:
     """Estimates the statistics, computes features, trains the classifier; continues where an earlier call stopped.
 
     Shards and features that the folder has are used if they are of this network and dataset. Where validation images
     are given, it is with the number of epochs between two validations. The network is left in eval mode.
-
-    Returns:
-        Number of images that went forward through the backbone.
 
     Raises:
         RunError: Too little disk for the features; NaN or Inf in features or loss.
@@ -93,7 +90,7 @@ def tune(
             with torch.no_grad():
                 for tensor in network.moving.values():
                     tensor.copy_(cast(Tensor, broadcast(tensor.detach().clone())))
-    return forwards(network, len(dataset))
+    return Tuned(forwards(network, len(dataset)), recipe.epochs)
 
 
 def _features_of(

@@ -291,7 +291,7 @@ def _tune(session: Session, job: Job, inputs: _Inputs, identity: Identity) -> Re
     if recipe.method == "cached":
         features = job.features or job.folder / "features"
         between = (validation, interval) if interval else None
-        tuned = Tuned(cached.tune(session, net, train, checkpoints, features, between), recipe.epochs)
+        tuned = cached.tune(session, net, train, checkpoints, features, between)
     else:
         measured = (lambda model: measurements.top1(test, model), interval) if interval else None
         tuned = online.tune(session, net, train, checkpoints, measured)
