@@ -5,7 +5,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment
+from jinja2 import Environment, FileSystemLoader
 
 from fixefficientnet import manifest
 from fixefficientnet._internal import records
@@ -103,14 +103,13 @@ def render_model(repository: str, loaded: LoadedModel, license: str, report: Rep
 
 
 def _filled(template: str, data: ModelCardData, **values: Any) -> bytes:
-    """A template of this folder, filled; with the citation beside it, for those that ask for it."""
-    text, citation = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in (template, "citation.bib"))
+    """A template of this folder, filled."""
     for name, value in vars(data).items():  # YAML has all letters as they are
         setattr(data, name, [*map(inert, value)] if isinstance(value, list) else inert(value))
-    environment = Environment()  # noqa: S701 - the template says what escapes each value, in Markdown
+    # the template says what escapes each value, in Markdown
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent))  # noqa: S701
     environment.filters |= {"md": markdown, "code": code}
-    filled = environment.from_string(text).render(card_data=data.to_yaml(), citation=citation.rstrip(), **values)
-    card = ModelCard(filled)
+    card = ModelCard(environment.get_template(template).render(card_data=data.to_yaml(), **values))
     return f"{str(card).rstrip()}\n".encode("utf-8", "replace")
 
 

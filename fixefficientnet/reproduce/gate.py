@@ -20,8 +20,8 @@ def check(subject: Subject, recipe: Recipe, base: Evaluation, images: str) -> st
     """Refuses to go on where the untuned network is not as accurate as timm publishes it.
 
     Only a variant with its own weights and timm's preprocessing is held against timm's figure, and only where images of
-    all 1000 classes, whose name is given for messages, were measured at the train size. Gives what came of it; None
-    where there is no figure of timm's for these weights.
+    all 1000 classes were measured, at the train size. Gives what came of it; None where there is no figure of timm's
+    for these weights.
 
     Raises:
         RunError: Its top-1 differs by more than the tolerance.
