@@ -7,7 +7,6 @@ A norm without statistics (layer norm) has nothing to estimate. Its weight and b
 last thing before the linear classifier, the classifier alone can become all that both could.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -16,6 +15,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -79,7 +79,7 @@ def tune(
         if network.statistics:
             _estimate_statistics(session, network, dataset, folder)
         if recipe.trains_classifier:
-            with contextlib.ExitStack() as locks:
+            with ExitStack() as locks:
                 features = _features_of(session, network, dataset, folder, locks)
                 between = None
                 if validation and recipe.epochs > validation[1]:
@@ -94,12 +94,7 @@ def tune(
 
 
 def _features_of(
-    session: Session,
-    network: Network,
-    dataset: ImageDataset,
-    folder: Path,
-    locks: contextlib.ExitStack,
-    split: str = "",
+    session: Session, network: Network, dataset: ImageDataset, folder: Path, locks: ExitStack, split: str = ""
 ) -> Features:
     """Computes the features of a split in their own folder, which is locked for as long as they are used."""
     place = folder / f"{split and f'{split}-'}features-{_key(network, dataset, 'features')}"

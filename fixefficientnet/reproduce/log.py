@@ -14,7 +14,7 @@ from fixefficientnet._internal.progress import Bar, bar
 
 
 class Log:
-    """Speaks for the first process, which is `enabled`; on the others everything is silent and writes nothing."""
+    """Speaks on a console or terminal for the first process (`enabled`); on others, it is silent and writes nothing."""
 
     def __init__(self, folder: Path, *, enabled: bool, console: Console | None = None):
         self.enabled = enabled
