@@ -71,10 +71,9 @@ def merge(
         name = f"{find(model).key}:{weights}"
     loaded = load(name)
     if folder:
-        # a card names a repository; a folder that is there keeps its other files
-        repository = f"ORGANISATION/{output.resolve().name}"
+        repository, report = f"ORGANISATION/{output.resolve().name}", report_of(model)
         with beside(output) as temporary:
-            move(write_files(loaded, temporary, repository, license, report_of(model)), output)
+            move(write_files(loaded, temporary, repository, license, report), output)
     else:
         save(loaded.network.state_dict(), output)
     return MergeResult(loaded, output, folder)
