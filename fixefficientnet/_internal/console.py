@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import rich.console
+from rich.markup import escape
 from rich.segment import Segment
 
 from fixefficientnet._internal.text import inert_lines
@@ -16,3 +17,7 @@ class Console(rich.console.Console):
         """Renders an object; all else that is printed goes through here too."""
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else inert_lines(text), style, control)
+
+    def say(self, text: str) -> None:
+        """Prints plain text, without markup; a line of it is one line, however wide the console is."""
+        self.print(escape(text), soft_wrap=True)

@@ -155,7 +155,7 @@ class _Remarks(logging.Handler):
     """Shows what the package logs."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        err.print(escape(redacted(record.getMessage())), soft_wrap=True)
+        err.say(redacted(record.getMessage()))
 
 
 def _say(text: str) -> None:

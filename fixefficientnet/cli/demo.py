@@ -1,7 +1,5 @@
 """`demo`."""
 
-from rich.markup import escape
-
 from fixefficientnet import manifest
 from fixefficientnet.cli.app import app, err, out
 from fixefficientnet.options import DEMO_HOST, DEMO_PORT, LOOPBACK
@@ -19,7 +17,7 @@ def demo(*models: str, host: str = DEMO_HOST, port: int = DEMO_PORT) -> None:
     from fixefficientnet.demo import serve
 
     def tell(address: str) -> None:
-        out.print(escape(f"{address} (Ctrl+C ends it)"), soft_wrap=True)
+        out.say(f"{address} (Ctrl+C ends it)")
         if host not in LOOPBACK:
             err.print("Whoever reaches this machine can use the page, and nobody is asked for a password.")
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
-from rich.markup import escape
 
 from fixefficientnet.cli.app import Flags, Output, UsageError, app, flags, made, out, print_text, whole_number
 from fixefficientnet.options import ExportOptions, PublishOptions
@@ -19,10 +18,6 @@ if TYPE_CHECKING:
 else:
     OptionFlags = flags(ExportOptions)
     PublishFlags = flags(PublishOptions)
-
-
-def _say(text: str) -> None:
-    out.print(escape(text), soft_wrap=True)
 
 
 @app.command
@@ -57,19 +52,19 @@ def convert(
     options = {"full": full, "size": size, "crop_pct": crop_pct, "license": license, "overwrite": overwrite}
     done = conversion.convert(checkpoint, variant, output, **options)  # type: ignore[arg-type]
     found = done.checkpoint
-    _say(
+    out.say(
         f"{checkpoint}: {done.variant.key}, {len(found.tensors)} tensors; of the {found.outside} outside the head "
         f"{found.outside - len(found.differing)} are the backbone's (tolerance {conversion.TOLERANCE:g}), "
         f"{len(found.differing)} differ"
     )
     if not found.tuned:
-        _say("The head is the backbone's own too: nothing was tuned.")
+        out.say("The head is the backbone's own too: nothing was tuned.")
     for name, difference in found.differing.items():
-        _say(f"  {name}: by up to {difference:.3g}")
+        out.say(f"  {name}: by up to {difference:.3g}")
     if full:
-        _say(f"{output}: the whole network, for timm's {done.variant.backbone.architecture}")
+        out.say(f"{output}: the whole network, for timm's {done.variant.backbone.architecture}")
     else:
-        _say(
+        out.say(
             f"{output}: {done.written} tensors, {done.bytes / 1e6:.1f} MB, test size {done.test.size}, "
             f"license {license}\nsha256 {done.sha256}"
         )
@@ -115,7 +110,7 @@ def merge(
     title = loaded.variant.title if loaded.variant else loaded.name
     weights = f"FixRes weights ({delta or 'published'})" if loaded.tuned else "the backbone's own weights"
     weights = weights if loaded.variant else f"{loaded.num_classes} classes"
-    _say(f"{output}: {title}, {weights}\n{how}")
+    out.say(f"{output}: {title}, {weights}\n{how}")
 
 
 @dataclass(frozen=True)
@@ -173,20 +168,20 @@ def export(
     done = exporting.export(loaded, output, chosen, format=format, calibration=images)
     size = "any size" if chosen.dynamic_size else f"{done.test.size} pixels"
     more = ", ".join(file.name for file in done.files[1:])
-    _say(f"{output}: {done.name}, {done.format}, {size}, {done.bytes / 1e6:.1f} MB (with {more})")
+    out.say(f"{output}: {done.name}, {done.format}, {size}, {done.bytes / 1e6:.1f} MB (with {more})")
     if done.int8:
         before, after = (100 * count / done.int8.images for count in (done.int8.before, done.int8.after))
-        _say(
+        out.say(
             f"top-1 on the {done.int8.images} images of {calibration.data} that it was calibrated on: {before:.2f} "
             f"before, {after:.2f} after"
         )
     elif found := done.agreement:
-        _say(
+        out.say(
             f"against eager: {done.output} differ by up to {found.difference:.2g} ({found.relative:.1g} of the "
             f"largest), same top-1 prediction for {found.top1:.0%} of {found.images} generated images"
         )
     else:
-        _say("Not checked: Core ML runs on Apple's systems alone. Export it on a Mac to have it checked.")
+        out.say("Not checked: Core ML runs on Apple's systems alone. Export it on a Mac to have it checked.")
 
 
 @app.command
@@ -213,7 +208,7 @@ def publish(
     chosen = made(PublishOptions, options)
     done = publish_runs(runs, repo, chosen)
     if chosen.dry_run:
-        _say("Dry run: nothing is published, nothing is written.")
+        out.say("Dry run: nothing is published, nothing is written.")
     if done.deltas:
         _show_deltas(done.deltas, repo)
     for model in done.models:
@@ -222,22 +217,22 @@ def publish(
 
 def _show_deltas(done: "PublishResult", repo: str) -> None:
     for run in done.runs:
-        _say(
+        out.say(
             f"{run.folder}: {run.variant.key}, {len(run.data) / 1e6:.1f} MB, sha256 {run.sha256}\n"
             f"  complete; {run.probe.correct} of {run.probe.images} stored images correct, logits differ by "
             f"{run.probe.difference:.1g} of the largest"
         )
         if (gain := run.report.gain) and gain.warning:
-            _say(f"  Warning: {gain.warning}")
+            out.say(f"  Warning: {gain.warning}")
     if done.unreachable:
-        _say(f"{done.unreachable}\nShown as if {repo} had nothing yet.")
-    _say(f"{done.where}, {done.message}")
+        out.say(f"{done.unreachable}\nShown as if {repo} had nothing yet.")
+    out.say(f"{done.where}, {done.message}")
     if not done.written:
         _show_dry_run(done)
         return
     for key, revision in done.revisions.items():
-        _say(f"  {key} at {revision}")
-    _say(
+        out.say(f"  {key} at {revision}")
+    out.say(
         f"{done.manifest_file} has the rows: with FIXEFFICIENTNET_MANIFEST={done.manifest_file}, "
         f"create({done.runs[0].variant.key!r}, pretrained=True) loads them."
     )
@@ -245,29 +240,29 @@ def _show_deltas(done: "PublishResult", repo: str) -> None:
 
 def _show_model(done: "WholeResult") -> None:
     loaded, gain = done.loaded, done.report.gain
-    _say(f"{loaded.name}: {loaded.architecture}, {loaded.num_classes} classes, test size {loaded.test.size}")
+    out.say(f"{loaded.name}: {loaded.architecture}, {loaded.num_classes} classes, test size {loaded.test.size}")
     if gain and gain.warning:
-        _say(f"  Warning: {gain.warning}")
+        out.say(f"  Warning: {gain.warning}")
     if done.unreachable:
-        _say(f"{done.unreachable}\nShown as if {done.repository} had nothing yet.")
+        out.say(f"{done.unreachable}\nShown as if {done.repository} had nothing yet.")
     at = f" at {done.revision}" if done.revision else ""
     where = f"{done.folder} ({done.repository})" if done.folder else done.repository
-    _say(f"{where}{at}{'' if done.files else ': all was there already'}")
+    out.say(f"{where}{at}{'' if done.files else ': all was there already'}")
     for name, size in done.files.items():
-        _say(f"  {name}  {size:,} bytes")
+        out.say(f"  {name}  {size:,} bytes")
     if not done.written:
-        _say("\nREADME.md:")
+        out.say("\nREADME.md:")
         print_text(done.card)
         return
     place = f"local-dir:{done.folder}" if done.folder else f"hf-hub:{done.repository}"
-    _say(f"timm.create_model({place!r}, pretrained=True) loads it.")
+    out.say(f"timm.create_model({place!r}, pretrained=True) loads it.")
 
 
 def _show_dry_run(done: "PublishResult") -> None:
     for name, data in done.files.items():
-        _say(f"  {name}  {len(data):,} bytes")
+        out.say(f"  {name}  {len(data):,} bytes")
     if card := done.files.get("README.md"):
-        _say("\nREADME.md:")
+        out.say("\nREADME.md:")
         print_text(card.decode())
-    _say(f"{done.manifest_file}, but for the commit:")
+    out.say(f"{done.manifest_file}, but for the commit:")
     print_text(done.manifest, end="")

@@ -1,13 +1,14 @@
 """`evaluate`, `sweep`, `paper`, `figure`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 from rich.markup import escape
 
+from fixefficientnet._internal import processes
 from fixefficientnet.cli.app import (
     AsJson,
     Flags,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from fixefficientnet.data.dataset import ImageDataset
     from fixefficientnet.evaluation.evaluate import Measured
+    from fixefficientnet.evaluation.statistics import Comparison
     from fixefficientnet.models import LoadedModel
 
     SettingFlags = Settings
@@ -77,11 +79,15 @@ class Form:
             raise UsageError("--per-class needs one label per image, which ReaL labels are not.")
         if self.predictions and self.predictions.suffix.lower() not in (".csv", ".jsonl"):
             raise UsageError(f"--predictions {self.predictions}: the file's name ends in .csv or .jsonl.")
-        for path in filter(None, (self.per_class, self.predictions, self.html, self.results_file)):
+        for path in self._files:
             check_writable(path)
 
+    @property
+    def _files(self) -> list[Path]:
+        return [path for path in (self.per_class, self.predictions, self.html, self.results_file) if path]
+
     def show(
-        self, every: "list[Measured]", compared: "tuple[Measured, Measured] | None", pair: dict[str, Any] | None
+        self, every: "list[Measured]", compared: "tuple[Measured, Measured] | None", pair: "Comparison | None"
     ) -> None:
         """Writes the files, and prints."""
         from fixefficientnet.evaluation import page, tables
@@ -96,19 +102,20 @@ class Form:
         if self.results_file:
             best_first = sorted(every, key=lambda one: -one.evaluation.top1)
             write_file(self.results_file, tables.as_csv([tables.timm_row(one) for one in best_first]))
-        for path in filter(None, (self.per_class, self.predictions, self.html, self.results_file)):
-            err.print(escape(f"written: {path}"), soft_wrap=True)
+        for path in self._files:
+            err.say(f"written: {path}")
         rows = [tables.row(one) for one in every]
         if self.as_json:
-            unreadable = [{"model": one.loaded.name, "images": _unreadable(one)} for one in every if _unreadable(one)]
+            unreadable = [{"model": one.loaded.name, "images": one.unreadable} for one in every if one.unreadable]
             unturned = [{"model": one.loaded.name, "images": one.unturned} for one in every if one.unturned]
             left_out = list(dict.fromkeys(name for one in every for name in one.dataset.left_out))
-            found = {"results": rows, "comparison": pair, "unreadable": unreadable, "unturned": unturned}
+            comparison = tables.comparison(*compared, pair) if compared and pair else None
+            found = {"results": rows, "comparison": comparison, "unreadable": unreadable, "unturned": unturned}
             print_json(found | {"left_out": left_out})
         elif self.as_csv:
             print_text(tables.as_csv(rows), end="")
         else:
-            _show(every, pair)
+            _show(every, compared, pair)
 
 
 @app.command
@@ -140,16 +147,13 @@ def evaluate(
         raise UsageError("Name a model, or two after --compare.")
     chosen = made(Settings, settings, size=size, folder=output, resume=resume)
     form.check(chosen)
-    from fixefficientnet.evaluation import tables
-    from fixefficientnet.evaluation.statistics import compare as paired
+    from fixefficientnet.evaluation import statistics
 
-    accelerator = _accelerator(chosen)
+    accelerator = processes.accelerator(chosen.usual_device, chosen.mixed_precision)
     found = _evaluate_all(names, chosen, accelerator)
     every = list(found.values())
-    compared, pair = None, None
-    if compare:
-        first, second = compared = found[compare[0]], found[compare[1]]
-        pair = tables.comparison(first, second, paired(first.evaluation.correct, second.evaluation.correct))
+    compared = (found[compare[0]], found[compare[1]]) if compare else None
+    pair = statistics.compare(*(one.evaluation.correct for one in compared)) if compared else None
     if not accelerator.is_main_process:
         return
     form.show(every, compared, pair)
@@ -186,19 +190,18 @@ def sweep(
         raise UsageError("Name a model.")
     from fixefficientnet.evaluation import sweep as sweeping
     from fixefficientnet.evaluation import tables
+    from fixefficientnet.evaluation.evaluate import dataset_for
 
     pixels = sweeping.sizes_of(sizes)
     finished = output / "finished"
     chosen = made(Settings, settings, folder=finished, resume=not overwrite, activations=statistics, warm_up=True)
-    accelerator = _accelerator(chosen)
-    every: list[Measured] = []
-
-    def take(loaded: "LoadedModel", settings: "Settings") -> "Measured":
-        known = every[-1].dataset if every and every[-1].loaded.name == loaded.name else None
-        every.append(_evaluate(loaded, settings, accelerator, known))
-        return every[-1]
-
-    rows = sweeping.sweep(sweeping.with_untuned(models), pixels, chosen, take)
+    accelerator = processes.accelerator(chosen.usual_device, chosen.mixed_precision)
+    every, rows = [], []
+    for loaded in sweeping.with_untuned(models):
+        dataset = dataset_for(loaded, chosen)
+        for size in pixels:
+            every.append(_evaluate(loaded, dataset, replace(chosen, size=size), accelerator))
+            rows.append(sweeping.row(loaded, every[-1]))
     if not accelerator.is_main_process:
         return
     written = sweeping.write(rows, every, output, statistics=statistics)
@@ -208,8 +211,8 @@ def sweep(
         print_text(tables.as_csv(rows), end="")
     else:
         _show_sweep(rows)
-        out.print(_conditions(every), soft_wrap=True)
-        out.print(escape(f"{output}: {', '.join(written)}"), soft_wrap=True)
+        _show_conditions(every)
+        out.say(f"{output}: {', '.join(written)}")
     _name_images(every)
 
 
@@ -251,12 +254,9 @@ def paper(
             print_table(papers.HEADER, lines, title=title)
         out.print(escape(papers.footnote(rows)))
     for result in papers.elsewhere(found):
-        err.print(
-            escape(
-                f"{result.source}: {result.variant} at {result.fix.test_size}, top-1 {result.fix.top1:.2f} of "
-                f"{result.images:,} images: not comparable with the paper (other images, size or network)."
-            ),
-            soft_wrap=True,
+        err.say(
+            f"{result.source}: {result.variant} at {result.fix.test_size}, top-1 {result.fix.top1:.2f} of "
+            f"{result.images:,} images: not comparable with the paper (other images, size or network)."
         )
 
 
@@ -273,7 +273,7 @@ def figure(name: Literal["accuracy-params"], /, *, output: Annotated[Path | None
     path = output or Path(f"{name}.png")
     rows = figures.accuracy_params_data()
     figures.save(figures.accuracy_params(rows), path, rows)
-    out.print(escape(str(path)), soft_wrap=True)
+    out.say(str(path))
 
 
 def _show_sweep(rows: "list[dict[str, Any]]") -> None:
@@ -299,7 +299,7 @@ def _show_sweep(rows: "list[dict[str, Any]]") -> None:
     print_table(("model", "size", "top-1", "95%", "top-5", "loss", "GMACs", "img/s", ""), cells)
 
 
-def _show(every: "list[Measured]", pair: "dict[str, Any] | None") -> None:
+def _show(every: "list[Measured]", compared: "tuple[Measured, Measured] | None", pair: "Comparison | None") -> None:
     cells = []
     for one in every:
         found = one.evaluation
@@ -315,88 +315,70 @@ def _show(every: "list[Measured]", pair: "dict[str, Any] | None") -> None:
         )
         cells.append((one.loaded.name, *figures))
     print_table(("model", "size", "top-1", "95%", "top-5", "95%", "loss", "ECE", "img/s"), cells)
-    out.print(_conditions(every), soft_wrap=True)
-    if pair:
-        out.print(
-            f"\n{escape(pair['second'])} against {escape(pair['first'])}: [bold]{pair['difference']:+.2f} points[/] "
-            f"top-1 (95%: {pair['difference_low']:+.2f} to {pair['difference_high']:+.2f}), p = {pair['p']:.2g}\n"
-            f"correct in the first alone: {pair['only_first_correct']:,}, in the second alone: "
-            f"{pair['only_second_correct']:,}, of {pair['images']:,} images (McNemar's exact test)",
-            soft_wrap=True,
-        )
+    _show_conditions(every)
+    if compared and pair:
+        first, second = (escape(one.loaded.name) for one in compared)
+        points, sure, counts = pair.words()
+        out.print(f"\n{second} against {first}: [bold]{points}[/] {sure}\n{counts}", soft_wrap=True)
 
 
-def _conditions(every: "list[Measured]") -> str:
+def _show_conditions(every: "list[Measured]") -> None:
     from fixefficientnet.evaluation.evaluate import conditions
 
-    return escape("\n".join(conditions(every)))
-
-
-def _unreadable(one: "Measured") -> list[str]:
-    return list(one.evaluation.unreadable.values())
+    out.say("\n".join(conditions(every)))
 
 
 def _name_images(every: "list[Measured]") -> None:
     """Names what does not count: files that are no images, unreadable images; and those that were not turned."""
     for names, one in {one.dataset.left_out: one for one in every}.items():
         _list_some(f"left out of {one.dataset.name} by the endings of their names", names)
-    unreadable = {tuple(_unreadable(one)): one for one in every}
-    for reasons, one in unreadable.items():
+    for reasons, one in {tuple(one.unreadable): one for one in every}.items():
         _list_some(f"of {len(one.dataset):,} images could not be read and do not count", reasons)
-    ignored = {tuple(one.unturned): one for one in reversed(every)}
-    for names, one in ignored.items():
+    for names, one in {tuple(one.unturned): one for one in reversed(every)}.items():
         _list_some(f"images have an EXIF orientation that {one.loaded.name} ignored (--upright turns them)", names)
 
 
 def _list_some(what: str, lines: Sequence[str]) -> None:
     if lines:
-        err.print(f"{len(lines):,} {what}:", soft_wrap=True)
+        err.say(f"{len(lines):,} {what}:")
         for line in lines[:20]:
-            err.print(f"  {escape(line)}", soft_wrap=True)
+            err.say(f"  {line}")
         if len(lines) > 20:
             err.print(f"  and {len(lines) - 20:,} more")
 
 
-def _accelerator(settings: Settings) -> "Accelerator":
-    from fixefficientnet._internal import processes
-
-    return processes.accelerator(settings.usual_device, settings.mixed_precision)
-
-
 def _evaluate_all(names: list[str], settings: Settings, accelerator: "Accelerator") -> "dict[str, Measured]":
     """Evaluates models one after the other; tells how to continue where one fails."""
+    from fixefficientnet.evaluation.evaluate import dataset_for
+    from fixefficientnet.models import load
+
     found: dict[str, Measured] = {}
     for name in names:
         try:
-            found[name] = _evaluate(name, settings, accelerator)
+            loaded = load(name)
+            found[name] = _evaluate(loaded, dataset_for(loaded, settings), settings, accelerator)
         except (FixEfficientNetError, KeyboardInterrupt) as error:
             if found or isinstance(error, KeyboardInterrupt):
                 said = f"What is finished is kept in {settings.folder}: the same command with --resume continues."
-                err.print(escape(said), soft_wrap=True)
+                err.say(said)
             raise
         found[name].loaded.network.to("meta")  # frees its memory
     return found
 
 
 def _evaluate(
-    model: "str | LoadedModel", settings: Settings, accelerator: "Accelerator", dataset: "ImageDataset | None" = None
+    loaded: "LoadedModel", dataset: "ImageDataset", settings: Settings, accelerator: "Accelerator"
 ) -> "Measured":
     """Evaluates one model, under a progress bar."""
     from fixefficientnet._internal.progress import bar
-    from fixefficientnet.evaluation.evaluate import dataset_for, evaluate_model
-    from fixefficientnet.models import load
+    from fixefficientnet.evaluation.evaluate import evaluate_model
     from fixefficientnet.runtimes import engines
 
-    loaded = load(model) if isinstance(model, str) else model
-    dataset = dataset or dataset_for(loaded, settings)
     title = f"{shortened(loaded.name, 30)} at {settings.size or loaded.test.size}"
     err.quiet = not accelerator.is_main_process
 
-    def say(text: str) -> None:
-        err.print(escape(text), soft_wrap=True)
-
     if settings.engine in EXPORTED:
         engines.check(settings.engine, accelerator.device, accelerator.mixed_precision)
-        engines.exported(loaded, loaded.at(settings.size), settings.engine, say)
-    with bar(title, len(dataset), err, say) as shown:
+        engines.exported(loaded, loaded.at(settings.size), settings.engine, err.say)
+    with bar(title, len(dataset), err, err.say) as shown:
         return evaluate_model(loaded, settings, accelerator, dataset=dataset, progress=shown)

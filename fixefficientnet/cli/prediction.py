@@ -92,20 +92,20 @@ def predict(
     device = engines.device_for(chosen.engine, chosen.device, chosen.mixed_precision)
     loaded = load(name)
     chosen = replace(chosen, device=str(device))
-    predictions = iter_predictions(given.sources, loaded, chosen, on_error=given.on_error, on_message=_remark)
+    predictions = iter_predictions(given.sources, loaded, chosen, on_error=given.on_error, on_message=err.say)
     if output:
         from fixefficientnet.evaluation import tables
 
         rows = given.rows(predictions, min(chosen.topk, loaded.num_classes))
         write_file(output, getattr(tables, _FORMATS[output.suffix.lower()])(rows))
-        out.print(escape(f"{output}: {given.usable} images, {_described(loaded)}"), soft_wrap=True)
+        out.say(f"{output}: {given.usable} images, {_described(loaded)}")
     elif as_json:
         shown = [{"file": _shown(p.image), "labels": [asdict(label) for label in p.labels]} for p in predictions]
         kind = "fixres" if loaded.tuned else "backbone" if loaded.variant else "own"
         model = loaded.variant.key if loaded.variant else loaded.name
         print_json({"model": model, "weights": kind, "predictions": shown, "errors": given.failed})
     else:
-        out.print(escape(_described(loaded)), soft_wrap=True)
+        out.say(_described(loaded))
         for one in predictions:
             out.print(f"\n[bold]{escape(inert(_shown(one.image)))}[/]", soft_wrap=True)
             for label in one.labels:
@@ -147,12 +147,8 @@ def embed(
     written = io.BytesIO()
     np.savez(written, features=found.features, files=np.array([_shown(image) for image in found.images], dtype=str))
     write_file(output, written.getvalue())
-    out.print(escape(f"{output}: features, float32 {list(found.features.shape)}, of {model}"), soft_wrap=True)
+    out.say(f"{output}: features, float32 {list(found.features.shape)}, of {model}")
     given.end()
-
-
-def _remark(text: str) -> None:
-    err.print(escape(text), soft_wrap=True)
 
 
 class _Given:

@@ -6,15 +6,11 @@ section 3.2 and figure 3).
 """
 
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fixefficientnet import delta
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 NEAR_ZERO = 1e-3
 """Of smaller magnitude than this an activation counts as none; networks without ReLU have no exact zeros."""
@@ -46,17 +42,15 @@ class PooledActivations:
         self._sums = sums if self._sums is None else self._sums + sums
         self._images += len(pooled)
 
-    def summary(self, accelerator: "Accelerator") -> dict[str, float]:
+    def summary(self) -> dict[str, float]:
         """The figures over all processes' images, as JSON values.
 
         `near_zero`: share of near-zero activations, in [0, 1]; `mean`: of all; `mean_q25`, `mean_median`, `mean_q75`:
         quartiles over the channels of each one's mean; `spread_*`: of each one's standard deviation over the images.
         """
-        parts: list[Any] = [(self._sums, self._images)]
-        if accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
+        from accelerate.utils import gather_object
 
-            parts = gather_object(parts)
+        parts = gather_object([(self._sums, self._images)])
         sums = torch.stack([part for part, _ in parts if part is not None]).sum(0)
         values, squares, near_zero = sums / sum(images for _, images in parts)
         spread = (squares - values.square()).clamp(min=0).sqrt()

@@ -48,24 +48,23 @@ class Measured:
     Attributes:
         loaded: The model.
         dataset: The dataset, in the model's numbering.
+        settings: How it was evaluated.
         subset: Classes that the logits were restricted to; None: all.
-        real_labels: Whether ReaL labels decided which predictions are correct.
         evaluation: The predictions and figures.
-        engine: The engine that computed the forward passes.
-        precision: Precision of Accelerate: "no", "bf16" or "fp16".
-        preprocessing: "exact" or "fast".
         activations: Figures of the pooled activations, if these were observed.
     """
 
     loaded: LoadedModel
     dataset: ImageDataset
+    settings: Settings
     subset: Subset | None
-    real_labels: bool
     evaluation: Evaluation
-    engine: str = "eager"
-    precision: str = "no"
-    preprocessing: str = "exact"
-    activations: dict[str, float] | None = None
+    activations: dict[str, float] | None
+
+    @property
+    def unreadable(self) -> list[str]:
+        """Why images could not be read, one reason each."""
+        return list(self.evaluation.unreadable.values())
 
     @property
     def unturned(self) -> list[str]:
@@ -151,7 +150,6 @@ def evaluate_model(
     network = loaded.network.to(accelerator.device)
     batching = _batching(network, dataset, settings, accelerator)
     journal, activations = _journal(loaded, dataset, settings, accelerator, test, batching.size, subset)
-    precision, resumable = accelerator.mixed_precision, bool(settings.folder)
     loop = EvaluationLoop(
         network,
         dataset,
@@ -167,10 +165,9 @@ def evaluate_model(
         progress=progress,
     )
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_explaining_lack_of_memory(batching, resumable=resumable))
-        stack.enter_context(
-            engines.running(loaded, test, settings.engine, threads=batching.threads, precision=precision)
-        )
+        stack.enter_context(_explaining_lack_of_memory(batching, resumable=bool(settings.folder)))
+        threads, precision = batching.threads, settings.mixed_precision
+        stack.enter_context(engines.running(loaded, test, settings.engine, threads=threads, precision=precision))
         if settings.warm_up:
             loop.warm_up()
         observer = None
@@ -178,23 +175,12 @@ def evaluate_model(
             observer = stack.enter_context(PooledActivations(network))
         found = loop.run()
     if observer:
-        activations = observer.summary(accelerator)
+        activations = observer.summary()
         if journal and accelerator.is_main_process:
             journal.note({_ACTIVATIONS: activations})
     if labels is not None:
         found = found.relabelled(labels)
-    preprocessing = "fast" if settings.fast_preprocessing else "exact"
-    return Measured(
-        loaded=replace(loaded, test=test),
-        dataset=dataset,
-        subset=subset,
-        real_labels=settings.real_labels,
-        evaluation=found,
-        engine=settings.engine,
-        precision=precision,
-        preprocessing=preprocessing,
-        activations=activations,
-    )
+    return Measured(replace(loaded, test=test), dataset, settings, subset, found, activations)
 
 
 def _real_labels(dataset: ImageDataset, loaded: LoadedModel) -> list[list[int]]:
@@ -244,9 +230,9 @@ def _journal(
         "test": asdict(test),
         "crop_mode": loaded.crop_mode,
         "batch_size": batch_size,
-        "precision": accelerator.mixed_precision,
+        "precision": settings.mixed_precision,
         "engine": settings.engine,
-        "preprocessing": "fast" if settings.fast_preprocessing else "exact",
+        "preprocessing": settings.preprocessing,
         "subset": subset and subset.classes,
     }
     path = Path(settings.folder) / _filename(loaded.name, test.size, identity)
@@ -313,15 +299,15 @@ def conditions(every: Sequence[Measured]) -> list[str]:
 
 
 def _described(one: Measured) -> str:
-    found, test = one.evaluation, one.loaded.test
+    found, test, settings = one.evaluation, one.loaded.test, one.settings
     counted = ((len(found.unreadable) or None, "more could not be read"), (one.dataset.excluded, "excluded"))
     left_out = "; ".join(f"{count:,} {what}" for count, what in counted if count is not None)
     left_out = f" ({left_out})" if left_out else ""
     crop = f"crop_pct {test.crop_pct:g}" + (f", {one.loaded.crop_mode}" if one.loaded.crop_mode != "center" else "")
     words = (
-        (one.engine, "eager"),
-        (one.precision, "no"),
-        (f"{one.preprocessing} preprocessing", "exact preprocessing"),
+        (settings.engine, "eager"),
+        (settings.mixed_precision, "no"),
+        (f"{settings.preprocessing} preprocessing", "exact preprocessing"),
     )
     how = "".join(f", {word}" for word, usual in words if word != usual)
     return f"{found.images:,} images of {one.dataset.name}{left_out}; {crop}, {test.interpolation}{how}"
@@ -332,7 +318,7 @@ def _restriction(measured: Measured) -> str:
     said = []
     if measured.subset:
         said.append(f"logits restricted to the {len(measured.subset.classes)} classes of the dataset")
-    if measured.real_labels:
+    if measured.settings.real_labels:
         without = len(measured.dataset) - measured.evaluation.images - len(measured.evaluation.unreadable)
         said.append(f"ReaL labels (images without any, which do not count: {without:,})")
     if measured.dataset.numbering:

@@ -129,7 +129,7 @@ def _mark_sizes(axes: "Sequence[Axes]", rows: Iterable[Mapping[str, Any]], named
 
 
 def sweep(rows: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Accuracy and cost against test size; `rows` as `sweep.sweep` gives them.
+    """Accuracy and cost against test size; each row as `sweep.row` gives it.
 
     Bars are 95% intervals, a star is each model's best size.
     """

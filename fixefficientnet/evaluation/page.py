@@ -78,18 +78,13 @@ class Page:
 
 
 def of_evaluations(every: Sequence[Measured], compared: tuple[Measured, Measured] | None = None) -> Page:
-    """The page of evaluations.
-
-    Args:
-        every: The evaluations, one of each model.
-        compared: The two of them that are compared on the same images.
-    """
+    """The page of evaluations, one of each model; two of them may be compared on the same images."""
     found = _of_measured("Evaluation", every, every)
     if compared is None:
         return found
     first, second = compared
-    pair = compare(first.evaluation.correct, second.evaluation.correct)
-    said = f"{second.loaded.name} against {first.loaded.name}, on the same images: {pair}."
+    points, sure, counts = compare(first.evaluation.correct, second.evaluation.correct).words()
+    said = f"{second.loaded.name} against {first.loaded.name}, on the same images: {points} {sure}; {counts}."
     return replace(found, compared=(_row(first), _row(second)), findings=[said])
 
 
@@ -105,7 +100,7 @@ def of_sweep(every: Sequence[Measured]) -> Page:
 
 def _of_measured(title: str, every: Sequence[Measured], detailed: Sequence[Measured]) -> Page:
     names = ", ".join(dict.fromkeys(one.loaded.name for one in every))
-    unreadable = dict.fromkeys(reason for one in every for reason in one.evaluation.unreadable.values())
+    unreadable = dict.fromkeys(reason for one in every for reason in one.unreadable)
     unturned = dict.fromkeys(name for one in every for name in one.unturned)
     return Page(
         f"{title}: {names}",

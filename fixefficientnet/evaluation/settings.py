@@ -71,6 +71,11 @@ class Settings(Checked):
             )
 
     @property
+    def preprocessing(self) -> str:
+        """How images become tensors: "exact" or "fast"."""
+        return "fast" if self.fast_preprocessing else "exact"
+
+    @property
     def usual_device(self) -> str | None:
         """The device to ask for: engines that run exported files run on the CPU."""
         return self.device or ("cpu" if self.engine in EXPORTED else None)

@@ -78,12 +78,14 @@ class Comparison:
             tail += count
         return min(1.0, 2 * tail / (1 << trials))
 
-    def __str__(self) -> str:
-        """The comparison in words."""
+    def words(self) -> tuple[str, str, str]:
+        """The difference, how sure it is, and what it comes from."""
         low, high = self.interval
         return (
-            f"{self.difference:+.2f} points top-1 (95%: {low:+.2f} to {high:+.2f}; {self.only_second:,} images correct "
-            f"in the second only, {self.only_first:,} in the first only; McNemar's exact test: p = {self.p:.2g})"
+            f"{self.difference:+.2f} points",
+            f"top-1 (95%: {low:+.2f} to {high:+.2f}), p = {self.p:.2g}",
+            f"correct in the first alone: {self.only_first:,}, in the second alone: {self.only_second:,}, "
+            f"of {self.images:,} images (McNemar's exact test)",
         )
 
 

@@ -1,6 +1,6 @@
 """Accuracy and cost of models over a range of test sizes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,6 @@ from fixefficientnet._internal.files import write_atomically
 from fixefficientnet.errors import EvaluationError
 from fixefficientnet.evaluation import cost, figures, page, tables
 from fixefficientnet.evaluation.evaluate import Measured
-from fixefficientnet.evaluation.settings import Settings
 from fixefficientnet.models import LoadedModel, load
 
 PAGE = "report.html"
@@ -51,38 +50,23 @@ def with_untuned(names: Sequence[str]) -> list[LoadedModel]:
     return list(loaded.values())
 
 
-def sweep(
-    models: Sequence[LoadedModel],
-    sizes: Sequence[int],
-    settings: Settings,
-    take: Callable[[LoadedModel, Settings], Measured],
-) -> list[dict[str, Any]]:
-    """Measures each model at each size.
+def row(loaded: LoadedModel, measured: Measured) -> dict[str, Any]:
+    """What a sweep tells of a model at one size.
 
-    Args:
-        models: The models; all with their own crop_pct unless the settings say another.
-        sizes: Test sizes, in pixels.
-        settings: What they are evaluated on, and how.
-        take: Evaluates one model at one size.
-
-    Returns:
-        One row per model and size: `tables.row`, what an image costs in `gmacs` (billions of multiply-adds), the
-        sizes that the model was trained at (`train_size`) and is meant for (`test_size`, and the paper's), and
-        the pooled activations' figures where they were asked for.
+    Beside `tables.row`: what an image costs (`gmacs`, billions of multiply-adds), the sizes that the model was trained
+    at (`train_size`) and is meant for (`test_size`, and the paper's), and the pooled activations' figures where they
+    were asked for.
     """
-    rows = []
-    for loaded in models:
-        paper = loaded.variant.paper if loaded.variant else None
-        every = [take(loaded, replace(settings, size=size)) for size in sizes]
-        gmacs = cost.gmacs(loaded.architecture, sizes, loaded.num_classes)
-        for size, measured in zip(sizes, every, strict=True):
-            row = {"network": loaded.architecture, **tables.row(measured), "gmacs": gmacs[size]}
-            row |= {"train_size": loaded.train_size, "test_size": loaded.test.size}
-            row["paper_size"] = paper.fix.test_size if paper else None
-            if measured.activations:
-                row |= {f"pooled_{key}": value for key, value in measured.activations.items()}
-            rows.append(row)
-    return rows
+    size, paper = measured.evaluation.size, loaded.variant.paper if loaded.variant else None
+    return {
+        "network": loaded.architecture,
+        **tables.row(measured),
+        "gmacs": cost.gmacs(loaded.architecture, [size], loaded.num_classes)[size],
+        "train_size": loaded.train_size,
+        "test_size": loaded.test.size,
+        "paper_size": paper.fix.test_size if paper else None,
+        **{f"pooled_{key}": value for key, value in (measured.activations or {}).items()},
+    }
 
 
 def best_size(rows: Sequence[Mapping[str, Any]]) -> int:
@@ -91,16 +75,7 @@ def best_size(rows: Sequence[Mapping[str, Any]]) -> int:
 
 
 def write(rows: Sequence[Mapping[str, Any]], every: Sequence[Measured], folder: Path, *, statistics: bool) -> list[str]:
-    """Writes the table of a sweep, its figures and its page.
-
-    Args:
-        rows: What `sweep` gave.
-        every: The evaluations that they are of.
-        folder: Where to write them.
-        statistics: Whether the pooled activations are drawn too.
-
-    Returns:
-        The names of the files.
+    """Writes the table of a sweep, its figures (of the pooled activations too, if wanted) and its page; their names.
 
     Raises:
         EvaluationError: A file cannot be written.

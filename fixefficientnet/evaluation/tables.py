@@ -18,7 +18,7 @@ from fixefficientnet.evaluation.statistics import Comparison
 
 def row(measured: Measured) -> dict[str, Any]:
     """Everything about one evaluation, as JSON values; accuracies in per cent, loss in nats."""
-    loaded, found = measured.loaded, measured.evaluation
+    loaded, found, settings = measured.loaded, measured.evaluation, measured.settings
     return {
         "model": loaded.name,
         "timm_name": loaded.timm_name,
@@ -29,10 +29,10 @@ def row(measured: Measured) -> dict[str, Any]:
         **asdict(found.summary()),
         "calibration_error": found.calibration_error,
         "restricted_to_classes": len(measured.subset.classes) if measured.subset else None,
-        "real_labels": measured.real_labels,
-        "engine": measured.engine,
-        "precision": measured.precision,
-        "preprocessing": measured.preprocessing,
+        "real_labels": settings.real_labels,
+        "engine": settings.engine,
+        "precision": settings.mixed_precision,
+        "preprocessing": settings.preprocessing,
         "upright": measured.dataset.upright,
         "left_out": len(measured.dataset.left_out),
         "excluded": measured.dataset.excluded,
