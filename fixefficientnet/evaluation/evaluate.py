@@ -131,14 +131,9 @@ def evaluate_model(
     dataset: ImageDataset | None = None,
     progress: Bar | None = None,
 ) -> Measured:
-    """Evaluates a loaded model; see `evaluate`.
+    """Evaluates a loaded model, whose network is moved to the accelerator's device; see `evaluate`.
 
-    Args:
-        loaded: The model; its network is moved to the accelerator's device.
-        settings: What to evaluate it on, and how.
-        accelerator: Processes, device, precision.
-        dataset: What `dataset_for` gave, if that was asked for before.
-        progress: Counts the images as they are done.
+    The dataset is what `dataset_for` gave, if that was asked for before.
     """
     engines.check(settings.engine, accelerator.device, accelerator.mixed_precision)
     dataset = dataset or dataset_for(loaded, settings)

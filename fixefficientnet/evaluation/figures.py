@@ -45,13 +45,10 @@ def _labels(axis: Any) -> "list[Any]":
 
 
 def save(figure: "Figure", path: Path, data: object) -> None:
-    """Writes a figure, deterministic but for matplotlib's version.
+    """Writes a figure as .png or .svg, deterministic but for matplotlib's version.
 
-    Args:
-        figure: The figure.
-        path: The file, .png or .svg.
-        data: The data that the figure shows, as JSON values; their sha256 goes into the file's Description, so that a
-            figure of other data is recognised.
+    The sha256 of the data that it shows, JSON values, goes into the file's Description, so that a figure of other data
+    is recognised.
 
     Raises:
         EvaluationError: Another ending, or the file cannot be written.
@@ -101,6 +98,11 @@ def _looks(lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[s
     return looks
 
 
+def _name(axis: "Axes", text: str, at: tuple[float, float], offset: tuple[int, int], **look: Any) -> None:
+    """Writes a name beside a point; the offset is in points of type."""
+    axis.annotate(text, at, offset, textcoords="offset points", fontsize=8, **look)
+
+
 def _mark_sizes(axes: "Sequence[Axes]", rows: Iterable[Mapping[str, Any]], named_on: "Sequence[Axes]") -> None:
     """Vertical lines at the sizes that count, named along the top of a panel, in turns of several."""
     labels_at: dict[int, list[str]] = {}
@@ -117,15 +119,8 @@ def _mark_sizes(axes: "Sequence[Axes]", rows: Iterable[Mapping[str, Any]], named
             axis.axvline(size, color="#999999", linewidth=0.9, linestyle=":" if "train size" in labels else "-.")
         first, last = named.get_xlim()
         late = size > (first + last) / 2
-        named.annotate(
-            f"{', '.join(labels)} {size}",
-            (size, 1),
-            (-2 if late else 2, 2),
-            ("data", "axes fraction"),
-            "offset points",
-            fontsize=8,
-            ha="right" if late else "left",
-        )
+        text, side = f"{', '.join(labels)} {size}", "right" if late else "left"
+        _name(named, text, (size, 1), (-2 if late else 2, 2), xycoords=("data", "axes fraction"), ha=side)
 
 
 def sweep(rows: Sequence[Mapping[str, Any]]) -> "Figure":
@@ -148,18 +143,10 @@ def sweep(rows: Sequence[Mapping[str, Any]]) -> "Figure":
         rate.plot(sizes, [row["images_per_second"] for row in points], **looks[name])
     for network, points in {row["network"]: lines[row["model"]] for row in rows}.items():
         gmacs.plot([row["size"] for row in points], [row["gmacs"] for row in points], ".-", color="#333333")
-        gmacs.annotate(
-            network,
-            (points[-1]["size"], points[-1]["gmacs"]),
-            (-4, 3),
-            textcoords="offset points",
-            ha="right",
-            fontsize=8,
-        )
+        _name(gmacs, network, (points[-1]["size"], points[-1]["gmacs"]), (-4, 3), ha="right")
     accuracy.set_ylabel("top-1, %")
     gmacs.set_ylabel("GMACs")
-    rate.set_ylabel("images/s")
-    rate.set_xlabel("test size, pixels")
+    rate.set(xlabel="test size, pixels", ylabel="images/s")
     for axis, key in ((gmacs, "gmacs"), (rate, "images_per_second")):
         axis.set_ylim(0, 1.15 * max(row[key] for row in rows))
     rate.set_xticks(sorted({row["size"] for row in rows}))
@@ -183,8 +170,7 @@ def activations(rows: Sequence[Mapping[str, Any]]) -> "Figure":
             axis.plot(sizes, middle, **look)
             axis.fill_between(sizes, low, high, color=look["color"], alpha=0.15, linewidth=0)
     for axis, label in zip(axes, ("near zero, %", "mean of a channel", "spread of a channel over images"), strict=True):
-        axis.set_ylabel(label)
-        axis.set_xlabel("test size, pixels")
+        axis.set(xlabel="test size, pixels", ylabel=label)
         axis.set_xticks(sizes_of_all, sizes_of_all, rotation=90 if len(sizes_of_all) > 6 else 0, fontsize=9)
     figure.suptitle(
         "pooled activations (lines: all, the median channel; bands: the middle half of the channels)", fontsize=9
@@ -225,34 +211,23 @@ def accuracy_params(rows: Sequence[Mapping[str, Any]]) -> "Figure":
         millions = [row["parameters"] / 1e6 for row in members]
         fix = [row["fix"] for row in members]
         axis.plot(millions, fix, "s-", color=colour, markersize=5, label=f"FixEfficientNet, {label}")
-        axis.plot(
-            millions,
-            [row["base"] for row in members],
-            "o--",
-            color=colour,
-            markersize=4,
-            linewidth=1,
-            markerfacecolor="white",
-            label=f"EfficientNet, {label}",
-        )
+        base = [row["base"] for row in members]
+        look: dict[str, Any] = {
+            "markersize": 4,
+            "linewidth": 1,
+            "markerfacecolor": "white",
+            "label": f"EfficientNet, {label}",
+        }
+        axis.plot(millions, base, "o--", color=colour, **look)
         above = family == "noisy_student"
         for row, x, y in zip(members, millions, fix, strict=True):
             name = row["variant"].removesuffix("_ns").upper()
-            place, down = ((-3, 6), y) if above else ((4, -11), row["base"])
-            axis.annotate(
-                name,
-                (x, down),
-                place,
-                textcoords="offset points",
-                fontsize=8,
-                color=colour,
-                ha="right" if above else "left",
-            )
+            place, down, side = ((-3, 6), y, "right") if above else ((4, -11), row["base"], "left")
+            _name(axis, name, (x, down), place, color=colour, ha=side)
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(FixedLocator([5, 10, 20, 50, 100, 200, 500]))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}M"))
-    axis.set_xlabel("parameters")
-    axis.set_ylabel("ImageNet top-1, % (as reported in the paper)")
+    axis.set(xlabel="parameters", ylabel="ImageNet top-1, % (as reported in the paper)")
     axis.legend(frameon=False, fontsize=9, loc="lower right")
     return figure

@@ -1,5 +1,6 @@
 """What an evaluation found: one prediction per image, and the figures that follow from them."""
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -165,20 +166,16 @@ class Evaluation:
         return replace(self, predictions=predictions)
 
     def confusion(self) -> Counter[tuple[int, int]]:
-        """How many images there are by label and top-1 prediction; those with one label each.
+        """How many images there are by label and top-1 prediction, in the order of both; those with one label each.
 
         Raises:
             EvaluationError: Images have more than one label each.
         """
         if not self.predictions.have_one_label_each:
             raise EvaluationError("A table per class needs one label per image, which ReaL labels are not.")
-        labels, predicted = self._labels_and_predicted()
-        pairs, counts = np.unique(np.stack([labels, predicted]), axis=1, return_counts=True)
-        return Counter(dict(zip(zip(*pairs.tolist(), strict=True), counts.tolist(), strict=True)))
-
-    def _labels_and_predicted(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         rows = self._evaluated
-        return rows["label"], rows["top5"][:, 0]
+        pairs, counts = np.unique(np.stack([rows["label"], rows["top5"][:, 0]]), axis=1, return_counts=True)
+        return Counter(dict(zip(zip(*pairs.tolist(), strict=True), counts.tolist(), strict=True)))
 
     def per_class(self) -> list[dict[str, Any]]:
         """One row per class that has images: counts, accuracy, interval, the most common wrong prediction.
@@ -187,29 +184,16 @@ class Evaluation:
             EvaluationError: Images have more than one label each.
         """
         confusion = self.confusion()
-        from torchmetrics.functional.classification import multiclass_stat_scores
-
-        labels, predicted = self._labels_and_predicted()
-        classes = np.union1d(labels, predicted)
-        number = {name: index for index, name in enumerate(classes.tolist())}
-        scores = multiclass_stat_scores(
-            torch.from_numpy(np.searchsorted(classes, predicted)),
-            torch.from_numpy(np.searchsorted(classes, labels)),
-            num_classes=max(2, len(classes)),
-            average=None,
-        ).tolist()
+        predicted = Counter(self._evaluated["top5"][:, 0].tolist())
         top5 = Counter(self.predictions.rows["label"][self.predictions.correct(5)].tolist())
-        wrong: dict[int, Counter[int]] = {label: Counter() for label in np.unique(labels).tolist()}
-        for (label, first), times in confusion.items():
-            if first != label:
-                wrong[label][first] = times
         rows = []
-        for label in sorted(wrong):
-            correct, false, _, _, images = scores[number[label]]
+        for label, pairs in itertools.groupby(confusion.items(), key=lambda item: item[0][0]):
+            counts = {first: count for (_, first), count in pairs}
+            images, correct = sum(counts.values()), counts.pop(label, 0)
+            taken_for, times = max(counts.items(), key=lambda item: item[1], default=(None, 0))
             low, high = wilson(correct, images)
             row = {"class": label, "images": images, "top1": 100 * correct / images, "top1_low": low}
-            row |= {"top1_high": high, "top5": 100 * top5[label] / images, "false_positives": false}
-            common = wrong[label].most_common(1)
-            row |= {"taken_for": common[0][0] if common else None, "times": common[0][1] if common else 0}
+            row |= {"top1_high": high, "top5": 100 * top5[label] / images}
+            row |= {"false_positives": predicted[label] - correct, "taken_for": taken_for, "times": times}
             rows.append(row)
         return rows

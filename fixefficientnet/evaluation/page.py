@@ -4,7 +4,7 @@ import base64
 import io
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -145,23 +145,17 @@ def render(page: Page) -> bytes:
     return html.encode()
 
 
-class _Names:
-    """Names of a dataset's classes, for people."""
-
-    def __init__(self, dataset: ImageDataset):
-        self._dataset = dataset
-        self._described = labels(IMAGENET) if dataset.classes == imagenet_order() else None
-
-    def __call__(self, label: int) -> str:
-        return self._described[label][1] if self._described else self._dataset.class_name(label)
-
-    def any_of(self, found: Iterable[int]) -> str:
-        return " or ".join(map(self, found))
+def _names(dataset: ImageDataset) -> Callable[[int], str]:
+    """What gives the names of a dataset's classes, for people."""
+    if dataset.classes != imagenet_order():
+        return dataset.class_name
+    described = labels(IMAGENET)
+    return lambda label: described[label][1]
 
 
 def _detail(row: Row, most: int) -> dict[str, Any]:
     """What is shown of one evaluation; without tables of classes where images have several labels."""
-    found, names = row.evaluation, _Names(row.dataset)
+    found, names = row.evaluation, _names(row.dataset)
     wrong = [index for index, digit in enumerate(found.correct) if digit == "0"]
     shown = {"name": row.name, "wrong": len(wrong), "images": _most_confident(row, wrong, most)}
     shown |= {"classes": [], "confusion": None, "pairs": [], "worst": WORST}
@@ -200,7 +194,7 @@ def _changes(before: Row, after: Row) -> list[dict[str, Any]]:
 
 def _most_confident(row: Row, indices: Iterable[int], most: int, before: Row | None = None) -> list[dict[str, Any]]:
     """The images of an evaluation's most confident predictions, and what was predicted before."""
-    found, names = row.evaluation.predictions, _Names(row.dataset)
+    found, names = row.evaluation.predictions, _names(row.dataset)
     shown: list[dict[str, Any]] = []
     confidences = found.rows["confidence"]
     for index in sorted(indices, key=lambda index: (-confidences[index], index)):
@@ -210,11 +204,11 @@ def _most_confident(row: Row, indices: Iterable[int], most: int, before: Row | N
         if prediction is None or image is None:
             continue
         shown.append(image)
-        image |= {"truth": names.any_of(prediction.labels), "prediction": names(prediction.top5[0])}
+        image |= {"truth": " or ".join(map(names, prediction.labels)), "prediction": names(prediction.top5[0])}
         image |= {"confidence": 100 * prediction.confidence, "before": ""}
         earlier = before and before.evaluation.predictions[index]
         if before and earlier:
-            image["before"] = _Names(before.dataset)(earlier.top5[0])
+            image["before"] = _names(before.dataset)(earlier.top5[0])
     return shown
 
 
