@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision import transforms
 
+from fixefficientnet._internal.processes import accelerator
 from fixefficientnet.evaluation.loop import EvaluationLoop
 from fixefficientnet.evaluation.outcome import Evaluation
 from fixefficientnet.evaluation.predictions import ImagePrediction
@@ -44,7 +45,8 @@ def logits(model: nn.Module, images: Iterable[Path], test: TestTime = TEST) -> t
 
 def predict_dataset(*arguments: Any, **options: Any) -> Evaluation:
     """The evaluation of a model on a dataset."""
-    return EvaluationLoop(*arguments, **options).run()
+    model, dataset, test = arguments
+    return EvaluationLoop(model, dataset, test, accelerator("cpu", "no"), **options).run()
 
 
 def evaluated(found: Evaluation) -> list[ImagePrediction]:

@@ -30,7 +30,6 @@ from fixefficientnet.evaluation.journal import Journal
 from fixefficientnet.evaluation.loop import EvaluationLoop
 from fixefficientnet.evaluation.outcome import Evaluation
 from fixefficientnet.evaluation.settings import Settings
-from fixefficientnet.manifest import TestTime
 from fixefficientnet.models import LoadedModel, from_module, load
 from fixefficientnet.runtimes import engines
 
@@ -143,25 +142,25 @@ def evaluate_model(
     subset = _subset(dataset, loaded, settings.restrict_classes)
     labels = _real_labels(dataset, loaded) if settings.real_labels else None
     network = loaded.network.to(accelerator.device)
-    batching = _batching(network, dataset, settings, accelerator)
-    journal, activations = _journal(loaded, dataset, settings, accelerator, test, batching.size, subset)
+    batch_size, workers, threads = _batching(network, dataset, settings, accelerator)
     loop = EvaluationLoop(
         network,
         dataset,
         test,
+        accelerator,
         transform,
-        batch_size=batching.size,
-        shard=batching.size,
-        workers=batching.workers,
-        threads=batching.threads,
+        batch_size=batch_size,
+        shard=batch_size,
+        workers=workers,
+        threads=threads,
         subset=subset,
-        journal=journal,
-        accelerator=accelerator,
         progress=progress,
     )
+    journal, activations = _journal(loaded, loop, settings)
+    loop = replace(loop, journal=journal)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_explaining_lack_of_memory(batching, resumable=bool(settings.folder)))
-        threads, precision = batching.threads, settings.mixed_precision
+        stack.enter_context(_explaining_lack_of_memory(loop))
+        precision = settings.mixed_precision
         stack.enter_context(engines.running(loaded, test, settings.engine, threads=threads, precision=precision))
         if settings.warm_up:
             loop.warm_up()
@@ -184,16 +183,10 @@ def _real_labels(dataset: ImageDataset, loaded: LoadedModel) -> list[list[int]]:
     return real_labels([dataset.image_name(index) for index in range(len(dataset))])
 
 
-@dataclass(frozen=True, slots=True)
-class _Batching:
+def _batching(
+    network: nn.Module, dataset: ImageDataset, settings: Settings, accelerator: "Accelerator"
+) -> tuple[int, int, int]:
     """Images per forward pass, loading processes, and threads that load and compute a batch each."""
-
-    size: int
-    workers: int
-    threads: int
-
-
-def _batching(network: nn.Module, dataset: ImageDataset, settings: Settings, accelerator: "Accelerator") -> _Batching:
     # sums over images, which the activations' figures are, depend on their order; what is compiled is of one thread
     alone = settings.workers or settings.activations or settings.engine == "compile" or not dataset.files
     several = accelerator.device.type == "cpu" and not alone
@@ -201,21 +194,16 @@ def _batching(network: nn.Module, dataset: ImageDataset, settings: Settings, acc
     # whatever the number of cores: what is kept of an evaluation is of its batches
     size = settings.batch_size or (BATCH_SIZE if several else 32)
     workers = (0 if several else processes.default_workers()) if settings.workers is None else settings.workers
-    return _Batching(size, workers, max(1, min(threads, math.ceil(len(dataset) / size / accelerator.num_processes))))
+    return size, workers, max(1, min(threads, math.ceil(len(dataset) / size / accelerator.num_processes)))
 
 
 def _journal(
-    loaded: LoadedModel,
-    dataset: ImageDataset,
-    settings: Settings,
-    accelerator: "Accelerator",
-    test: TestTime,
-    batch_size: int,
-    subset: Subset | None,
+    loaded: LoadedModel, loop: EvaluationLoop, settings: Settings
 ) -> tuple[Journal | None, dict[str, float] | None]:
     """The journal of this evaluation, if it is kept, and what it has of the pooled activations."""
     if not settings.folder:
         return None, None
+    dataset, test, accelerator = loop.dataset, loop.test, loop.accelerator
     place = Path(dataset.name)
     identity = {
         **loaded.identity,
@@ -224,11 +212,11 @@ def _journal(
         "upright": dataset.upright,
         "test": asdict(test),
         "crop_mode": loaded.crop_mode,
-        "batch_size": batch_size,
+        "batch_size": loop.batch_size,
         "precision": settings.mixed_precision,
         "engine": settings.engine,
         "preprocessing": settings.preprocessing,
-        "subset": subset and subset.classes,
+        "subset": loop.subset and loop.subset.classes,
     }
     path = Path(settings.folder) / _filename(loaded.name, test.size, identity)
     journal = Journal(path, accelerator.process_index)
@@ -243,19 +231,19 @@ def _journal(
 
 
 @contextlib.contextmanager
-def _explaining_lack_of_memory(batching: _Batching, *, resumable: bool) -> Iterator[None]:
+def _explaining_lack_of_memory(loop: EvaluationLoop) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        goes_on = " With --resume the finished batches are taken over." if resumable else ""
-        fewer = "fewer (-b)" if batching.size > 1 or batching.threads == 1 else "one batch at a time (-j 1)"
+        goes_on = " With --resume the finished batches are taken over." if loop.journal else ""
+        fewer = "fewer (-b)" if loop.batch_size > 1 or loop.threads == 1 else "one batch at a time (-j 1)"
         if str(error).startswith("DataLoader worker"):
             raise EvaluationError(
                 f"A loading process ended by itself ({error}), usually because memory ran out: try fewer (-j).{goes_on}"
             ) from error
         if isinstance(error, MemoryError) or "memory" in str(error).lower():
             raise EvaluationError(
-                f"Out of memory with {batching.size * batching.threads} images in flight: try {fewer}.{goes_on}"
+                f"Out of memory with {loop.batch_size * loop.threads} images in flight: try {fewer}.{goes_on}"
             ) from error
         raise
 

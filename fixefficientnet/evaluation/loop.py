@@ -41,6 +41,7 @@ class EvaluationLoop:
         model: The network: float32 [N, 3, S, S] → logits [N, classes].
         dataset: The labelled images.
         test: The test-time preprocessing.
+        accelerator: Shares the work among its processes.
         transform: The transform, where it is another one than that of `test`.
         batch_size: Images per forward pass.
         shard: Images per shard.
@@ -48,7 +49,6 @@ class EvaluationLoop:
         threads: Threads of this process that load and compute a batch each; with more than one, no loading processes.
         subset: The classes that logits are restricted to; None: all.
         journal: Keeps finished batches; those that it has are not evaluated again.
-        accelerator: Shares the work among its processes.
         autocast: Whether to compute in the accelerator's precision.
         progress: Counts the images as they are done.
     """
@@ -56,6 +56,7 @@ class EvaluationLoop:
     model: nn.Module
     dataset: ImageDataset
     test: TestTime
+    accelerator: "Accelerator"
     transform: Preprocess | None = None
     batch_size: int = 32
     shard: int = 256
@@ -63,7 +64,6 @@ class EvaluationLoop:
     threads: int = 1
     subset: "Subset | None" = None
     journal: Journal | None = None
-    accelerator: "Accelerator | None" = None
     autocast: bool = True
     progress: Bar | None = None
 
@@ -77,7 +77,6 @@ class EvaluationLoop:
             DataError: No image could be read, or a label is out of the model's range.
             EvaluationError: The model gives NaN, or does not take this size.
         """
-        rank, world = self._rank_and_world
         done = self.journal.read() if self.journal else Finished()
         done.unreadable.clear()  # these may have been repaired
         if self.progress and (before := int(done.predictions.evaluated.sum())):
@@ -87,7 +86,7 @@ class EvaluationLoop:
             self._evaluate(self._tasks(done), now)
         except FixEfficientNetError as error:
             failure = error
-        now = _of_all_processes(now, failure, world)
+        now = _of_all_processes(now, failure, self.accelerator.num_processes)
         now.seconds += done.seconds
         now.add(done)
         total = len(self.dataset)
@@ -95,25 +94,19 @@ class EvaluationLoop:
             reason = next(iter(now.unreadable.values()))
             raise DataError(f"None of the {total} images of {self.dataset.name} could be read: {reason}")
         whole = {"size": self.test.size, "crop_pct": self.test.crop_pct, "images": total}
-        if self.journal and rank == 0 and not whole.items() <= done.notes.items():
+        if self.journal and self.accelerator.is_main_process and not whole.items() <= done.notes.items():
             self.journal.note(whole)
         return now.evaluation(self.test.size, self.test.crop_pct, total)
 
     def warm_up(self) -> None:
         """Computes one batch for nothing: the first of a size takes longer, as libraries choose how to compute it."""
-        images = [torch.zeros(3, self.test.size, self.test.size)] * min(self.batch_size, len(self.dataset))
-        device = next(self.model.parameters()).device
+        images, size = min(self.batch_size, len(self.dataset)), self.test.size
         with in_eval_mode(self.model):
-            _logits(self.model, torch.stack(images).to(device), self.test.size, self._precision)
+            self._logits(torch.zeros(images, 3, size, size, device=self._device))
 
     @property
-    def _precision(self) -> "Accelerator | None":
-        """What computes in another precision; None: nothing does."""
-        return self.accelerator if self.autocast else None
-
-    @property
-    def _rank_and_world(self) -> tuple[int, int]:
-        return (self.accelerator.process_index, self.accelerator.num_processes) if self.accelerator else (0, 1)
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     @property
     def _transform(self) -> Preprocess:
@@ -121,8 +114,8 @@ class EvaluationLoop:
 
     def _tasks(self, done: Finished) -> Iterator[list[Task]]:
         """The batches of this process that are not done."""
-        rank, world = self._rank_and_world
-        mine = range(rank, math.ceil(len(self.dataset) / self.shard), world)
+        shards = math.ceil(len(self.dataset) / self.shard)
+        mine = range(self.accelerator.process_index, shards, self.accelerator.num_processes)
         tasks = shard_tasks(len(self.dataset), self.shard, self.batch_size, mine)
         return (batch for batch in tasks if not all(done.predictions.has(index) for _, index in batch))
 
@@ -137,7 +130,8 @@ class EvaluationLoop:
                     self.journal.write(found)
                 now.take(found)
                 if self.progress:
-                    self.progress.advance((len(found.predictions) + len(found.unreadable)) * self._rank_and_world[1])
+                    images = len(found.predictions) + len(found.unreadable)
+                    self.progress.advance(images * self.accelerator.num_processes)
 
     def _results(self, tasks: Iterator[list[Task]]) -> Generator[FinishedBatch, None, None]:
         dataset, transform = self.dataset, InEveryEpoch(self._transform.pixels)
@@ -146,17 +140,30 @@ class EvaluationLoop:
             yield from work
             return
         first = list(islice(tasks, self.workers))  # fewer batches than workers need fewer workers
-        device, tasks = next(self.model.parameters()).device, chain(first, tasks)
-        yield from map(self._batch, load_batches(dataset, transform, tasks, workers=len(first), device=device))
+        tasks = chain(first, tasks)
+        yield from map(self._batch, load_batches(dataset, transform, tasks, workers=len(first), device=self._device))
 
     def _batch(self, batch: Batch) -> FinishedBatch:
         found = FinishedBatch(unreadable=dict(batch.unreadable), unturned=set(batch.unturned))
         if len(batch.targets):
-            device = next(self.model.parameters()).device
-            inputs = self._transform.normalise(batch.inputs.to(device, non_blocking=True))
-            logits = _logits(self.model, inputs, self.test.size, self._precision)
+            inputs = self._transform.normalise(batch.inputs.to(self._device, non_blocking=True))
+            logits = self._logits(inputs)
             found.predictions = _predictions(logits, batch, self.dataset, self.subset)
         return found
+
+    @torch.inference_mode()
+    def _logits(self, inputs: Tensor) -> Tensor:
+        dtype = next(self.model.parameters()).dtype
+        inputs = inputs.to(dtype).contiguous(memory_format=torch.channels_last)
+        with self.accelerator.autocast() if self.autocast else contextlib.nullcontext():
+            try:
+                logits: Tensor = self.model(inputs)
+            except (AssertionError, RuntimeError) as error:  # timm's and torch's words for a size that does not fit
+                if "memory" in str(error).lower():
+                    raise
+                reason = str(error).partition("\n")[0]
+                raise EvaluationError(f"The model fails on images of {self.test.size} pixels: {reason}") from error
+        return logits.float()
 
 
 def _of_all_processes(mine: Finished, failure: FixEfficientNetError | None, world: int) -> Finished:
@@ -215,18 +222,3 @@ def _predictions(
         index: ImagePrediction((label,), tuple(classes[predicted] for predicted in five), confidence, loss)
         for index, label, five, confidence, loss in zip(indices, labels, predicted, confidences, losses, strict=True)
     }
-
-
-@torch.inference_mode()
-def _logits(model: nn.Module, inputs: Tensor, size: int, precision: "Accelerator | None") -> Tensor:
-    dtype = next(model.parameters()).dtype
-    inputs = inputs.to(dtype).contiguous(memory_format=torch.channels_last)
-    with precision.autocast() if precision else contextlib.nullcontext():
-        try:
-            logits: Tensor = model(inputs)
-        except (AssertionError, RuntimeError) as error:  # timm's and torch's words for a size that does not fit
-            if "memory" in str(error).lower():
-                raise
-            reason = str(error).partition("\n")[0]
-            raise EvaluationError(f"The model fails on images of {size} pixels: {reason}") from error
-    return logits.float()
