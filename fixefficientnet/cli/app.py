@@ -166,12 +166,14 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | N
     return made
 
 
-def grid() -> Table:
-    """Labels in bold beside text."""
+def print_labelled(texts: Mapping[str, str], *, to: Console = out) -> None:
+    """Prints texts, each beside its label in bold."""
     made = Table.grid(padding=(0, 2))
     made.add_column(style="bold", no_wrap=True)
     made.add_column(overflow="fold")
-    return made
+    for label, text in texts.items():
+        made.add_row(label, escape(text))
+    to.print(made)
 
 
 def check_writable(path: Path) -> None:

@@ -3,11 +3,9 @@
 from dataclasses import asdict
 from typing import Any
 
-from rich.markup import escape
-
 from fixefficientnet._internal import environment
 from fixefficientnet._internal.environment import Environment
-from fixefficientnet.cli.app import AsJson, app, grid, out, print_json
+from fixefficientnet.cli.app import AsJson, app, print_json, print_labelled
 
 
 @app.command
@@ -21,10 +19,7 @@ def env(*, as_json: AsJson = False) -> None:
     if as_json:
         print_json(asdict(found))
         return
-    shown = grid()
-    for label, text in _lines(found).items():
-        shown.add_row(label, escape(text))
-    out.print(shown)
+    print_labelled(_lines(found))
 
 
 def _lines(found: Environment) -> dict[str, str]:

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from fixefficientnet import manifest
 from fixefficientnet._internal.console import Console
-from fixefficientnet.cli.app import Output, UsageError, app, flags, grid, made, print_table, whole_number
+from fixefficientnet.cli.app import Output, UsageError, app, flags, made, print_labelled, print_table, whole_number
 from fixefficientnet.errors import RecipeError, RunError
 from fixefficientnet.options import PublishOptions
 from fixefficientnet.reproduce import recipe as recipes
@@ -275,10 +275,7 @@ def _print_plans(plans: "list[Plan]", console: Console) -> None:
     from fixefficientnet.reproduce.plan import as_table, describe
 
     if len(plans) == 1:
-        shown = grid()
-        for label, text in describe(plans[0]).items():
-            shown.add_row(label, escape(text))
-        console.print(shown)
+        print_labelled(describe(plans[0]), to=console)
         return
     header, *rows = as_table(plans)
     print_table(header, rows, to=console)

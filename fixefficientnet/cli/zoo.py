@@ -3,10 +3,8 @@
 from dataclasses import asdict
 from typing import Any
 
-from rich.markup import escape
-
 from fixefficientnet import manifest
-from fixefficientnet.cli.app import AsJson, app, err, grid, out, print_json, print_table
+from fixefficientnet.cli.app import AsJson, app, err, out, print_json, print_labelled, print_table
 from fixefficientnet.manifest import Backbone, LocalWeights, Variant, Weights
 
 
@@ -81,10 +79,7 @@ def info(name: str, /, *, as_json: AsJson = False) -> None:
             )
     if variant.note:
         lines["note"] = variant.note
-    shown = grid()
-    for key, value in lines.items():
-        shown.add_row(key, escape(value))
-    out.print(shown)
+    print_labelled(lines)
 
 
 def _pinned(backbone: Backbone) -> str:

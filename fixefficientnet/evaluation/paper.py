@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fixefficientnet import manifest
-from fixefficientnet.manifest import Accuracy, Variant
+from fixefficientnet.manifest import Accuracy, PaperRow
 
 NOISE = 0.1
 """Accuracy points between runs of the same training (the note, section 3.4)."""
@@ -62,22 +62,14 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     Differences are measured less paper, in points; None where the sizes differ.
     """
     found = []
-    for variant in sorted(_of_paper(), key=lambda variant: _paper(variant)[0]):
-        table, base, fix = _paper(variant)
-        row = {
-            "table": table,
-            "variant": variant.key,
-            "parameters": variant.parameters,
-            "train_size": variant.train_size,
-            "base_size": base.test_size,
-            "base_top1": base.top1,
-            "base_top5": base.top5,
-            "fix_size": fix.test_size,
-            "fix_top1": fix.top1,
-            "fix_top5": fix.top5,
-        }
-        own = [result for result in results if result.variant == variant.key and _fits(result, variant)]
-        found += [row | _beside(result, base, fix) for result in own] or [row | _NOTHING]
+    of_paper = [(variant, variant.paper) for variant in manifest.load().values() if variant.paper]
+    for variant, paper in sorted(of_paper, key=lambda pair: pair[1].table):
+        row: dict[str, Any] = {"table": paper.table, "variant": variant.key}
+        row |= {"parameters": variant.parameters, "train_size": variant.train_size}
+        for what, said in (("base", paper.base), ("fix", paper.fix)):
+            row |= {f"{what}_size": said.test_size, f"{what}_top1": said.top1, f"{what}_top5": said.top5}
+        own = [result for result in results if result.variant == variant.key and _fits(result)]
+        found += [row | _beside(result, paper) for result in own] or [row | _NOTHING]
     return found
 
 
@@ -88,11 +80,11 @@ _NOTHING: dict[str, Any] = {
 } | {"source": None}
 
 
-def _beside(result: Result, base: Accuracy, fix: Accuracy) -> dict[str, Any]:
+def _beside(result: Result, paper: PaperRow) -> dict[str, Any]:
     beside = dict(_NOTHING, source=result.source)
-    for what, paper, measured in (("base", base, result.base), ("fix", fix, result.fix)):
-        if measured is not None and measured.test_size == paper.test_size:
-            difference = measured.top1 - paper.top1
+    for what, said, measured in (("base", paper.base, result.base), ("fix", paper.fix, result.fix)):
+        if measured is not None and measured.test_size == said.test_size:
+            difference = measured.top1 - said.top1
             beside |= {f"{what}_measured_top1": measured.top1, f"{what}_measured_top5": measured.top5}
             beside |= {f"{what}_difference": difference, f"{what}_within_noise": within_noise(difference)}
     return beside
@@ -100,25 +92,15 @@ def _beside(result: Result, base: Accuracy, fix: Accuracy) -> dict[str, Any]:
 
 def elsewhere(results: Iterable[Result]) -> list[Result]:
     """Results that cannot stand beside the paper's: of other images or sizes, or of a model that is not in it."""
-    of_paper = {variant.key: variant for variant in _of_paper()}
-    return [
-        result for result in results if result.variant not in of_paper or not _fits(result, of_paper[result.variant])
-    ]
+    return [result for result in results if not _fits(result)]
 
 
-def _fits(result: Result, variant: Variant) -> bool:
-    _, base, fix = _paper(variant)
-    sizes = result.fix.test_size == fix.test_size or (result.base and result.base.test_size == base.test_size)
-    return result.comparable and bool(sizes)
-
-
-def _of_paper() -> list[Variant]:
-    return [variant for variant in manifest.load().values() if variant.paper]
-
-
-def _paper(variant: Variant) -> tuple[int, Accuracy, Accuracy]:
-    assert variant.paper
-    return variant.paper.table, variant.paper.base, variant.paper.fix
+def _fits(result: Result) -> bool:
+    variant = manifest.load().get(result.variant)
+    if variant is None or variant.paper is None or not result.comparable:
+        return False
+    base, fix = variant.paper.base, variant.paper.fix
+    return result.fix.test_size == fix.test_size or bool(result.base and result.base.test_size == base.test_size)
 
 
 TITLES = {1: "Table 1: with extra data (Noisy Student)", 2: "Table 2: without extra data (AdvProp)"}
@@ -130,17 +112,15 @@ def cells(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
     lines = []
     paper = {what: f"{row[f'{what}_top1']:.1f}/{row[f'{what}_top5']:.1f}" for what in ("base", "fix")}
     for what in ("fix", "base"):
-        if row[f"{what}_measured_top1"] is None:
-            if what == "base":
-                continue
-            beside: tuple[str, ...] = ("-", "-", "-", "-")
-        else:
+        beside: tuple[str, ...] = ("-", "-", "-", "-")
+        if row[f"{what}_measured_top1"] is not None:
             measured = f"{row[f'{what}_measured_top1']:.2f}/{row[f'{what}_measured_top5']:.2f}"
             noise = "within" if row[f"{what}_within_noise"] else "outside"
             beside = (measured, str(row[f"{what}_size"]), f"{row[f'{what}_difference']:+.2f}", noise)
-        lines.append(
-            (row["variant"], paper["base"], str(row["base_size"]), paper["fix"], str(row["fix_size"]), *beside)
-        )
+        elif what == "base":
+            continue
+        said = (paper["base"], str(row["base_size"]), paper["fix"], str(row["fix_size"]))
+        lines.append((row["variant"], *said, *beside))
     return lines
 
 

@@ -19,14 +19,13 @@ import timm
 import yaml  # type: ignore[import-untyped]
 from conftest import lively
 from PIL import Image
-from rich.markup import escape
 
 from campaign.damaged import finished_report
 from campaign.trial import Attempt, Finding, Outcome, Trial, outcome_of
 from fixefficientnet import hub, manifest, models
 from fixefficientnet._internal import environment, files
 from fixefficientnet._internal.console import Console
-from fixefficientnet.cli.app import grid, print_table
+from fixefficientnet.cli.app import print_labelled, print_table
 from fixefficientnet.data.dataset import ImageDataset, open_dataset
 from fixefficientnet.errors import DownloadError, FixEfficientNetError, redacted
 from fixefficientnet.evaluation import figures, journal, page, tables
@@ -296,10 +295,8 @@ def _terminal(shared: Path) -> Iterator[Attempt]:
         def say() -> str:
             log.say(name)
             print_table(["model", "top-1"], [[name, "1.0"], [name + "b", "2.0"]], title=None, to=console)
-            labelled = grid()
-            labelled.add_row("label", escape(name))
-            console.print(labelled)
-            console.print(escape(name), soft_wrap=True)
+            print_labelled({"label": name}, to=console)
+            console.say(name)
             return stream.getvalue()
 
         return outcome_of(say, lambda said: not _FORBIDDEN.search(str(said)))
