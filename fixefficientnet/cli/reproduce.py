@@ -10,8 +10,7 @@ from cyclopts import Parameter
 from rich.markup import escape
 
 from fixefficientnet import manifest
-from fixefficientnet._internal.console import Console
-from fixefficientnet.cli.app import Output, UsageError, app, flags, made, print_labelled, print_table, whole_number
+from fixefficientnet.cli.app import Output, UsageError, app, flags, made, out, print_labelled, print_table, whole_number
 from fixefficientnet.errors import RecipeError, RunError
 from fixefficientnet.options import PublishOptions
 from fixefficientnet.reproduce import recipe as recipes
@@ -162,24 +161,19 @@ def reproduce(
         raise UsageError("--no-pretrained and --checkpoint exclude each other.")
     if len(subjects) > 1 and (place.experiment or start.checkpoint):
         raise UsageError("--experiment and --checkpoint go with one network only.")
-    if estimate.plan:
-        if publishing.publish:
-            raise UsageError("--plan runs nothing: --publish does not go with it.")
-        _, chosen = _with_weights(chosen, start)
-        _plan(subjects, chosen, data, made(Options, options), estimate)
-        return
-    if data is None:
+    if estimate.plan and publishing.publish:
+        raise UsageError("--plan runs nothing: --publish does not go with it.")
+    if data is None and not estimate.plan:
         raise UsageError("--data is missing: a folder with train/ and val/ in it, or hfds/NAME, torch/NAME, wds/NAME.")
-    _run_all(subjects, chosen, start, data, place, publishing, made(Options, options))
-
-
-def _with_weights(chosen: dict[str, Any], start: Start) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint to start from, and the choices with what it decides."""
     from fixefficientnet.models import checkpoint_of
     from fixefficientnet.reproduce.run import with_weights
 
     checkpoint = start.checkpoint and checkpoint_of(start.checkpoint.expanduser())
-    return checkpoint, with_weights(chosen, checkpoint, pretrained=not start.no_pretrained)
+    chosen = with_weights(chosen, checkpoint, pretrained=not start.no_pretrained)
+    if estimate.plan or data is None:
+        _plan(subjects, chosen, data, made(Options, options), estimate)
+    else:
+        _run_all(subjects, chosen, checkpoint, data, place, publishing, made(Options, options))
 
 
 def _need_extra() -> None:
@@ -195,7 +189,7 @@ def _need_extra() -> None:
 def _run_all(
     subjects: "list[Subject]",
     chosen: dict[str, Any],
-    start: Start,
+    checkpoint: Path | None,
     data: Data,
     place: Place,
     publishing: Publishing,
@@ -205,11 +199,10 @@ def _run_all(
     from fixefficientnet.publishing.series import Series
     from fixefficientnet.reproduce.run import Job
 
-    checkpoint, chosen = _with_weights(chosen, start)
     if chosen.get("stage") != "base" and chosen.get("mixed_precision") is None:
         chosen["mixed_precision"] = processes.usual_precision(place.device)
     resolved = [recipes.resolve(subject, chosen) for subject in subjects]
-    if start.no_pretrained and resolved[0].stage != "base":
+    if chosen["weights"] == "random" and resolved[0].stage != "base":
         raise RecipeError("FixRes tunes a trained network: --no-pretrained goes with --stage base only.")
     repository = publishing.repository(resolved)
     accelerator = processes.accelerator(place.device, resolved[0].mixed_precision)
@@ -238,9 +231,8 @@ def _plan(
         resolved = [recipes.resolve(subject, chosen | more) for subject in subjects]
         return plan.plan_runs(resolved, data, asked.devices, options.val_interval)
 
-    console = Console(highlight=False)
     if asked.gpu is None:
-        _print_plans(plans(), console)
+        _print_plans(plans())
         return
     if chosen.get("stage") != "base" and chosen.get("mixed_precision") is None:
         chosen = chosen | {"mixed_precision": "bf16"}  # as a run on these chooses by itself
@@ -255,14 +247,14 @@ def _plan(
     if not by_method:
         raise next(iter(refused.values()))
     for method, why in refused.items():
-        console.print(escape(f"Not {method}: {why}"))
+        out.print(escape(f"Not {method}: {why}"))
     first = next(iter(by_method.values()))[0]
     if len(subjects) == 1:
-        _print_plans([first.plan], console)
+        _print_plans([first.plan])
     header, *rows = estimate.as_table(by_method)
-    print_table(header, rows, to=console)
+    print_table(header, rows)
     train, validation = first.plan.images
-    console.print(
+    out.print(
         f"Estimated, not measured: device-hours of one {first.gpu.title}, with {workers or 'no'} loading processes on "
         f"{workers or 1} core{'s' * (workers > 1)}, for {train:,} images to train on and {validation:,} to measure on. "
         "computed/s: images that the GPU computes forward at that size; loaded/s: that the cores bring; the hours say "
@@ -271,16 +263,16 @@ def _plan(
     )
 
 
-def _print_plans(plans: "list[Plan]", console: Console) -> None:
+def _print_plans(plans: "list[Plan]") -> None:
     from fixefficientnet.reproduce.plan import as_table, describe
 
     if len(plans) == 1:
-        print_labelled(describe(plans[0]), to=console)
+        print_labelled(describe(plans[0]))
         return
     header, *rows = as_table(plans)
-    print_table(header, rows, to=console)
+    print_table(header, rows)
     train, validation = plans[0].images
-    console.print(
+    out.print(
         f"For {train:,} images to train on, {validation:,} to measure on. trained: values that change. GMACs: billions "
         "of multiply-adds per image. memory: tensors per device. EMACs: 10^18 multiply-adds in all. Hours: --gpu."
     )
