@@ -50,12 +50,9 @@ _OBJECTS_BETWEEN_COLLECTIONS = 100_000
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line, and ends the process.
+    """Runs the command line, by default with the arguments of the process, and ends the process.
 
     An error of this package becomes one message and the status 1, wrong arguments the status 2, a signal its own.
-
-    Args:
-        arguments: The command and its arguments; None: those of the process.
     """
     show_what_can_be_shown()
     sys.excepthook = _without_secrets

@@ -65,13 +65,8 @@ def flags(
 ) -> Any:
     """A dataclass of flags: those of the fields of another one, with its types, defaults and docstring.
 
-    The library's dataclasses need no cyclopts so, and whole numbers are read as such.
-
-    Args:
-        cls: The dataclass.
-        short: Short names, by field.
-        leave_out: Fields that are no flags.
-        optional: Whether each flag may be left out, which is None then.
+    The library's dataclasses need no cyclopts so, and whole numbers are read as such. Some fields have short names,
+    and some are left out. If the flags are optional, one that is not given is None.
     """
     hints, made = get_type_hints(cls, include_extras=True), []
     for one in fields(cls):
@@ -129,12 +124,6 @@ def print_table(
     """Prints a table: the first column is text, the others are figures and keep to one line.
 
     A text that is too long for the console loses its beginning, which of a path tells least, and stands whole below.
-
-    Args:
-        columns: The columns' titles.
-        rows: The cells of each row.
-        title: Title of the table.
-        to: The console.
     """
     cells = [[inert(cell) for cell in row] for row in rows]
     names = dict.fromkeys(row[0] for row in cells)

@@ -82,7 +82,7 @@ def predict(
     if output:
         check_writable(output)
     name = model if pretrained is None else f"{manifest.find(model).key}:{pretrained}"
-    given = _Given.of(images)
+    given = _Given(images)
     if not given.sources and not as_json:  # no need for a model
         given.end()
     from fixefficientnet.models import load
@@ -134,7 +134,7 @@ def embed(
     if output.suffix.lower() != ".npz":
         raise UsageError(f"--output {output}: the file's name ends in .npz.")
     check_writable(output)
-    given = _Given.of(images)
+    given = _Given(images)
     if not given.sources:
         given.end()
     import numpy as np
@@ -154,20 +154,13 @@ def embed(
 class _Given:
     """The images that the arguments mean, and what could not be used of them."""
 
-    def __init__(self) -> None:
-        self.sources: list[ImageSource] = []
-        self.failed: list[dict[str, str]] = []
-        self.missing = 0
-        """How many failed that are none of the sources."""
-
-    @classmethod
-    def of(cls, images: Sequence[str]) -> "_Given":
+    def __init__(self, images: Sequence[str]):
         if not images:
             raise UsageError("Name an image, a folder, or - for stdin.")
-        given = cls()
-        given.sources = list(_images(images, given.on_error))
-        given.missing = len(given.failed)
-        return given
+        self.failed: list[dict[str, str]] = []
+        self.sources = list(_images(images, self.on_error))
+        self.missing = len(self.failed)
+        """How many failed that are none of the sources."""
 
     @property
     def usable(self) -> int:

@@ -18,11 +18,7 @@ _QUARTILES = {"q25": 0.25, "median": 0.5, "q75": 0.75}
 
 
 class PooledActivations:
-    """Watches what comes into a model's classifier, while used as a context.
-
-    Args:
-        model: Any with a classifier that `delta.find_classifier` finds.
-    """
+    """Watches what comes into a model's classifier, which `delta.find_classifier` finds, while used as a context."""
 
     def __init__(self, model: nn.Module):
         self._classifier = model.get_submodule(delta.find_classifier(model))

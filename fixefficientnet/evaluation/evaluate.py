@@ -273,7 +273,7 @@ def conditions(every: Sequence[Measured]) -> list[str]:
     models: dict[str, list[str]] = {}
     policies = {one.dataset.upright for one in every}
     for one in every:
-        line = _described(one) + (f"; {more}" if (more := _restriction(one)) else "")
+        line = _described(one)
         if len(policies) > 1:
             line += "; turned upright" if one.dataset.upright else "; EXIF orientation ignored"
         names = models.setdefault(line, [])
@@ -282,8 +282,9 @@ def conditions(every: Sequence[Measured]) -> list[str]:
 
 
 def _described(one: Measured) -> str:
-    found, test, settings = one.evaluation, one.loaded.test, one.settings
-    counted = ((len(found.unreadable) or None, "more could not be read"), (one.dataset.excluded, "excluded"))
+    """What an output must say of how the figures were taken."""
+    found, test, settings, dataset = one.evaluation, one.loaded.test, one.settings, one.dataset
+    counted = ((len(found.unreadable) or None, "more could not be read"), (dataset.excluded, "excluded"))
     left_out = "; ".join(f"{count:,} {what}" for count, what in counted if count is not None)
     left_out = f" ({left_out})" if left_out else ""
     crop = f"crop_pct {test.crop_pct:g}" + (f", {one.loaded.crop_mode}" if one.loaded.crop_mode != "center" else "")
@@ -293,17 +294,12 @@ def _described(one: Measured) -> str:
         (f"{settings.preprocessing} preprocessing", "exact preprocessing"),
     )
     how = "".join(f", {word}" for word, usual in words if word != usual)
-    return f"{found.images:,} images of {one.dataset.name}{left_out}; {crop}, {test.interpolation}{how}"
-
-
-def _restriction(measured: Measured) -> str:
-    """What an output must say of how the figures were taken; empty: nothing."""
-    said = []
-    if measured.subset:
-        said.append(f"logits restricted to the {len(measured.subset.classes)} classes of the dataset")
-    if measured.settings.real_labels:
-        without = len(measured.dataset) - measured.evaluation.images - len(measured.evaluation.unreadable)
+    said = [f"{found.images:,} images of {dataset.name}{left_out}", f"{crop}, {test.interpolation}{how}"]
+    if one.subset:
+        said.append(f"logits restricted to the {len(one.subset.classes)} classes of the dataset")
+    if settings.real_labels:
+        without = len(dataset) - found.images - len(found.unreadable)
         said.append(f"ReaL labels (images without any, which do not count: {without:,})")
-    if measured.dataset.numbering:
-        said.append(measured.dataset.numbering)
+    if dataset.numbering:
+        said.append(dataset.numbering)
     return "; ".join(said)

@@ -80,12 +80,7 @@ class Finished:
 
 
 class Journal:
-    """The files of one evaluation.
-
-    Args:
-        path: Without the ending: `path.0.jsonl` is the first process's.
-        rank: Number of this process.
-    """
+    """The files of one evaluation, by their path without the ending: `path.0.jsonl` is the first process's."""
 
     def __init__(self, path: Path, rank: int = 0):
         self.path, self._rank = path, rank

@@ -138,18 +138,9 @@ class Evaluation:
 
     def summary(self) -> Summary:
         """The figures alone."""
-        return Summary(
-            self.size,
-            self.crop_pct,
-            self.images,
-            len(self.unreadable),
-            len(self.unturned),
-            self.top1,
-            *self.interval,
-            self.top5,
-            *self.interval5,
-            self.loss,
-        )
+        counts = self.images, len(self.unreadable), len(self.unturned)
+        best = self.top1, *self.interval, self.top5, *self.interval5
+        return Summary(self.size, self.crop_pct, *counts, *best, self.loss)
 
     def relabelled(self, labels: Sequence[Sequence[int]]) -> "Evaluation":
         """The same predictions held against other labels; the loss stays that of the original ones.

@@ -32,11 +32,7 @@ class ImagePrediction(NamedTuple):
 
 
 class Predictions(Sequence[ImagePrediction | None]):
-    """Per image of a dataset its prediction, or None where it was not evaluated; 40 bytes each.
-
-    Args:
-        predictions: The first ones; `put` brings more.
-    """
+    """Per image of a dataset its prediction, or None where it was not evaluated; 40 bytes each. `put` brings more."""
 
     def __init__(self, predictions: Iterable[ImagePrediction | None] = ()):
         self._rows = np.empty(0, _ROW)  # more than there are images, so that few batches make it grow

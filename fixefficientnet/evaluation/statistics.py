@@ -90,11 +90,7 @@ class Comparison:
 
 
 def compare(first: str, second: str) -> Comparison:
-    """Compares two evaluations of the same images.
-
-    Args:
-        first: `Evaluation.correct` of the first.
-        second: Of the second. Images that one of them did not evaluate do not count.
+    """Compares `Evaluation.correct` of two evaluations; images that one of them did not evaluate do not count.
 
     Raises:
         DataError: They are not of the same number of images, or have none in common.
