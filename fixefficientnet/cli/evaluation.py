@@ -93,7 +93,7 @@ class Form:
         from fixefficientnet.evaluation import page, tables
 
         if self.per_class:
-            write_file(self.per_class, tables.as_csv(tables.per_class_rows(every)))
+            write_file(self.per_class, tables.csv_lines(tables.per_class_rows(every)))
         if self.predictions:
             form = tables.csv_lines if self.predictions.suffix.lower() == ".csv" else tables.json_lines
             write_file(self.predictions, form(tables.prediction_rows(every)))
@@ -101,7 +101,7 @@ class Form:
             write_file(self.html, page.render(page.of_evaluations(every, compared)))
         if self.results_file:
             best_first = sorted(every, key=lambda one: -one.evaluation.top1)
-            write_file(self.results_file, tables.as_csv([tables.timm_row(one) for one in best_first]))
+            write_file(self.results_file, tables.csv_lines(map(tables.timm_row, best_first)))
         for path in self._files:
             err.say(f"written: {path}")
         rows = [tables.row(one) for one in every]

@@ -5,10 +5,9 @@ more positions: they become less sparse and less spread, and the classifier has 
 section 3.2 and figure 3).
 """
 
-from types import TracebackType
-
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fixefficientnet import delta
 
@@ -18,21 +17,18 @@ _QUARTILES = {"q25": 0.25, "median": 0.5, "q75": 0.75}
 
 
 class PooledActivations:
-    """Watches what comes into a model's classifier, which `delta.find_classifier` finds, while used as a context."""
+    """What comes into a model's classifier, which `delta.find_classifier` finds."""
 
     def __init__(self, model: nn.Module):
         self._classifier = model.get_submodule(delta.find_classifier(model))
         self._sums: Tensor | None = None  # float64 [3, channels]: values, squares, near zero
         self._images = 0
 
-    def __enter__(self) -> "PooledActivations":
-        self._hook = self._classifier.register_forward_pre_hook(self._watch)
-        return self
+    def watched(self) -> RemovableHandle:
+        """A context in which forward passes count."""
+        return self._classifier.register_forward_pre_hook(self._count)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._hook.remove()
-
-    def _watch(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def _count(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         pooled = inputs[0].detach().flatten(1).to("cpu", torch.float64)
         sums = torch.stack([pooled.sum(0), pooled.square().sum(0), (pooled.abs() < NEAR_ZERO).double().sum(0)])
         self._sums = sums if self._sums is None else self._sums + sums

@@ -166,7 +166,8 @@ def evaluate_model(
             loop.warm_up()
         observer = None
         if settings.activations and activations is None:
-            observer = stack.enter_context(PooledActivations(network))
+            observer = PooledActivations(network)
+            stack.enter_context(observer.watched())
         found = loop.run()
     if observer:
         activations = observer.summary()

@@ -86,7 +86,7 @@ class EvaluationLoop:
             self._evaluate(self._tasks(done), now)
         except FixEfficientNetError as error:
             failure = error
-        now = _of_all_processes(now, failure, self.accelerator.num_processes)
+        now = _of_all_processes(now, failure)
         now.seconds += done.seconds
         now.add(done)
         total = len(self.dataset)
@@ -166,12 +166,8 @@ class EvaluationLoop:
         return logits.float()
 
 
-def _of_all_processes(mine: Finished, failure: FixEfficientNetError | None, world: int) -> Finished:
+def _of_all_processes(mine: Finished, failure: FixEfficientNetError | None) -> Finished:
     """What all processes found together; where one failed, all fail, and one says why."""
-    if world == 1:
-        if failure:
-            raise failure
-        return mine
     from accelerate.utils import gather_object
 
     kind = type(failure) if failure else None
@@ -181,7 +177,7 @@ def _of_all_processes(mine: Finished, failure: FixEfficientNetError | None, worl
         first, reason = failures[0]
         error = first(reason)  # the same in all of them: whoever catches it does so in all
         error.said_elsewhere = (kind, str(failure)) != failures[0]  # type: ignore[attr-defined]
-        raise error
+        raise error from failure
     together = Finished()
     for part, *_ in parts:
         together.add(part)
