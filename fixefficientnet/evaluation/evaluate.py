@@ -16,13 +16,7 @@ from torch import nn
 from fixefficientnet._internal import processes
 from fixefficientnet._internal.progress import Bar
 from fixefficientnet._internal.threads import BATCH_SIZE, default_threads
-from fixefficientnet.classes import (
-    IMAGENET,
-    SUBSET,
-    Subset,
-    real_labels,
-    turned_upright,
-)
+from fixefficientnet.classes import IMAGENET, SUBSET, Subset, real_labels, turned_upright
 from fixefficientnet.data.dataset import VALIDATION, ImageDataset, follow, open_dataset
 from fixefficientnet.errors import EvaluationError
 from fixefficientnet.evaluation.activations import PooledActivations
@@ -42,15 +36,10 @@ _ACTIVATIONS = "pooled_activations"
 
 @dataclass(frozen=True)
 class Measured:
-    """A model, what it was evaluated on and how, and the evaluation.
+    """A model, the dataset (in the model's numbering) that it was evaluated on and how, and what that gave.
 
-    Attributes:
-        loaded: The model.
-        dataset: The dataset, in the model's numbering.
-        settings: How it was evaluated.
-        subset: Classes that the logits were restricted to; None: all.
-        evaluation: The predictions and figures.
-        activations: Figures of the pooled activations, if these were observed.
+    The subset is of the classes that the logits were restricted to; None: all. There are figures of the pooled
+    activations if these were observed.
     """
 
     loaded: LoadedModel

@@ -41,14 +41,9 @@ class FinishedBatch:
 
 @dataclass
 class Finished:
-    """All images that are done.
+    """All images that are done: what their batches have, and values that belong to the whole evaluation.
 
-    Attributes:
-        predictions: Predictions per image, so far.
-        unreadable: Reasons by image index.
-        unturned: Indices of the images that have an EXIF orientation and were not turned.
-        seconds: Time that the batches took; of several processes, that of the slowest.
-        notes: Values that belong to the whole evaluation; of each key, the latest.
+    The seconds are those of all batches; of several processes, of the slowest.
     """
 
     predictions: Predictions = field(default_factory=Predictions)

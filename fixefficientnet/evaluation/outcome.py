@@ -162,7 +162,7 @@ class Evaluation:
         Raises:
             EvaluationError: Images have more than one label each.
         """
-        if not self.predictions.have_one_label_each:
+        if self.predictions.several:
             raise EvaluationError("A table per class needs one label per image, which ReaL labels are not.")
         rows = self._evaluated
         pairs, counts = np.unique(np.stack([rows["label"], rows["top5"][:, 0]]), axis=1, return_counts=True)

@@ -159,7 +159,7 @@ def _detail(row: Row, most: int) -> dict[str, Any]:
     wrong = [index for index, digit in enumerate(found.correct) if digit == "0"]
     shown = {"name": row.name, "wrong": len(wrong), "images": _most_confident(row, wrong, most)}
     shown |= {"classes": [], "confusion": None, "pairs": [], "worst": WORST}
-    if not found.predictions.have_one_label_each:
+    if found.predictions.several:
         return shown
     classes = sorted(found.per_class(), key=lambda one: (one["top1"], -one["images"], one["class"]))
     for one in classes:

@@ -38,7 +38,7 @@ class Predictions(Sequence[ImagePrediction | None]):
         self._rows = np.empty(0, _ROW)  # more than there are images, so that few batches make it grow
         self._images = 0
         self.several: dict[int, tuple[int, ...]] = {}
-        """The labels of the few images that have several, by image index."""
+        """The labels of the few images that have several, as ReaL labels may be, by image index."""
         given = [*predictions]
         self.extend_to(len(given))
         self.put({index: prediction for index, prediction in enumerate(given) if prediction is not None})
@@ -99,11 +99,6 @@ class Predictions(Sequence[ImagePrediction | None]):
         """The classes that are labels of evaluated images."""
         firsts = np.unique(self.rows["label"][self.evaluated]).tolist()
         return {*firsts, *chain.from_iterable(self.several.values())}
-
-    @property
-    def have_one_label_each(self) -> bool:
-        """Whether each image that was evaluated has one label, which ReaL labels need not be."""
-        return not self.several
 
     def correct(self, best: int) -> npt.NDArray[np.bool_]:
         """Per image, whether a label is among this many of the top-5 predictions."""

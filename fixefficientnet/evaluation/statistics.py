@@ -21,14 +21,7 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two models on the same images.
-
-    Attributes:
-        both: Number of images that both models classify correctly.
-        only_first: Number of images that the first alone classifies correctly.
-        only_second: Number of images that the second alone classifies correctly.
-        neither: Number of images that none of them classifies correctly.
-    """
+    """Two models on the same images: how many of these both, the first alone, … classify correctly."""
 
     both: int
     only_first: int
