@@ -1,5 +1,6 @@
 """`convert`, `merge`, `export`, `publish`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -228,7 +229,10 @@ def _show_deltas(done: "PublishResult", repo: str) -> None:
         out.say(f"{done.unreachable}\nShown as if {repo} had nothing yet.")
     out.say(f"{done.where}, {done.message}")
     if not done.written:
-        _show_dry_run(done)
+        card = done.files.get("README.md", b"").decode()
+        _show_files({name: len(data) for name, data in done.files.items()}, card)
+        out.say(f"{done.manifest_file}, but for the commit:")
+        print_text(done.manifest, end="")
         return
     for key, revision in done.revisions.items():
         out.say(f"  {key} at {revision}")
@@ -248,21 +252,15 @@ def _show_model(done: "WholeResult") -> None:
     at = f" at {done.revision}" if done.revision else ""
     where = f"{done.folder} ({done.repository})" if done.folder else done.repository
     out.say(f"{where}{at}{'' if done.files else ': all was there already'}")
-    for name, size in done.files.items():
+    _show_files(done.files, "" if done.written else done.card)
+    if done.written:
+        place = f"local-dir:{done.folder}" if done.folder else f"hf-hub:{done.repository}"
+        out.say(f"timm.create_model({place!r}, pretrained=True) loads it.")
+
+
+def _show_files(files: Mapping[str, int], card: str) -> None:
+    for name, size in files.items():
         out.say(f"  {name}  {size:,} bytes")
-    if not done.written:
+    if card:
         out.say("\nREADME.md:")
-        print_text(done.card)
-        return
-    place = f"local-dir:{done.folder}" if done.folder else f"hf-hub:{done.repository}"
-    out.say(f"timm.create_model({place!r}, pretrained=True) loads it.")
-
-
-def _show_dry_run(done: "PublishResult") -> None:
-    for name, data in done.files.items():
-        out.say(f"  {name}  {len(data):,} bytes")
-    if card := done.files.get("README.md"):
-        out.say("\nREADME.md:")
-        print_text(card.decode())
-    out.say(f"{done.manifest_file}, but for the commit:")
-    print_text(done.manifest, end="")
+        print_text(card)

@@ -21,7 +21,7 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two models on the same images: how many of these both, the first alone, … classify correctly."""
+    """Two models on the same images: how many of them both, either alone and neither classify correctly."""
 
     both: int
     only_first: int
