@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,23 +90,12 @@ def evaluate(model: str | os.PathLike[str] | nn.Module, data: str | os.PathLike[
 
 def dataset_for(loaded: LoadedModel, settings: Settings) -> ImageDataset:
     """The dataset, its classes numbered as the model's, its images upright or not as for the model."""
-    own = loaded.own_classes
-
-    def opened(split: str | None, exclude: tuple[str, ...]) -> ImageDataset:
-        return open_dataset(
-            settings.data,
-            split,
-            root=settings.data_root,
-            num_classes=None if own else loaded.num_classes,
-            numbered=not own,
-            labels=settings.labels,
-            exclude=exclude,
-        )
-
-    split = settings.split
-    if loaded.part_of and split is None and not settings.labels and opened(None, ()).fingerprint() == loaded.part_of:
+    own, split = loaded.own_classes, settings.split
+    opened = partial(open_dataset, settings.data, root=settings.data_root, labels=settings.labels)
+    opened = partial(opened, num_classes=None if own else loaded.num_classes, numbered=not own)
+    if loaded.part_of and split is None and not settings.labels and opened(None).fingerprint() == loaded.part_of:
         split = VALIDATION  # the rest trained the model
-    dataset = opened(split, settings.exclude)
+    dataset = opened(split, exclude=settings.exclude)
     upright = loaded.upright if settings.upright is None else settings.upright
     dataset = replace(dataset, upright=turned_upright(loaded.num_classes) if upright is None else upright)
     return follow(dataset, own, loaded.name)

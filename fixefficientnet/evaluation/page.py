@@ -35,14 +35,7 @@ LISTED = 50
 
 @dataclass(frozen=True)
 class Row:
-    """An evaluation, as a page tells of it.
-
-    Attributes:
-        name: What it is called.
-        evaluation: The evaluation.
-        dataset: The dataset that it is of.
-        line: Its line in the figure of accuracy against size, which joins those of the same.
-    """
+    """An evaluation, as a page tells of it; in the figure of accuracy against size a line joins those of the same."""
 
     name: str
     evaluation: Evaluation

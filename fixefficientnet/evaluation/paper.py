@@ -24,15 +24,10 @@ def within_noise(difference: float) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What somebody measured for a variant, in per cent.
+    """What somebody measured for a variant, in per cent; the source is a run's folder, or "published".
 
-    Attributes:
-        variant: Key of the variant.
-        source: Folder of the run, or "published".
-        images: Number of images.
-        comparable: Whether it was measured on what the paper's figures are of.
-        base: Accuracy of the untuned model at its train size; None where that is not known.
-        fix: Accuracy of the tuned model.
+    It is comparable if it was measured on what the paper's figures are of. The accuracy of the untuned model, at its
+    train size, is None where that is not known.
     """
 
     variant: str

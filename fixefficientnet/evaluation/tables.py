@@ -4,7 +4,7 @@ import contextlib
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -57,10 +57,9 @@ def timm_row(measured: Measured) -> dict[str, Any]:
     }
 
 
-def per_class_rows(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+def per_class_rows(measured: Iterable[Measured]) -> Iterator[dict[str, Any]]:
     """One row per model and class, the classes by name."""
     described = ImageNetInfo("imagenet-1k").label_name_to_description
-    rows = []
     for one in measured:
         names = one.dataset.classes
         known = set(imagenet_order()) & set(names)
@@ -69,8 +68,7 @@ def per_class_rows(measured: Sequence[Measured]) -> list[dict[str, Any]]:
             who = {"model": one.loaded.name, "class": index, "name": names[index] if names else ""}
             who["description"] = described(names[index]) if names and names[index] in known else ""
             line["taken_for"] = "" if taken_for is None else names[taken_for] if names else taken_for
-            rows.append(who | line)
-    return rows
+            yield who | line
 
 
 def prediction_rows(measured: Iterable[Measured]) -> Iterator[dict[str, Any]]:
