@@ -175,9 +175,10 @@ def _of_all_processes(mine: Finished, failure: FixEfficientNetError | None) -> F
     failures = [(kind, reason) for _, kind, reason in parts if kind]
     if failures:
         first, reason = failures[0]
-        error = first(reason)  # the same in all of them: whoever catches it does so in all
-        error.said_elsewhere = (kind, str(failure)) != failures[0]  # type: ignore[attr-defined]
-        raise error from failure
+        # the same in all of them: whoever catches it does so in all
+        error = failure if failure and (kind, str(failure)) == failures[0] else first(reason)
+        error.said_elsewhere = error is not failure  # type: ignore[attr-defined]
+        raise error
     together = Finished()
     for part, *_ in parts:
         together.add(part)

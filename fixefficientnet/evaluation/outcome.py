@@ -175,16 +175,20 @@ class Evaluation:
             EvaluationError: Images have more than one label each.
         """
         confusion = self.confusion()
-        predicted = Counter(self._evaluated["top5"][:, 0].tolist())
+        from torchmetrics.functional.classification import multiclass_stat_scores
+
+        labels, predicted = self._evaluated["label"], self._evaluated["top5"][:, 0]
+        classes = np.union1d(labels, predicted)
+        found, truth = (torch.from_numpy(np.searchsorted(classes, each)) for each in (predicted, labels))
+        scores = multiclass_stat_scores(found, truth, num_classes=max(2, len(classes)), average=None).tolist()
         top5 = Counter(self.predictions.rows["label"][self.predictions.correct(5)].tolist())
         rows = []
         for label, pairs in itertools.groupby(confusion.items(), key=lambda item: item[0][0]):
-            counts = {first: count for (_, first), count in pairs}
-            images, correct = sum(counts.values()), counts.pop(label, 0)
-            taken_for, times = max(counts.items(), key=lambda item: item[1], default=(None, 0))
+            correct, false, _, _, images = scores[int(np.searchsorted(classes, label))]
+            wrong = {first: times for (_, first), times in pairs if first != label}
+            taken_for, times = max(wrong.items(), key=lambda item: item[1], default=(None, 0))
             low, high = wilson(correct, images)
             row = {"class": label, "images": images, "top1": 100 * correct / images, "top1_low": low}
-            row |= {"top1_high": high, "top5": 100 * top5[label] / images}
-            row |= {"false_positives": predicted[label] - correct, "taken_for": taken_for, "times": times}
-            rows.append(row)
+            row |= {"top1_high": high, "top5": 100 * top5[label] / images, "false_positives": false}
+            rows.append(row | {"taken_for": taken_for, "times": times})
         return rows
