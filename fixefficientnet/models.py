@@ -519,9 +519,9 @@ def _described_by_timm(name: str, model: nn.Module) -> LoadedModel:
 def from_checkpoint(architecture: str, path: Path, size: int | None = None) -> nn.Module:
     """Builds a timm network with as many classes as a checkpoint of it has, in eval mode.
 
-    With a tag in the architecture's name, the model's preprocessing is the tag's. A training script may have saved the
-    checkpoint (see `checkpoint_file.read_trained`). Its size, in pixels, is asked for where the network takes images of
-    one size only; None: the usual one.
+    With a tag in the architecture's name, the model's preprocessing is the tag's. The checkpoint is as a training
+    script saved it (see `checkpoint_file.read_trained`). `size`, in pixels, is what it is for, where the network takes
+    images of one size only; None: the usual one.
 
     Raises:
         MissingFileError: There is no such file.
