@@ -140,12 +140,13 @@ def load(subject: Subject, weights: str | Path, *, num_classes: int, seed: int, 
         RunError: timm's weights could not be had.
     """
     torch.manual_seed(seed)
+    architecture = subject.backbone.partition(".")[0]
     if isinstance(weights, Path):
         described = models.Description.load(weights)
-        return models.from_checkpoint(_architecture(subject), weights, described.size if described else size)
+        return models.from_checkpoint(architecture, weights, described.size if described else size)
     if weights == "random":
-        kwargs = input_size.arguments(_architecture(subject), size)
-        model = timm.create_model(_architecture(subject), pretrained=False, num_classes=num_classes, **kwargs)
+        kwargs = input_size.arguments(architecture, size)
+        model = timm.create_model(architecture, pretrained=False, num_classes=num_classes, **kwargs)
         return zoo.zero_classifier(model)
     if subject.variant:
         return zoo.create(subject.variant.key, "backbone", num_classes=num_classes)
@@ -263,10 +264,6 @@ def compile_frozen(network: Network) -> None:
             module.compile()
 
     go(network.model)
-
-
-def _architecture(subject: Subject) -> str:
-    return subject.backbone.partition(".")[0]
 
 
 def _keeps_statistics(norm: nn.Module) -> bool:
