@@ -137,10 +137,7 @@ def as_table(by_method: Mapping[str, Sequence[Estimate]]) -> list[list[str]]:
         first, recipe = group[0], group[0].plan.recipe
         most = max(one.plan.memory for one in group)
         memory = f"{most / 1e9:.1f} GB" + ("" if all(one.fits for one in group) else " !")
-        rows.append(
-            [recipe.variant, str(recipe.work_size), f"{first.computed:,.0f}", f"{first.loaded:,.0f}"]
-            + [str(one) for one in group]
-            + [memory]
-        )
+        speeds = f"{first.computed:,.0f}", f"{first.loaded:,.0f}"
+        rows.append([recipe.variant, str(recipe.work_size), *speeds, *map(str, group), memory])
     sums = [f"{sum(one.hours for one in estimates):,.1f} in all" for estimates in by_method.values()]
     return [header, *rows, ["", "", "", "", *sums, ""]]
