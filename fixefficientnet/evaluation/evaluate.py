@@ -198,7 +198,9 @@ def _journal(
         "preprocessing": settings.preprocessing,
         "subset": loop.subset and loop.subset.classes,
     }
-    path = Path(settings.folder) / _filename(loaded.name, test.size, identity)
+    readable = re.sub(r"[^\w.-]+", "_", loaded.name)[-60:].strip("._")
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    path = Path(settings.folder) / f"{readable}-{test.size}-{digest[:16]}"
     journal = Journal(path, accelerator.process_index)
     known = journal.read().notes.get(_ACTIVATIONS) if settings.activations else None
     accelerator.wait_for_everyone()  # all have read before the first one clears
@@ -240,12 +242,6 @@ def _subset(dataset: ImageDataset, loaded: LoadedModel, restrict: bool | None) -
             "WordNet ids, or as the model's classes."
         )
     return there if len(there.classes) < loaded.num_classes else None
-
-
-def _filename(name: str, size: int, identity: dict[str, Any]) -> str:
-    readable = re.sub(r"[^\w.-]+", "_", name)[-60:].strip("._")
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return f"{readable}-{size}-{digest[:16]}"
 
 
 def conditions(every: Sequence[Measured]) -> list[str]:

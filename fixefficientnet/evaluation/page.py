@@ -4,7 +4,7 @@ import base64
 import io
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -221,6 +221,8 @@ def _thumbnail(dataset: ImageDataset, index: int) -> dict[str, Any] | None:
 
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 360, 220, 40, 14, 12, 36
+_APART = 26
+"""Least distance of two sizes that are written along the axis."""
 
 
 def _chart(rows: Sequence[Row]) -> dict[str, Any] | None:
@@ -248,6 +250,10 @@ def _chart(rows: Sequence[Row]) -> dict[str, Any] | None:
             x = across(found.size) + (number - (len(lines) - 1) / 2) * apart * (shared[found.size] > 1)
             points.append((x, down(found.top1), *map(down, found.interval)))
         drawn.append({"name": line, "points": points, "path": " ".join(f"{x:.1f},{y:.1f}" for x, y, *_ in points)})
+    marks: list[tuple[int, float]] = []
+    for size in sizes:
+        if not marks or across(size) - marks[-1][1] >= _APART:
+            marks.append((size, across(size)))
     ticks = [low + step * number for number in range(round((high - low) / step) + 1)]
     return {
         "width": _WIDTH,
@@ -257,7 +263,7 @@ def _chart(rows: Sequence[Row]) -> dict[str, Any] | None:
         "bottom": _HEIGHT - _BOTTOM,
         "lines": drawn,
         "percents": [(f"{tick:g}", down(tick)) for tick in ticks],
-        "sizes": [*_not_too_close((size, across(size)) for size in sizes)],
+        "sizes": marks,
     }
 
 
@@ -266,11 +272,3 @@ def _axis(values: Sequence[float]) -> tuple[float, float, float]:
     span = max(values) - min(values)
     step = next(step for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if span / step <= 5)
     return step * math.floor(min(values) / step), step * max(math.ceil(max(values) / step), 1), step
-
-
-def _not_too_close(marks: Iterable[tuple[int, float]]) -> Iterator[tuple[int, float]]:
-    last = -math.inf
-    for size, x in marks:
-        if x - last >= 26:
-            last = x
-            yield size, x
