@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from rich.markup import escape
 
 from fixefficientnet import manifest
+from fixefficientnet._internal import processes, requirements
 from fixefficientnet.cli.app import Output, UsageError, app, flags, made, out, print_labelled, print_table, whole_number
 from fixefficientnet.errors import RecipeError, RunError
 from fixefficientnet.options import PublishOptions
@@ -156,7 +157,10 @@ def reproduce(
     estimate.check()
     subjects = recipes.subjects(list(variants), start.backbone)
     chosen: dict[str, Any] = asdict(choices) if choices else {}
-    _need_extra()
+    try:
+        requirements.need("accelerate", "jinja2", "matplotlib", "tensorboard", "torchmetrics")
+    except ModuleNotFoundError as error:
+        raise RunError(f"Fine-tuning needs {error.name}: pip install 'fixefficientnet[reproduce]'") from None
     if start.no_pretrained and start.checkpoint:
         raise UsageError("--no-pretrained and --checkpoint exclude each other.")
     if len(subjects) > 1 and (place.experiment or start.checkpoint):
@@ -176,16 +180,6 @@ def reproduce(
         _run_all(subjects, chosen, checkpoint, data, place, publishing, made(Options, options))
 
 
-def _need_extra() -> None:
-    from fixefficientnet._internal import requirements
-
-    try:
-        requirements.need("accelerate", "jinja2", "matplotlib", "tensorboard", "torchmetrics")
-    except ModuleNotFoundError as error:
-        extra = "pip install 'fixefficientnet[reproduce]'"
-        raise RunError(f"Fine-tuning needs {error.name}: {extra}") from None
-
-
 def _run_all(
     subjects: "list[Subject]",
     chosen: dict[str, Any],
@@ -195,7 +189,6 @@ def _run_all(
     publishing: Publishing,
     options: Options,
 ) -> None:
-    from fixefficientnet._internal import processes
     from fixefficientnet.publishing.series import Series
     from fixefficientnet.reproduce.run import Job
 
