@@ -40,10 +40,6 @@ def panels(
     return figure, axes
 
 
-def _labels(axis: Any) -> "list[Any]":
-    return [*axis.get_ticklabels(which="both"), axis.get_offset_text()]
-
-
 def save(figure: "Figure", path: Path, data: object) -> None:
     """Writes a figure as .png or .svg, deterministic but for matplotlib's version.
 
@@ -58,7 +54,8 @@ def save(figure: "Figure", path: Path, data: object) -> None:
     kind = path.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
         raise EvaluationError(f"{path}: a figure is a .png or a .svg.")
-    ticks = {id(text) for axes in figure.axes for text in (*_labels(axes.xaxis), *_labels(axes.yaxis))}
+    both = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    ticks = {id(text) for axis in both for text in (*axis.get_ticklabels(which="both"), axis.get_offset_text())}
     for text in figure.findobj(matplotlib.text.Text):
         if id(text) not in ticks:  # names: a dollar in them begins no formula
             text.set_parse_math(False)
@@ -157,7 +154,7 @@ def sweep(rows: Sequence[Mapping[str, Any]]) -> "Figure":
 
 def activations(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     """How the pooled activations move with the test size; bands hold the middle half of the channels."""
-    lines = _by_model(row for row in rows if "pooled_near_zero" in row)
+    lines = _by_model(rows)
     looks = _looks(lines)
     sizes_of_all = sorted({row["size"] for row in rows})
     figure, axes = panels(3, width=9.5, height=3.6)
@@ -175,7 +172,7 @@ def activations(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     figure.suptitle(
         "pooled activations (lines: all, the median channel; bands: the middle half of the channels)", fontsize=9
     )
-    _mark_sizes(axes, [row for points in lines.values() for row in points], axes)
+    _mark_sizes(axes, rows, axes)
     axes[0].legend(frameon=False, fontsize=8, loc="best")
     return figure
 

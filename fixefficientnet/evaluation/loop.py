@@ -35,22 +35,11 @@ class EvaluationLoop:
     """A model over the labelled images of a dataset, in eval mode; its own mode and device are left as they are.
 
     The dataset is cut into fixed shards that the processes share out, so their number changes no figure, and each
-    image is evaluated once.
+    image is evaluated once; batches that the journal has are not evaluated again.
 
-    Attributes:
-        model: The network: float32 [N, 3, S, S] → logits [N, classes].
-        dataset: The labelled images.
-        test: The test-time preprocessing.
-        accelerator: Shares the work among its processes.
-        transform: The transform, where it is another one than that of `test`.
-        batch_size: Images per forward pass.
-        shard: Images per shard.
-        workers: Loading processes.
-        threads: Threads of this process that load and compute a batch each; with more than one, no loading processes.
-        subset: The classes that logits are restricted to; None: all.
-        journal: Keeps finished batches; those that it has are not evaluated again.
-        autocast: Whether to compute in the accelerator's precision.
-        progress: Counts the images as they are done.
+    The model is float32 [N, 3, S, S] → logits [N, classes], which are restricted to the classes of the subset, if there
+    is one. The transform is that of `test`, unless another one is given. With more than one thread, which load and
+    compute a batch each, there are no loading processes. `autocast`: whether to compute in the accelerator's precision.
     """
 
     model: nn.Module
