@@ -246,14 +246,13 @@ def _subset(dataset: ImageDataset, loaded: LoadedModel, restrict: bool | None) -
 
 def conditions(every: Sequence[Measured]) -> list[str]:
     """On what models were evaluated, and how: a line for each that differs."""
-    models: dict[str, list[str]] = {}
+    models: dict[str, dict[str, None]] = {}
     policies = {one.dataset.upright for one in every}
     for one in every:
         line = _described(one)
         if len(policies) > 1:
             line += "; turned upright" if one.dataset.upright else "; EXIF orientation ignored"
-        names = models.setdefault(line, [])
-        names += [one.loaded.name] * (one.loaded.name not in names)
+        models.setdefault(line, {})[one.loaded.name] = None
     return [f"{', '.join(names)}: {line}" if len(models) > 1 else line for line, names in models.items()]
 
 

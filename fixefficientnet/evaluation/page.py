@@ -97,7 +97,7 @@ def _of_measured(title: str, every: Sequence[Measured], detailed: Sequence[Measu
     unturned = dict.fromkeys(name for one in every for name in one.unturned)
     return Page(
         f"{title}: {names}",
-        list(dict.fromkeys(conditions(every))),
+        conditions(every),
         [_row(one) for one in every],
         [_row(one, at_size=True) for one in detailed],
         lists=left_out(list(unreadable), list(unturned)),
