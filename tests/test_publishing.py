@@ -594,11 +594,11 @@ def test_file_in_place_of_the_folder_is_refused(desk: Desk):
 
 def test_a_folder_that_somebody_else_wrote_to_meanwhile_is_not_written_over(tmp_path: Path):
     published = tmp_path / "published"
-    folder.write(published, {"models.json": b"theirs"}, index=None)
+    folder.write(published, {"models.json": b"theirs"}, before=None)
     with pytest.raises(PublishError, match=r"somebody else wrote to .* meanwhile\. Give the same"):
-        folder.write(published, {"card": b"mine", "models.json": b"mine"}, index=None)
+        folder.write(published, {"card": b"mine", "models.json": b"mine"}, before=None)
     assert snapshot(published) == {"models.json": b"theirs"}
-    folder.write(published, {"models.json": b"both"}, index=b"theirs")
+    folder.write(published, {"models.json": b"both"}, before=b"theirs")
     assert snapshot(published) == {"models.json": b"both"}
 
 

@@ -5,6 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from safetensors.torch import load_file, save_file
 import fixefficientnet
 from fixefficientnet.errors import PublishError
 from fixefficientnet.options import PublishOptions
+from fixefficientnet.publishing.folder import writing
 from fixefficientnet.publishing.publish import publish
 
 FILES = ["README.md", "config.json", "model.safetensors"]
@@ -115,6 +119,30 @@ def test_timm_and_transformers_give_the_runs_classes_and_probabilities(runs: Pat
         assert (config["interpolation"], config["mean"]) == (test.interpolation, list(test.mean))
         again = fixefficientnet.load(str(folder))
         assert (again.classes, astuple(again.test)) == (loaded.classes, astuple(test))
+
+
+def test_a_model_that_somebody_else_published_meanwhile_is_not_written_over(runs: Path, tmp_path: Path):
+    theirs, to = published(runs / "variant", tmp_path / "theirs"), tmp_path / "to"
+    begun = threading.Event()
+
+    def publish_theirs() -> None:
+        with writing(to):
+            begun.set()
+            end = time.monotonic() + 60
+            while not any(tmp_path.glob(".to.*.partial/config.json")) and time.monotonic() < end:
+                time.sleep(0.01)
+            time.sleep(0.5)  # all that the other one needs to look, if nothing keeps it from that
+            shutil.copytree(theirs, to, dirs_exist_ok=True)
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(publish_theirs)
+        begun.wait()
+        with pytest.raises(PublishError, match=r"of another model\. Nothing was published"):
+            published(runs / "tuned", to)
+        done.result()
+    assert {file.name: file.read_bytes() for file in to.iterdir()} == {
+        file.name: file.read_bytes() for file in theirs.iterdir()
+    }
 
 
 def test_a_published_run_is_a_repository_with_a_card(runs: Path, tmp_path: Path):

@@ -28,31 +28,44 @@ def has(file: Path, data: bytes) -> bool:
     return file.is_file() and file.stat().st_size == len(data) and file.read_bytes() == data
 
 
-def write(folder: Path, files: Mapping[str, bytes], obsolete: Iterable[str] = (), *, index: bytes | None) -> None:
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Keeps other publications from a folder, which is made if need be; those of whole models in it have its lock too.
+
+    Raises:
+        OSError: Another one held it for too long, or there can be no folder or lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    inside = (folder.parent / index.FILENAME).is_file()
+    with locked(_lock_of((folder.parent if inside else folder).resolve()), str(folder)):
+        yield
+
+
+def write(folder: Path, files: Mapping[str, bytes], obsolete: Iterable[str] = (), *, before: bytes | None) -> None:
     """Adds or replaces files; makes the folder if need be.
 
     All are written under temporary names first, and then renamed in the order given. A kill in between leaves files
-    of both states, so a file that others name must come before them. What is obsolete goes before the last file, which
-    tells the next call what is there, and alone still names them: after a kill it is found again. The index is the
-    content of the folder's models.json as it was read before; None where there was none.
+    of both states, so a file that others name must come before them. The last file, models.json, tells the next call
+    what is there. Obsolete files go before it is renamed: until then it names them, and they are found after a kill.
+    What models.json had before (None: it was not there) must still be in it.
 
     Raises:
         PublishError: A file cannot be written, or somebody else wrote there meanwhile.
     """
-    if not files and not obsolete:
+    if not files:
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(_lock_of(folder.resolve()), str(folder)):
-            if read_index(folder) != index:
+        with writing(folder):
+            if read_index(folder) != before:
                 raise PublishError(
                     f"Nothing was published: somebody else wrote to {folder} meanwhile. Give the same command again."
                 )
-            with contextlib.ExitStack() as ending:  # in reverse order
-                for number, (name, data) in enumerate(reversed(list(files.items()))):
+            with contextlib.ExitStack() as ending:  # which renames the last one that it was given first
+                *earlier, (last, content) = files.items()
+                ending.enter_context(replacing(folder / last)).write_bytes(content)
+                ending.enter_context(_then_removing([folder / one for one in obsolete]))
+                for name, data in reversed(earlier):
                     ending.enter_context(replacing(folder / name)).write_bytes(data)
-                    if number == 0:
-                        ending.enter_context(_then_removing([folder / one for one in obsolete]))
     except OSError as error:
         raise PublishError(
             f"{error.filename or folder} cannot be written: {error.strerror or error}. What {folder} had still loads. "

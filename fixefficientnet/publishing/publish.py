@@ -198,7 +198,7 @@ def _to_folder(runs: Sequence[CheckedRun], repository: str, target: Path, option
     _refuse_foreign(str(target), there - planned.listed, options.replace)
     written = not options.dry_run
     if written:
-        folder.write(target, files, planned.obsolete, index=content)
+        folder.write(target, files, planned.obsolete, before=content)
     where, models = f"{target} ({repository})", {key: after.models[key] for key in models}
     return PublishResult(runs, where, _said(planned, files), files, manifest_file, text, models, written=written)
 

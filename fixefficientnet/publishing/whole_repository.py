@@ -1,5 +1,6 @@
 """A whole model to a repository of its own, which timm and transformers load: on the Hub, or as plain files."""
 
+import contextlib
 import filecmp
 import os
 import tempfile
@@ -12,7 +13,7 @@ from fixefficientnet._internal.files import beside
 from fixefficientnet.errors import PublishError
 from fixefficientnet.models import LoadedModel
 from fixefficientnet.options import PublishOptions
-from fixefficientnet.publishing import card, whole
+from fixefficientnet.publishing import card, folder, whole
 from fixefficientnet.publishing.hub_repository import Contents, HubRepository, ask
 from fixefficientnet.reproduce.report import Report
 
@@ -54,10 +55,13 @@ def publish_model(loaded: LoadedModel, report: Report, repository: str, options:
     target = HubRepository(repository, options.private)
     where = f"{to} ({repository})" if to else repository
     # beside a folder that gets the files, unless it must not be touched
-    place: AbstractContextManager[Path | str] = beside(to) if to and not dry_run else tempfile.TemporaryDirectory()
+    writes = None if dry_run else to
+    place: AbstractContextManager[Path | str] = beside(writes) if writes else tempfile.TemporaryDirectory()
     try:
-        with place as temporary:
+        with place as temporary, contextlib.ExitStack() as stack:
             files = whole.write_files(loaded, Path(temporary), repository, spdx, report)
+            if writes:  # what is there is looked at when nobody else writes any more
+                stack.enter_context(folder.writing(writes))
             contents, unreachable = (Contents(), None) if to else ask(target, dry_run)
             sizes = {name: file.stat().st_size for name, file in files.items()}
             if to:
@@ -81,8 +85,8 @@ def publish_model(loaded: LoadedModel, report: Report, repository: str, options:
                 revision = target.commit(changed, f"Add {loaded.architecture}", contents.head)
     except OSError as error:
         raise PublishError(
-            f"{error.filename or where} cannot be written: {error.strerror}. The same command, given again, completes "
-            "it."
+            f"{error.filename or where} cannot be written: {error.strerror or error}. The same command, given again, "
+            "completes it."
         ) from error
     written = {name: sizes[name] for name in changed}
     text = card.render_model(repository, loaded, spdx, report).decode()
