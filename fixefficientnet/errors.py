@@ -56,7 +56,7 @@ class DownloadError(FixEfficientNetError, OSError):
 
 
 class ChecksumError(FixEfficientNetError, ValueError):
-    """A file's sha256 is not the pinned one; names both."""
+    """A file's hash is not the pinned one, or not the one that the Hub tells; names both."""
 
 
 class MissingFileError(FixEfficientNetError, FileNotFoundError):

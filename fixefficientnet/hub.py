@@ -87,7 +87,7 @@ def parse_uri(uri: str) -> HubFile:
 
 
 def read(file: HubFile, cache_dir: PathLike | None = None) -> bytes:
-    """Downloads a small file and gives its bytes, which are what was hashed, at every call; otherwise as `fetch`."""
+    """Downloads a small file as `fetch` does, and gives the very bytes whose hash is checked, which is at each call."""
 
     def read_and_hash(path: Path, expected: str, _afresh: bool) -> tuple[bytes, str]:
         data = path.read_bytes()
@@ -190,7 +190,7 @@ def _download_verified(file: HubFile, cache_dir: PathLike | None, read_and_hash:
 def _verified(file: HubFile, cache_dir: PathLike | None, read_and_hash: ReadAndHash[T]) -> T:
     """Downloads a file, and checks its hash; a wrong copy is deleted and downloaded once more."""
 
-    def readable(path: Path, afresh: bool) -> tuple[T, str, str]:
+    def checked(path: Path, afresh: bool) -> tuple[T, str, str]:
         try:
             expected = _expected_hash(file, path)
             return *read_and_hash(path, expected, afresh), expected
@@ -201,11 +201,11 @@ def _verified(file: HubFile, cache_dir: PathLike | None, read_and_hash: ReadAndH
 
     with contextlib.suppress(FileNotFoundError):  # another process may be replacing the same bad copy
         path = _download(file, cache_dir)
-        result, found, expected = readable(path, False)
+        result, found, expected = checked(path, False)
         if expected in ("", found):
             return result
     try:
-        return _replace_wrong_copy(file, cache_dir, readable)
+        return _replace_wrong_copy(file, cache_dir, checked)
     except TimeoutError as error:
         raise DownloadError(f"{error}. Try again when that has ended.") from error
     except FileNotFoundError as error:
@@ -220,13 +220,13 @@ def _verified(file: HubFile, cache_dir: PathLike | None, read_and_hash: ReadAndH
 
 
 def _replace_wrong_copy(
-    file: HubFile, cache_dir: PathLike | None, readable: Callable[[Path, bool], tuple[T, str, str]]
+    file: HubFile, cache_dir: PathLike | None, checked: Callable[[Path, bool], tuple[T, str, str]]
 ) -> T:
     lock = _repository_folder(file, cache_dir) / ".fixefficientnet.lock"
     # processes that meet the same bad copy must not delete each other's fresh one
     with locked(lock, f"The cached copy of {file} is to be replaced, and"):
         path = _download(file, cache_dir)
-        result, found, expected = readable(path, True)
+        result, found, expected = checked(path, True)
         if expected in ("", found):
             return result
         _delete(path)
@@ -237,7 +237,7 @@ def _replace_wrong_copy(
                 f"The cached copy of {file} was damaged and is deleted "
                 f"(its hash was {found}, expected is {expected}).\n{error}"
             ) from error
-        result, second, expected = readable(path, True)
+        result, second, expected = checked(path, True)
         if expected in ("", second):
             return result
         _delete(path)
@@ -270,19 +270,19 @@ def _expected_hash(file: HubFile, path: Path) -> str:
     return content.name if told else ""
 
 
-def _hash_like(other: str, file: io.BufferedIOBase, size: int) -> str:
-    """The hash of a file, of the kind that another is: a sha256, or a sha1.
+def _hash_like(expected: str, file: io.BufferedIOBase, size: int) -> str:
+    """The hash of a file, of the kind that is expected: a sha256, or a sha1.
 
-    A sha1 is over the size too, as git takes it; or plain, as mirrors do, where the other one is of that kind.
+    A sha1 is git's, over the size too; or the plain one, as mirrors take it, where that is the expected one.
     """
-    if len(other) != _SHA1:
+    if len(expected) != _SHA1:
         return hashlib.file_digest(file, "sha256").hexdigest()
     of_git = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     plain = hashlib.sha1(usedforsecurity=False)
     while piece := file.read(2**20):
         of_git.update(piece)
         plain.update(piece)
-    return plain.hexdigest() if plain.hexdigest() == other else of_git.hexdigest()
+    return plain.hexdigest() if plain.hexdigest() == expected else of_git.hexdigest()
 
 
 def _download(file: HubFile, cache_dir: PathLike | None, *, afresh: bool = False) -> Path:

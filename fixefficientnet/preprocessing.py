@@ -33,8 +33,8 @@ PIXEL_LIMIT = 2**27
 
 _USUAL = ("JPEG", "PNG", "GIF", "BMP", "PPM")
 _FORMATS = (*_USUAL, "WEBP", "TIFF", "JPEG2000", "AVIF")
-"""What Pillow is let open, the first without importing all that it knows. It knows forty more, for fonts, films and
-icons, and decodes any of them whatever a file's name says; PostScript it runs as a program."""
+"""What Pillow is let open; the usual ones first, without importing all that it knows. It knows forty more, for fonts,
+films and icons, and decodes any of them whatever a file's name says; PostScript it runs as a program."""
 _WARNINGS = threading.Lock()
 """Held while the warning filters change: they are the process's, and concurrent changes would stay."""
 

@@ -68,12 +68,13 @@ def flags(
     The library's dataclasses need no cyclopts so, and whole numbers are read as such. Some fields have short names,
     and some are left out. If the flags are optional, one that is not given is None.
     """
-    hints, made = get_type_hints(cls, include_extras=True), []
+    hints, found = get_type_hints(cls, include_extras=True), []
     for one in fields(cls):
         if one.name in leave_out:
             continue
         long = f"--{one.name.replace('_', '-')}"
-        kinds = {getattr(kind, "__origin__", kind) for kind in (hints[one.name], *get_args(hints[one.name]))}
+        # int of Annotated[int, …] and of int | None
+        kinds = {getattr(part, "__origin__", part) for part in (hints[one.name], *get_args(hints[one.name]))}
         parameter = Parameter(
             name=(long, short[one.name]) if short and one.name in short else None,
             converter=whole_number if int in kinds else None,
@@ -81,10 +82,10 @@ def flags(
         )
         kind: Any = hints[one.name] | None if optional else hints[one.name]
         default: Any = None if optional else one.default
-        made.append((one.name, Annotated[kind, parameter], field(default=default)))
-    found = make_dataclass(cls.__name__, made, frozen=True)
-    found.__doc__, found.__module__ = cls.__doc__, __name__
-    return found
+        found.append((one.name, Annotated[kind, parameter], field(default=default)))
+    made_of_flags = make_dataclass(cls.__name__, found, frozen=True)
+    made_of_flags.__doc__, made_of_flags.__module__ = cls.__doc__, __name__
+    return made_of_flags
 
 
 def made(cls: type[T], given: object, **more: Any) -> T:

@@ -209,7 +209,7 @@ def _journal(
     if anew and accelerator.is_main_process:
         journal.clear()
     accelerator.wait_for_everyone()
-    return journal, None if anew else known
+    return journal, (None if anew else known)
 
 
 @contextlib.contextmanager

@@ -205,6 +205,6 @@ def _predictions(
     confidences = (best.values[:, 0] - logits.logsumexp(1)).exp().clamp(max=1).tolist()
     predicted = best.indices.tolist()
     return {
-        index: ImagePrediction((label,), tuple(classes[predicted] for predicted in five), confidence, loss)
+        index: ImagePrediction((label,), tuple(classes[number] for number in five), confidence, loss)
         for index, label, five, confidence, loss in zip(indices, labels, predicted, confidences, losses, strict=True)
     }

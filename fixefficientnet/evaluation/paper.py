@@ -11,7 +11,7 @@ NOISE = 0.1
 """Accuracy points between runs of the same training (the note, section 3.4)."""
 ROUNDING = 0.05
 """The paper gives one decimal."""
-IMAGENET = (50_000, 1000)
+VALIDATION_SET = (50_000, 1000)
 """Images and classes of ImageNet-2012's validation set: only there the paper's figures can be compared."""
 IMAGENET_NAME = "imagenet-1k"
 """What a manifest's measured dataset begins with where it is that."""
@@ -45,7 +45,7 @@ def published() -> list[Result]:
         measured = variant.weights.measured if variant.weights else None
         if measured:
             named = measured.dataset.lower().startswith((IMAGENET_NAME, "imagenet-2012"))
-            comparable = named and measured.images == IMAGENET[0]
+            comparable = named and measured.images == VALIDATION_SET[0]
             fix = Accuracy(variant.test.size, measured.top1, measured.top5)
             found.append(Result(variant.key, "published", measured.images, comparable, None, fix))
     return found

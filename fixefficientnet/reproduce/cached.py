@@ -36,7 +36,7 @@ from fixefficientnet.reproduce.online import Tuned, order, transform_of
 from fixefficientnet.reproduce.recipe import Recipe
 from fixefficientnet.reproduce.session import Session
 from fixefficientnet.reproduce.shards import Shard, ShardPass, one_thread
-from fixefficientnet.reproduce.training import Schedule, StepResult, Validation, train
+from fixefficientnet.reproduce.training import EpochSize, StepResult, Validation, train
 
 Array = np.ndarray[Any, Any]
 _VALIDATION_BATCH = 4096
@@ -286,7 +286,7 @@ def _train_classifier(
         raise DataError("None of the images could be read.")
     examples = len(images) * recipe.views
     size = min(recipe.batch_size, examples)
-    schedule = Schedule(examples // size, size)
+    epoch_size = EpochSize(examples // size, size)
     optimizer = optimizer_of(network)
     state = TrainingState(network, optimizer)
     # the statistics, which the passes before put in place, are in the checkpoint too
@@ -314,7 +314,7 @@ def _train_classifier(
         return StepResult(loss.detach(), (logits.argmax(1) == labels).sum(), size, session.stopped_by)
 
     with one_thread():
-        train(session, state, schedule, checkpoints, position, step, validation)
+        train(session, state, epoch_size, checkpoints, position, step, validation)
 
 
 def _near(values: Array, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ import math
 
 from fixefficientnet.errors import RunError
 from fixefficientnet.evaluation.outcome import Evaluation
-from fixefficientnet.evaluation.paper import IMAGENET
+from fixefficientnet.evaluation.paper import VALIDATION_SET
 from fixefficientnet.reproduce.recipe import Recipe, Subject
 
 TOLERANCE = 0.3
@@ -30,8 +30,8 @@ def check(subject: Subject, recipe: Recipe, base: Evaluation, images: str) -> st
     as_timm = recipe.weights == "pretrained" and recipe.base == subject.base
     if published is None or not as_timm:
         return None
-    if (classes := len(base.predictions.classes)) < IMAGENET[1]:
-        return f"not held against timm's top-1 ({published:.2f}): images of {classes} of {IMAGENET[1]:,} classes"
+    if (classes := len(base.predictions.classes)) < VALIDATION_SET[1]:
+        return f"not held against timm's top-1 ({published:.2f}): images of {classes} of {VALIDATION_SET[1]:,} classes"
     tolerance = _tolerance(published, base.images)
     if abs(base.top1 - published) <= tolerance:
         return f"timm publishes {published:.2f}; up to {tolerance:.2f} from it, tuning begins"
@@ -45,6 +45,6 @@ def check(subject: Subject, recipe: Recipe, base: Evaluation, images: str) -> st
 
 def _tolerance(published: float, images: int) -> float:
     """The tolerance in points, at a top-1 in per cent: more for a part of the images, where chance decides too."""
-    share, total = published / 100, IMAGENET[0]
-    left_out = max(0, total - images) / (total - 1)
-    return TOLERANCE + 100 * _DEVIATIONS * math.sqrt(share * (1 - share) / images * left_out)
+    share, total = published / 100, VALIDATION_SET[0]
+    correction = max(0, total - images) / (total - 1)  # for drawing without replacement
+    return TOLERANCE + 100 * _DEVIATIONS * math.sqrt(share * (1 - share) / images * correction)

@@ -24,7 +24,7 @@ from fixefficientnet.reproduce.chunks import StepNetwork
 from fixefficientnet.reproduce.network import Best, Network, TrainingState, average_of, copied, optimizer_of
 from fixefficientnet.reproduce.recipe import Recipe
 from fixefficientnet.reproduce.session import Session
-from fixefficientnet.reproduce.training import Schedule, StepResult, Validation, train
+from fixefficientnet.reproduce.training import EpochSize, StepResult, Validation, train
 
 Array = np.ndarray[Any, Any]
 
@@ -107,7 +107,7 @@ def tune(
     session.log.resume(position.steps)
     model, stepper = _distributed(session, network, optimizer)
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
-    schedule = Schedule(*steps_of_epoch(recipe, len(dataset), session.world))
+    epoch_size = EpochSize(*steps_of_epoch(recipe, len(dataset), session.world))
     network.train()
     loaded = _batches(session, dataset, recipe, replace(position))
     # a failure must not leave loading processes behind
@@ -121,7 +121,7 @@ def tune(
             _average(session, network)
             if average:
                 average.update(network.model, step=position.steps + 1)
-            if position.step + 1 == schedule.steps:
+            if position.step + 1 == epoch_size.steps:
                 session.share_counted(dataset.name, len(dataset))
             return result
 
@@ -137,12 +137,12 @@ def tune(
             return top1
 
         between = Validation(validation[1], validate) if validation else None
-        train(session, state, schedule, checkpoints, position, step, between)
+        train(session, state, epoch_size, checkpoints, position, step, between)
     network.model.eval()
     last = copied(state.result) if best and best.epoch < position.epoch else {}
     if best:
         best.put_into(network)
-    return Tuned(position.steps * schedule.batch_size, position.epoch, best, last)
+    return Tuned(position.steps * epoch_size.batch_size, position.epoch, best, last)
 
 
 def _seed(*numbers: int) -> int:

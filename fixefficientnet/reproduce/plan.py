@@ -17,7 +17,7 @@ from fixefficientnet.reproduce.chunks import StepNetwork
 from fixefficientnet.reproduce.options import Data
 from fixefficientnet.reproduce.recipe import Recipe
 
-IMAGENET = (1_281_167, 50_000)
+IMAGENET_IMAGES = (1_281_167, 50_000)
 """Training and validation images of ImageNet-2012."""
 
 
@@ -67,7 +67,7 @@ class Plan:
 
 def plan_runs(recipes: Sequence[Recipe], data: Data | None, devices: int = 1, val_interval: int = 1) -> list[Plan]:
     """Plans of several runs on the same images (None: ImageNet's numbers); the rest is as for `plan`."""
-    images, num_classes = IMAGENET, 1000
+    images, num_classes = IMAGENET_IMAGES, 1000
     if data is not None:
         train, validation = (
             open_dataset(data.data, split, root=data.data_root, labels=labels, exclude=data.exclude)
@@ -82,7 +82,7 @@ def plan_runs(recipes: Sequence[Recipe], data: Data | None, devices: int = 1, va
 def plan(
     recipe: Recipe,
     *,
-    images: tuple[int, int] = IMAGENET,
+    images: tuple[int, int] = IMAGENET_IMAGES,
     num_classes: int = 1000,
     devices: int = 1,
     val_interval: int = 1,

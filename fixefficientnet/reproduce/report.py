@@ -14,7 +14,7 @@ from fixefficientnet.data.dataset import ImageDataset
 from fixefficientnet.errors import MissingFileError, RunError
 from fixefficientnet.evaluation import figures, page
 from fixefficientnet.evaluation.outcome import Evaluation, Summary
-from fixefficientnet.evaluation.paper import IMAGENET, NOISE, Result, within_noise
+from fixefficientnet.evaluation.paper import NOISE, VALIDATION_SET, Result, within_noise
 from fixefficientnet.evaluation.statistics import compare
 from fixefficientnet.manifest import Accuracy, Variant
 from fixefficientnet.reproduce.recipe import Recipe
@@ -169,7 +169,7 @@ class PaperFigures:
         if variant is None or variant.paper is None or recipe.stage != "fixres":
             return None
         paper = variant.paper
-        comparable = (next(iter(measured.values())).images, num_classes) == IMAGENET
+        comparable = (next(iter(measured.values())).images, num_classes) == VALIDATION_SET
         difference = None
         if comparable and "tuned" in measured and recipe.test_size == paper.fix.test_size:
             difference = measured["tuned"].top1 - paper.fix.top1

@@ -35,8 +35,8 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """How many steps an epoch has, and a step images, all processes together."""
+class EpochSize:
+    """The number of steps in an epoch, and of images in a step, all processes together."""
 
     steps: int
     batch_size: int
@@ -60,7 +60,7 @@ class Validation:
 def train(
     session: Session,
     state: TrainingState,
-    schedule: Schedule,
+    epoch_size: EpochSize,
     checkpoints: Checkpoints,
     position: Position,
     step: Callable[[Position], StepResult],
@@ -75,7 +75,7 @@ def train(
         RunError: The loss is NaN or infinite.
         Interrupted: A signal asked to stop; the state is saved.
     """
-    recipe, size, best = state.network.recipe, schedule.batch_size, state.best
+    recipe, size, best = state.network.recipe, epoch_size.batch_size, state.best
     while True:
         epoch = position.epoch
         between = epoch and not position.step and (best or epoch < recipe.epochs)
@@ -83,16 +83,16 @@ def train(
             _validate(session, state, position, validation)
         if epoch == recipe.epochs or _in_vain(session, best, recipe.patience, position):
             break
-        with session.log.bar(f"Epoch {epoch + 1}/{recipe.epochs}", schedule.steps * size) as bar:
+        with session.log.bar(f"Epoch {epoch + 1}/{recipe.epochs}", epoch_size.steps * size) as bar:
             bar.skip(position.step * size)
             ledger = _Ledger(session, checkpoints, bar)
             while position.epoch == epoch:
-                rate = recipe.learning_rate(epoch + position.step / schedule.steps)
+                rate = recipe.learning_rate(epoch + position.step / epoch_size.steps)
                 for group in state.optimizer.param_groups if state.optimizer else ():
                     group["lr"] = rate
                 at = replace(position)
                 done = step(position)
-                position.advance(schedule.steps)
+                position.advance(epoch_size.steps)
                 ledger.note(at, done, rate)
                 last = done.stop or position.epoch == recipe.epochs
                 saves = last or checkpoints.due(position)

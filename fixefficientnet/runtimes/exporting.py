@@ -319,7 +319,7 @@ class _Around(nn.Module):
         super().__init__()
         self.model = copy.deepcopy(model).half() if half else model
         self.half_, self.normalize, self.softmax = half, options.normalize, options.softmax
-        # whose names no operation has, as older exporters let them meet
+        # names that no operation has: older exporters take one for the other
         for name, value in (("pixel_whole", (255.0,) * 3), ("pixel_mean", test.mean), ("pixel_std", test.std)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32)[:, None, None])
 

@@ -29,7 +29,7 @@ SUFFIXES = {
     "torchscript": ".pt",
     "aotinductor": ".pt2",
 }
-"""File name endings by format; of two formats with one ending, the first is meant where none is named."""
+"""File name endings by format; of two with one ending, the first is meant where no format is named."""
 PACKAGES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("onnx", "onnxscript", "openvino"),
