@@ -85,7 +85,11 @@ class Description:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta(Description):
-    """A FixRes delta in memory: the tuned tensors by state-dict name; float32, on the CPU."""
+    """A FixRes delta in memory; see `Description` for the other attributes.
+
+    Attributes:
+        tensors: The tuned tensors by state-dict name; float32, on the CPU.
+    """
 
     tensors: Mapping[str, Tensor]
 
@@ -205,6 +209,10 @@ def of_tensors(
     """Makes a delta of a tuned head's tensors and those that they replace, by the same names; see `extract`.
 
     The tuned ones are float32, on the CPU.
+
+    Raises:
+        DeltaMismatchError: The two are not of the same architecture.
+        DeltaFormatError: The tuned tensors hold NaN or Inf.
     """
     delta = Delta(
         tensors=tuned,
@@ -233,7 +241,11 @@ def save(delta: Delta, path: str | os.PathLike[str]) -> str:
 
 
 def dumps(delta: Delta) -> bytes:
-    """The bytes of a delta file; equal deltas give equal bytes. What is no JSON, such as NaN, is a DeltaFormatError."""
+    """The bytes of a delta file; equal deltas give equal bytes.
+
+    Raises:
+        DeltaFormatError: Its metadata cannot be written: a field of another type, or not JSON (NaN, for one).
+    """
     described = _described(delta)
     metadata = _Metadata(**described, format_version=FORMAT_VERSION, sha256=sha256_over(described, delta.tensors))
     records.check(metadata, DeltaFormatError)
@@ -344,7 +356,11 @@ def sha256_over(described: Any, tensors: Mapping[str, Tensor]) -> str:
 
 
 def test_time(delta: Delta, usual: TestTime) -> TestTime:
-    """The test-time preprocessing that a delta was tuned for, as its recipe says; as usual, what that does not say."""
+    """The test-time preprocessing that a delta was tuned for, as its recipe says; as usual, what that does not say.
+
+    Raises:
+        DeltaFormatError: The recipe names a preprocessing that cannot be.
+    """
     names = {"test_size" if name == "size" else name: name for name in TestTime.__slots__}
     known = {names[key]: value for key, value in delta.recipe.items() if key in names}
     where = f"The recipe of the delta for {delta.variant}"
@@ -389,7 +405,7 @@ def find_classifier(model: nn.Module) -> str:
     """Finds the name of the final linear layer of any timm model; UnsupportedModelError: it has none, or several."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
     told = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    names = [name for name in ([told] if isinstance(told, str) else told) if name in layers]
+    names = [name for name in (told if isinstance(told, tuple | list) else [told]) if name in layers]
     get_classifier = getattr(model, "get_classifier", None)
     given = get_classifier() if callable(get_classifier) else None
     count = max(len(names), len(given) if isinstance(given, tuple | list | nn.ModuleList) else 1)
@@ -399,7 +415,7 @@ def find_classifier(model: nn.Module) -> str:
             "one). FixRes tunes networks of one: choose another."
         )
     if found := names or [name for name, layer in layers.items() if layer is given]:
-        return found[0]
+        return str(found[0])
     raise UnsupportedModelError(f"{type(model).__name__} has no classifier to tune: build it with num_classes above 0.")
 
 

@@ -116,7 +116,7 @@ class RunError(FixEfficientNetError, RuntimeError):
 
 
 class Interrupted(Exception):  # noqa: N818 - no error: the same call continues
-    """A fine-tuning run was asked to stop, by the signal of a number, and has saved what it had."""
+    """A fine-tuning run was asked to stop by a signal (`number`), and has saved what it had."""
 
     def __init__(self, number: int):
         super().__init__(f"Stopped by {signal.Signals(number).name}.")

@@ -54,7 +54,10 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """One file in a Hub repository, organisation/name; its sha256 is None where it is not known."""
+    """One file in a Hub repository (organisation/name), at a branch, tag or commit.
+
+    Its bytes must have the sha256; None: that is not known.
+    """
 
     repository: str
     filename: str
@@ -126,8 +129,11 @@ def backbone_file(backbone: Backbone, cache_dir: PathLike | None = None) -> Path
     """
     package = backbone.package
     if package:
-        with contextlib.suppress(metadata.PackageNotFoundError):
+        try:
             path = Path(str(metadata.distribution(package.name).locate_file(package.filename)))
+        except metadata.PackageNotFoundError:
+            pass
+        else:
             return _verified_in_package(path, package.name, package.sha256)
     file = HubFile(backbone.repository, backbone.filename, backbone.revision, backbone.sha256)
     try:
@@ -347,9 +353,11 @@ def _download_in_time(file: HubFile, cache_dir: PathLike | None, afresh: bool) -
 
 def _arriving(folder: Path) -> object:
     """What has come of a repository's files so far."""
-    with contextlib.suppress(OSError):
-        return [(path.name, path.stat().st_size) for path in (folder / "blobs").glob("*.incomplete")]
-    return []
+    found = []
+    for path in (folder / "blobs").glob("*.incomplete"):
+        with contextlib.suppress(OSError):  # it has arrived
+            found.append((path.name, path.stat().st_size))
+    return found
 
 
 def _offline_hint(file: HubFile, cache_dir: PathLike | None, cause: BaseException | None) -> str:

@@ -194,8 +194,8 @@ def _jittered(
     Contrast changes with the mean of the whole image as it is then, so that what comes before is done on the whole
     image; what comes after, on the crop. Brightness and contrast make of each value another: in one table.
 
-    `order` has 0 (brightness), 1 (contrast), 2 (saturation) and 3 (hue, which stays), as they follow each other; what
-    has None for a factor stays too.
+    `order` has 0 (brightness), 1 (contrast), 2 (saturation) and 3 (hue, which stays), as they follow each other. A
+    factor of None changes nothing.
     """
     table = _RAMP
     if contrast is None:

@@ -133,6 +133,13 @@ def test_model_without_classifier_is_refused():
         delta.find_head(meta_device.without_weights("resnet18", num_classes=0))
 
 
+def test_a_classifiers_name_that_is_none_is_passed_over():
+    """As a repository's config.json may tell it."""
+    model: Network = meta_device.without_weights("test_efficientnet")
+    model.pretrained_cfg = dict(model.pretrained_cfg, classifier=5)
+    assert delta.find_classifier(model) == "classifier"
+
+
 def tiny(name: str = "test_efficientnet") -> Network:
     torch.manual_seed(0)
     return lively(timm.create_model(name, num_classes=7))

@@ -144,15 +144,16 @@ def test_predictions_go_to_a_file(network: Network, run: Path, images: list[Path
     assert "ends in .csv" in tiny.cli("predict", images[0], "--model", run, "-o", tmp_path / "x.txt", status=2)[1]
 
 
+@pytest.mark.parametrize(("where", "named"), [(["/elsewhere"], "/elsewhere"), ([], "Writing")])
 def test_what_fails_while_a_file_is_written_is_not_its_fault(
-    run: Path, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: list[str], named: str
 ):
     def fail(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "/elsewhere")
+        raise OSError(errno.ENOSPC, "No space left on device", *where)
 
     monkeypatch.setattr(prediction, "ranked", fail)
     _, said = tiny.cli("predict", images[0], "--model", run, "-o", tmp_path / "a.csv", status=1, columns=200)
-    assert said.endswith("Error: /elsewhere: No space left on device.\n")
+    assert said.endswith(f"Error: {named}: No space left on device.\n")
     assert not list(tmp_path.glob("*a.csv*"))
 
 

@@ -713,6 +713,12 @@ def test_another_recipe_in_the_same_folder_is_refused(ground: Ground, tmp_path: 
 
 
 @pytest.mark.newest
+def test_options_are_looked_at_before_a_checkpoint(tmp_path: Path):
+    command = ["b0", "--data", str(tmp_path), "--checkpoint", str(tmp_path / "nothing.pth"), "--workers", "-1"]
+    assert "workers: must be" in tiny.cli("reproduce", *command, status=2)[1]
+
+
+@pytest.mark.newest
 def test_a_folder_in_use_is_refused(ground: Ground, tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".owner").write_text("4711 x")

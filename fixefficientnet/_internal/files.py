@@ -147,7 +147,7 @@ def append(path: Path, data: bytes) -> None:
 
 
 def check_links(folder: Path, names: Iterable[str]) -> None:
-    """Refuses a folder in which a link leads out among what a command writes: files, and folders with all in them.
+    """Refuses a folder where one of the names that a command writes, or anything in a folder so named, links out.
 
     Raises:
         FixEfficientNetError: There is such a link.
@@ -169,7 +169,9 @@ def remove_partial(folder: Path) -> None:
 
 
 def check_output(paths: Iterable[Path], overwrite: bool, *, folder: bool = False) -> None:
-    """Refuses to replace files unasked, and to write where a device is; or a folder, which keeps its other files.
+    """Refuses to replace files unasked, and to write where something other than a file is.
+
+    An output that is a folder keeps its other files; unasked, it must be empty.
 
     Raises:
         FixEfficientNetError: One of them is there.

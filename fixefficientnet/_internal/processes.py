@@ -39,11 +39,7 @@ def usable_device(device: "str | torch.device | None") -> "torch.device":
 
 
 def check_precision(mixed_precision: str, *, cpu: bool) -> None:
-    """Refuses a precision that is none of "no", "bf16" and "fp16", and one that the device lacks.
-
-    Raises:
-        FixEfficientNetError: The precision is none of these, or the device lacks it.
-    """
+    """Refuses a precision that is none of "no", "bf16" and "fp16", and fp16 on a CPU, by a FixEfficientNetError."""
     if mixed_precision not in ("no", "bf16", "fp16"):
         raise FixEfficientNetError(f"--mixed-precision {mixed_precision}: it is no, bf16 or fp16.")
     if cpu and mixed_precision == "fp16":
@@ -51,7 +47,10 @@ def check_precision(mixed_precision: str, *, cpu: bool) -> None:
 
 
 def usual_precision(device: str | None) -> str:
-    """The precision that a frozen network runs in, if none is chosen: "bf16" on a GPU that has it, else "no"."""
+    """The precision that a frozen network runs in on a device, if none is chosen.
+
+    That is "bf16" on "cuda" where the GPU has it (None: cuda if there is one), else "no".
+    """
     import torch
 
     if device == "cpu" or not torch.cuda.is_available():
@@ -60,7 +59,7 @@ def usual_precision(device: str | None) -> str:
 
 
 def accelerator(device: str | None, mixed_precision: str) -> "Accelerator":
-    """Accelerate's view of this command's processes, their devices (None: cuda if there is one) and their precision.
+    """Accelerate's view of this command's processes, devices ("cpu", "cuda"; None: cuda if there is one) and precision.
 
     Raises:
         FixEfficientNetError: The device or the precision cannot be used here; torchrun restarted processes of several

@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 
 def default_threads(model: nn.Module, batches: int | None = None) -> int:
-    """The number of threads that compute one of so many batches (None: not known) each.
+    """The number of threads that compute a batch each; never more than there are batches (None: not known).
 
     On a CPU there are several, unless hooks watch the model: they want one forward pass at a time.
     """

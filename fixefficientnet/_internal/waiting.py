@@ -38,7 +38,7 @@ def longest() -> float:
 
 @contextlib.contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """Holds a file's lock, of which messages call `what` it keeps others from; a killed process leaves none behind.
+    """Holds the lock of a file; a killed process leaves none behind. Messages name what it is for.
 
     Raises:
         TimeoutError: Another process held it for too long; names that process.

@@ -182,21 +182,25 @@ def write_file(path: Path, content: bytes | Iterable[str]) -> None:
     Raises:
         FixEfficientNetError: It cannot be written.
     """
-    failed: list[OSError] = []  # while the pieces were made, which the file has no part in
-
-    def watched(pieces: Iterable[str]) -> Iterator[str]:
-        try:
-            yield from pieces
-        except OSError as error:
-            failed.append(error)
-            raise
-
     try:
         if isinstance(content, bytes):
             write_atomically(path, content)
         else:
-            write_text(path, watched(content))
+            write_text(path, _apart(content))
+    except _NotOfWritingError as error:
+        raise error.error from None
     except OSError as error:
-        if error in failed:
-            raise
         raise FixEfficientNetError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+class _NotOfWritingError(Exception):
+    def __init__(self, error: OSError):
+        self.error = error
+
+
+def _apart(pieces: Iterable[str]) -> Iterator[str]:
+    """Pieces of a text whose making may fail for reasons that the written file has no part in."""
+    try:
+        yield from pieces
+    except OSError as error:
+        raise _NotOfWritingError(error) from error

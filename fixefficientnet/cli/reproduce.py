@@ -169,15 +169,16 @@ def reproduce(
         raise UsageError("--plan runs nothing: --publish does not go with it.")
     if data is None and not estimate.plan:
         raise UsageError("--data is missing: a folder with train/ and val/ in it, or hfds/NAME, torch/NAME, wds/NAME.")
+    chosen_options = made(Options, options)  # before a checkpoint is read
     from fixefficientnet.models import checkpoint_of
     from fixefficientnet.reproduce.run import with_weights
 
     checkpoint = start.checkpoint and checkpoint_of(start.checkpoint.expanduser())
     chosen = with_weights(chosen, checkpoint, pretrained=not start.no_pretrained)
-    if estimate.plan or data is None:
-        _plan(subjects, chosen, data, made(Options, options), estimate)
-    else:
-        _run_all(subjects, chosen, checkpoint, data, place, publishing, made(Options, options))
+    if estimate.plan:
+        _plan(subjects, chosen, data, chosen_options, estimate)
+    elif data:
+        _run_all(subjects, chosen, checkpoint, data, place, publishing, chosen_options)
 
 
 def _run_all(

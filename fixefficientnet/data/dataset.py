@@ -195,7 +195,8 @@ def _in_folder(
 def follow(dataset: ImageDataset, order: tuple[str, ...], owner: str) -> ImageDataset:
     """Gives a split the class indices of a training split or a model, by name: folders are numbered as they come.
 
-    `order` has the names of that owner's classes, which may not lack any (DataError); empty: the split stays as it is.
+    `order` has the owner's class names by the index to follow; a class of the split that it lacks is a DataError. If it
+    is empty, the split stays as it is.
     """
     if not dataset.classes or not order or dataset.classes == order:
         return dataset

@@ -1,4 +1,7 @@
-"""Images in files: a folder per class, or one folder with a file of labels; which of them are left out."""
+"""Images in files: a folder per class, or one folder with a file of labels; which of them are left out.
+
+What is refused is a DataError.
+"""
 
 import fnmatch
 import glob

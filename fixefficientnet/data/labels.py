@@ -1,4 +1,7 @@
-"""Files that tell the classes of images: CSV of file and label, and what comes with ImageNet's validation images."""
+"""Files that tell the classes of images: CSV of file and label, and what comes with ImageNet's validation images.
+
+What is refused is a DataError.
+"""
 
 import csv
 import posixpath

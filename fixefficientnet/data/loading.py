@@ -117,10 +117,10 @@ def load_batches(
     substitute: bool = False,
     device: torch.device | None = None,
 ) -> Generator[Batch, None, None]:
-    """Loads batches of images, in order, in worker processes if asked (0: in this one), to the device (None: the CPU).
+    """Loads batches of images, in order, in so many loading processes; 0 loads in this one.
 
-    Tasks are drawn while batches are loaded. If `substitute`, the next readable image takes the place of an unreadable
-    one, so that batches keep their size; else the unreadable one is left out.
+    The inputs go to the device (None: the CPU). Tasks are drawn while batches are loaded. If `substitute`, the next
+    readable image takes the place of an unreadable one, so that batches keep their size; else that is left out.
 
     Raises:
         DataError: There is too little shared memory for workers; one of them was killed, or hangs.

@@ -11,7 +11,7 @@ _STRONGEST = 0.72
 
 
 def forward(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-    """One forward pass, of float32 [N, 3, S, S], that keeps the last feature map.
+    """One forward pass of timm's classifier in eval mode, of float32 [N, 3, S, S], that keeps the last feature map.
 
     Returns:
         The logits [N, classes]; and the feature map [N, channels, h, w], where its mean over all places is what a

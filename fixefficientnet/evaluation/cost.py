@@ -21,7 +21,7 @@ def gmacs(architecture: str, sizes: Iterable[int], num_classes: int = 1000) -> d
 
 
 def activations(architecture: str, sizes: Iterable[int], num_classes: int = 1000) -> dict[int, int]:
-    """As `gmacs`, values that the convolutions and linear layers give.
+    """The number of values that the convolutions and linear layers give in one image's forward pass; raises as `gmacs`.
 
     For networks whose time is that of their memory traffic, it grows with this number.
     """

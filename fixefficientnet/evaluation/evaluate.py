@@ -91,8 +91,14 @@ def evaluate(model: str | os.PathLike[str] | nn.Module, data: str | os.PathLike[
 def dataset_for(loaded: LoadedModel, settings: Settings) -> ImageDataset:
     """The dataset, its classes numbered as the model's, its images upright or not as for the model."""
     own, split = loaded.own_classes, settings.split
-    opened = partial(open_dataset, settings.data, root=settings.data_root, labels=settings.labels)
-    opened = partial(opened, num_classes=None if own else loaded.num_classes, numbered=not own)
+    opened = partial(
+        open_dataset,
+        settings.data,
+        root=settings.data_root,
+        labels=settings.labels,
+        num_classes=None if own else loaded.num_classes,
+        numbered=not own,
+    )
     if loaded.part_of and split is None and not settings.labels and opened(None).fingerprint() == loaded.part_of:
         split = VALIDATION  # the rest trained the model
     dataset = opened(split, exclude=settings.exclude)
@@ -111,7 +117,8 @@ def evaluate_model(
 ) -> Measured:
     """Evaluates a loaded model, whose network is moved to the accelerator's device; see `evaluate`.
 
-    The dataset is what `dataset_for` gave, if that was asked for before.
+    The dataset is what `dataset_for` gave, if that was asked for before. The accelerator must compute in the precision
+    of the settings.
     """
     engines.check(settings.engine, accelerator.device, accelerator.mixed_precision)
     dataset = dataset or dataset_for(loaded, settings)
@@ -139,7 +146,7 @@ def evaluate_model(
     loop = replace(loop, journal=journal)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_explaining_lack_of_memory(loop))
-        precision = settings.mixed_precision
+        precision = accelerator.mixed_precision
         stack.enter_context(engines.running(loaded, test, settings.engine, threads=threads, precision=precision))
         if settings.warm_up:
             loop.warm_up()
@@ -193,7 +200,7 @@ def _journal(
         "test": asdict(test),
         "crop_mode": loaded.crop_mode,
         "batch_size": loop.batch_size,
-        "precision": settings.mixed_precision,
+        "precision": accelerator.mixed_precision,
         "engine": settings.engine,
         "preprocessing": settings.preprocessing,
         "subset": loop.subset and loop.subset.classes,

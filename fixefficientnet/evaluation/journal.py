@@ -113,10 +113,13 @@ class Journal:
         rows = [[*prediction] for prediction in batch.predictions.values()]
         line = {"indices": [*batch.predictions], "predictions": rows}
         line |= {"unreadable": batch.unreadable, "unturned": sorted(batch.unturned), "seconds": batch.seconds}
-        self.note(line)
+        self._append(line)
 
     def note(self, values: Mapping[str, Any]) -> None:
-        """Appends JSON values, which belong to the whole unless their keys are a batch's."""
+        """Appends JSON values that belong to the whole; keys other than a batch's."""
+        self._append(values)
+
+    def _append(self, values: Mapping[str, Any]) -> None:
         file = self.path.with_name(f"{self.path.name}.{self._rank}.jsonl")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)

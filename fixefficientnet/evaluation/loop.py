@@ -168,6 +168,8 @@ def _of_all_processes(mine: Finished, failure: FixEfficientNetError | None) -> F
         error = failure if failure and (kind, str(failure)) == failures[0] else first(reason)
         error.said_elsewhere = error is not failure  # type: ignore[attr-defined]
         raise error
+    if len(parts) == 1:
+        return mine
     together = Finished()
     for part, *_ in parts:
         together.add(part)

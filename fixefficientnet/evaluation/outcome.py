@@ -139,8 +139,8 @@ class Evaluation:
     def summary(self) -> Summary:
         """The figures alone."""
         counts = self.images, len(self.unreadable), len(self.unturned)
-        best = self.top1, *self.interval, self.top5, *self.interval5
-        return Summary(self.size, self.crop_pct, *counts, *best, self.loss)
+        accuracies = self.top1, *self.interval, self.top5, *self.interval5
+        return Summary(self.size, self.crop_pct, *counts, *accuracies, self.loss)
 
     def relabelled(self, labels: Sequence[Sequence[int]]) -> "Evaluation":
         """The same predictions held against other labels; the loss stays that of the original ones.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fixefficientnet import manifest
-from fixefficientnet.manifest import Accuracy, PaperRow
+from fixefficientnet.manifest import Accuracy, PaperRow, Variant
 
 NOISE = 0.1
 """Accuracy points between runs of the same training (the note, section 3.4)."""
@@ -56,14 +56,14 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
 
     Differences are measured less paper, in points; None where the sizes differ.
     """
-    found = []
-    of_paper = [(variant, variant.paper) for variant in manifest.load().values() if variant.paper]
+    found, variants = [], manifest.load()
+    of_paper = [(variant, variant.paper) for variant in variants.values() if variant.paper]
     for variant, paper in sorted(of_paper, key=lambda pair: pair[1].table):
         row: dict[str, Any] = {"table": paper.table, "variant": variant.key}
         row |= {"parameters": variant.parameters, "train_size": variant.train_size}
         for what, said in (("base", paper.base), ("fix", paper.fix)):
             row |= {f"{what}_size": said.test_size, f"{what}_top1": said.top1, f"{what}_top5": said.top5}
-        own = [result for result in results if result.variant == variant.key and _fits(result)]
+        own = [result for result in results if result.variant == variant.key and _fits(result, variants)]
         found += [row | _beside(result, paper) for result in own] or [row | _NOTHING]
     return found
 
@@ -87,11 +87,12 @@ def _beside(result: Result, paper: PaperRow) -> dict[str, Any]:
 
 def elsewhere(results: Iterable[Result]) -> list[Result]:
     """Results that cannot stand beside the paper's: of other images or sizes, or of a model that is not in it."""
-    return [result for result in results if not _fits(result)]
+    variants = manifest.load()
+    return [result for result in results if not _fits(result, variants)]
 
 
-def _fits(result: Result) -> bool:
-    variant = manifest.load().get(result.variant)
+def _fits(result: Result, variants: Mapping[str, Variant]) -> bool:
+    variant = variants.get(result.variant)
     if variant is None or variant.paper is None or not result.comparable:
         return False
     base, fix = variant.paper.base, variant.paper.fix

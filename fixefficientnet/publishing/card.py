@@ -106,7 +106,7 @@ def _filled(template: str, data: ModelCardData, **values: Any) -> bytes:
     """A template of this folder, filled."""
     for name, value in vars(data).items():  # YAML has all letters as they are
         setattr(data, name, [*map(inert, value)] if isinstance(value, list) else inert(value))
-    # the template says what escapes each value, in Markdown
+    # the template says what escapes each value, in Markdown; citation.bib is a template too: no {{ and no {# in it
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent))  # noqa: S701
     environment.filters |= {"md": markdown, "code": code}
     card = ModelCard(environment.get_template(template).render(card_data=data.to_yaml(), **values))

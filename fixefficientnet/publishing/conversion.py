@@ -60,7 +60,7 @@ class ConversionResult:
 
     Attributes:
         variant: Row of the manifest that the checkpoint is of.
-        checkpoint: The checkpoint.
+        checkpoint: The checkpoint, with both networks' tensors.
         written: Number of tensors in the file that was written.
         bytes: Size of the file, in bytes.
         sha256: sha256 of the file.
@@ -88,7 +88,8 @@ def convert(
 ) -> ConversionResult:
     """Makes a delta of a whole checkpoint, whose tensors outside the head must be the original backbone's.
 
-    The command `convert` says what it takes. The output is `.safetensors`; with `full`, also `.pth`.
+    The output is `.safetensors`, or with `full` the whole network, also `.pth`. The weights' test size is in pixels,
+    their crop_pct in (0, 1] (None: the variant's); the license is an SPDX identifier, lower case.
 
     Raises:
         UnknownVariantError: There is no such variant.
@@ -111,7 +112,8 @@ def convert(
         made = to_delta(found, row, license=license, source=checkpoint.name, test=test)
         deltas.save(made, output)
         written = len(made.tensors)
-    return ConversionResult(row, found, written, output.stat().st_size, sha256_of(output), test)
+    size_there = output.stat().st_size
+    return ConversionResult(row, found, written=written, bytes=size_there, sha256=sha256_of(output), test=test)
 
 
 def read(path: Path, variant: Variant) -> Checkpoint:

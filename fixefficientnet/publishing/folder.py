@@ -12,7 +12,7 @@ from fixefficientnet.publishing import index
 
 
 def read_index(folder: Path) -> bytes | None:
-    """Content of a folder's models.json, or None; a PublishError says why folder or file cannot be read."""
+    """Content of a folder's models.json; None where there is none. A PublishError says why it cannot be read."""
     if os.path.lexists(folder) and not folder.is_dir():
         raise PublishError(f"{folder} is there, and is no folder. Choose another one: --to.")
     try:

@@ -65,7 +65,7 @@ def updated(
 
 
 def read(path: Path) -> Mapping[str, Any]:
-    """Reads a manifest's file, by default one without rows; a ManifestError says why a file that is there is none."""
+    """Reads a manifest's file; where there is none, gives one without rows. Another file is a ManifestError."""
     try:
         document = records.decode_file(path)
     except FileNotFoundError:

@@ -52,7 +52,11 @@ class MergeResult:
 def merge(
     model: str, output: Path, *, delta: str | None = None, license: str = "unknown", overwrite: bool = False
 ) -> MergeResult:
-    """Makes one whole checkpoint of a model, which plain timm loads; the command `merge` says what it takes.
+    """Makes one whole checkpoint of a model, named as `load` takes it, which plain timm loads.
+
+    The output is `.safetensors` or `.pth`; another ending is that of a folder in the Hub's layout, which keeps its
+    other files. Of a variant, the delta may be a path, the folder of a run, hf://… or "backbone"; None: the published
+    weights, and "backbone" where the paper has none. The license (SPDX, lower case) is that of a network of one's own.
 
     Raises:
         UnknownVariantError: There is no such model, or `delta` is given for one that is no variant.

@@ -14,7 +14,7 @@ from fixefficientnet._internal.progress import Bar, bar
 
 
 class Log:
-    """Speaks on a console or terminal for the first process (`enabled`); on others, it is silent and writes nothing."""
+    """Speaks for the first process (`enabled`), on a console (None: the terminal); on others, it does nothing."""
 
     def __init__(self, folder: Path, *, enabled: bool, console: Console | None = None):
         self.enabled = enabled

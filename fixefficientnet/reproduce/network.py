@@ -22,7 +22,7 @@ class Network:
     """A network prepared for a recipe: the rest of it is frozen.
 
     Attributes:
-        recipe: What it is prepared for.
+        recipe: The recipe that it is prepared for, or another one for the same parts of it.
         model: The whole network.
         head: Names of the classifier and of the last norm before it.
         norm: The last norm before the classifier; None where there is none.
@@ -214,7 +214,7 @@ def without_weights(recipe: Recipe, num_classes: int) -> Network:
         model = meta_device.without_weights(architecture, num_classes=num_classes, **kwargs)
     with torch.device("meta"):
         found = prepare(model, replace(recipe, mixed_precision="no"))  # the meta device has no autocast
-        return replace(found, recipe=recipe)
+    return replace(found, recipe=recipe)
 
 
 def check_single_image(network: Network) -> None:

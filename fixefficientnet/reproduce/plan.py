@@ -66,7 +66,11 @@ class Plan:
 
 
 def plan_runs(recipes: Sequence[Recipe], data: Data | None, devices: int = 1, val_interval: int = 1) -> list[Plan]:
-    """Plans of several runs on the same images (None: ImageNet's numbers); the rest is as for `plan`."""
+    """Plans of several runs on the same images (None: ImageNet's numbers); the rest is as for `plan`.
+
+    Raises:
+        DataError: The images cannot be used.
+    """
     images, num_classes = IMAGENET_IMAGES, 1000
     if data is not None:
         train, validation = (

@@ -184,7 +184,11 @@ def subject_of_variant(variant: Variant) -> Subject:
 
 
 def subject_of_backbone(name: str) -> Subject:
-    """The subject for another network of timm, with its own preprocessing and whole crops at test time."""
+    """The subject for another network of timm, with its own preprocessing and whole crops at test time.
+
+    Raises:
+        RecipeError: timm has no such model.
+    """
     cfg = _timm_cfg(name)
     size, mean, std = int(cfg["input_size"][-1]), tuple(cfg["mean"]), tuple(cfg["std"])
     interpolation = cfg["interpolation"] if cfg["interpolation"] in INTERPOLATIONS else "bicubic"
@@ -233,7 +237,6 @@ def resolve(subject: Subject, choices: Mapping[str, Any]) -> Recipe:
         "backbone": subject.backbone,
         "weights": "pretrained",
         "stage": stage,
-        "method": method,
         "tune": "all" if stage == "base" else "fixres",
         "test_size": test.size,
         "train_size": subject.base.size,
@@ -245,7 +248,7 @@ def resolve(subject: Subject, choices: Mapping[str, Any]) -> Recipe:
         raise RecipeError(f"recipe.method: must be one of online, cached, is {method!r}")
     defaults = dict(table[section])
     row = defaults.pop("variants", {}).get(subject.name, {})
-    values = {**given, **defaults, **row, **chosen}
+    values = {**given, **defaults, **row, "method": method, **chosen}
     recipe = records.read(Recipe, values, "recipe", RecipeError)
     _check_combination(recipe)
     return recipe

@@ -89,7 +89,10 @@ class Session:
         self.unturned.setdefault(what, set()).update(names)
 
     def share_counted(self, what: str, total: int) -> None:
-        """Gives all processes the images of a split that any did not read or not turn; too many unread: a DataError."""
+        """Gives all processes the images of a split that any of them could not read, or did not turn.
+
+        Too many unreadable ones together are a DataError.
+        """
         if self.world > 1:
             mine = self.unreadable.get(what, set()), self.unturned.get(what, set())
             unreadable, unturned = zip(*gather_object([mine]), strict=True)

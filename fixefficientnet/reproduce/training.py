@@ -123,7 +123,7 @@ class _Ledger:
     _loss_sum: float = 0
 
     def note(self, at: Position, done: StepResult, rate: float) -> None:
-        """Takes the result of the step at a position, and reads many together."""
+        """Takes the result of the step at a position; many are logged together, and raise as `read` does."""
         self._unread.append((at, done, rate))
         if isinstance(done.loss, float) or len(self._unread) == _READ_TOGETHER:
             self.read()

@@ -75,7 +75,7 @@ def device_for(engine: str, device: torch.device | str | None, precision: str = 
 def exported(loaded: "LoadedModel", test: TestTime, engine: str, on_message: OnMessage | None = None) -> Path:
     """The exported file of a model on the CPU, at the size of `test`; made and checked where it is not kept yet.
 
-    An export takes its time: `on_message` is called with one line before.
+    The engine is "onnx" or "openvino". An export takes its time: `on_message` is called with one line before.
 
     Raises:
         ExportError: The model cannot be exported, or the runtime disagrees with PyTorch.
@@ -167,8 +167,8 @@ def forward_of(
 ) -> Forward:
     """A model's forward pass by an engine: float32 [N, 3, S, S] → float32 [N, classes]; the model stays as it is.
 
-    So many threads call it concurrently, and share the cores; "compile" takes one. The precision is "no", or "bf16" for
-    OpenVINO alone: PyTorch's engines follow autocast.
+    `threads` is how many threads call it concurrently; they share the cores, and "compile" takes one. The precision is
+    "no", or "bf16" for OpenVINO alone: PyTorch's engines follow autocast.
 
     Raises:
         ExportError: As `exported` raises; or the model is not in float32, as exported files are.

@@ -68,7 +68,10 @@ class Calibration:
 
 
 def quantise(format: str, path: Path, calibration: Calibration, metadata: str) -> None:
-    """Replaces an exported file of one size in float32 by its 8-bit form, which keeps the metadata, JSON text."""
+    """Replaces an exported file of one size ("onnx" or "openvino", in float32) by its 8-bit form.
+
+    That gets the metadata, JSON text, as its value under `formats.METADATA`.
+    """
     with contextlib.redirect_stdout(sys.stderr):  # both print their progress
         _QUANTIZERS[format](path, calibration, metadata)
 
