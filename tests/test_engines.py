@@ -299,6 +299,7 @@ def test_what_an_engine_cannot_is_one_error(
     assert not [*kept.rglob("*.onnx")]
 
 
+@pytest.mark.newest
 def test_a_cache_that_cannot_be_written_is_done_without(
     run: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -239,6 +239,7 @@ def test_a_network_that_gives_nan_is_not_exported(model: str, tmp_path: Path):
     assert [file.name for file in tmp_path.iterdir()] == ["nan.safetensors"]
 
 
+@pytest.mark.newest
 def test_labels_are_imagenets_or_the_runs_own(tmp_path: Path):
     cli("export", "lite0:backbone", "-o", tmp_path / "lite0.pt", "--size", 64)
     labels = (tmp_path / "lite0.pt.labels.txt").read_text().splitlines()

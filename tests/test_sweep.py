@@ -221,6 +221,7 @@ def test_what_it_writes_opens_and_what_it_says_names_it(ground: Ground, tmp_path
     assert "crop_pct 1, bicubic" in said
 
 
+@pytest.mark.newest
 def test_finished_sizes_are_not_done_again_unless_asked(ground: Ground, tmp_path: Path):
     sweep(ground, tmp_path, "32,48")
     two, before = rows_of(tmp_path), batches(tmp_path)
@@ -237,6 +238,7 @@ def test_finished_sizes_are_not_done_again_unless_asked(ground: Ground, tmp_path
     assert {**again, "seconds": 0, "images_per_second": 0} == {**two[1], "seconds": 0, "images_per_second": 0}
 
 
+@pytest.mark.newest
 def test_where_all_is_finished_nothing_grows(ground: Ground, tmp_path: Path):
     """However often it is asked again."""
     sweep(ground, tmp_path, "32,48")
@@ -245,6 +247,7 @@ def test_where_all_is_finished_nothing_grows(ground: Ground, tmp_path: Path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "finished").iterdir()} == before
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("torn", [False, True])
 def test_a_killed_size_is_finished(ground: Ground, tmp_path: Path, torn: bool):
     sweep(ground, tmp_path, "32,48")
@@ -264,6 +267,7 @@ def test_a_killed_size_is_finished(ground: Ground, tmp_path: Path, torn: bool):
     assert sorted(index for line in lines for index in json.loads(line)["indices"]) == [*range(18)]  # each once
 
 
+@pytest.mark.newest
 def test_other_weights_and_other_images_are_not_taken_for_these(ground: Ground, tmp_path: Path):
     """The same names, another content: nothing finished is taken over."""
     file = tmp_path / "network.safetensors"

@@ -121,6 +121,7 @@ def test_timm_and_transformers_give_the_runs_classes_and_probabilities(runs: Pat
         assert (again.classes, astuple(again.test)) == (loaded.classes, astuple(test))
 
 
+@pytest.mark.newest
 def test_a_model_that_somebody_else_published_meanwhile_is_not_written_over(runs: Path, tmp_path: Path):
     theirs, to = published(runs / "variant", tmp_path / "theirs"), tmp_path / "to"
     begun = threading.Event()
