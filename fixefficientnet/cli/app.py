@@ -137,7 +137,7 @@ def print_table(
     to.print(_table(columns, [(short[first], *others) for first, *others in cells], title))
     for name, beginning_lost in short.items():
         if beginning_lost != name:
-            to.print(f"{escape(beginning_lost)}: {escape(name)}", soft_wrap=True)
+            to.say(f"{beginning_lost}: {name}")
 
 
 def shortened(text: str, width: int) -> str:

@@ -30,14 +30,13 @@ def has(file: Path, data: bytes) -> bool:
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Keeps other publications from a folder, which is made if need be; those of whole models in it have its lock too.
+    """Keeps other publications from a folder, which is made if need be.
 
     Raises:
         OSError: Another one held it for too long, or there can be no folder or lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    inside = (folder.parent / index.FILENAME).is_file()
-    with locked(_lock_of((folder.parent if inside else folder).resolve()), str(folder)):
+    with locked(_lock_of(folder.resolve()), str(folder)):
         yield
 
 
@@ -74,7 +73,12 @@ def write(folder: Path, files: Mapping[str, bytes], obsolete: Iterable[str] = ()
 
 
 def _lock_of(folder: Path) -> Path:
-    """Its lock's file, beside it: in it are published files alone, unless nothing can be written beside."""
+    """Its lock's file, beside it: in it are published files alone, unless nothing can be written beside.
+
+    A whole model in a folder of deltas has that one's.
+    """
+    if (folder.parent / index.FILENAME).is_file():
+        folder = folder.parent
     writable = os.access(folder.parent, os.W_OK)
     return folder.with_name(f".{folder.name[:64]}.lock") if writable else folder / ".lock"
 

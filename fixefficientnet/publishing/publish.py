@@ -229,8 +229,9 @@ def _to_hub(runs: Sequence[CheckedRun], repository: str, options: PublishOptions
         revision = _commit(target, after.version, files, planned.message, contents)
         revisions, text = _load_from(target, models, contents, revision, manifest_file)
     said = _said(planned, files)
-    done = PublishResult(runs, repository, said, files, manifest_file, text, models, revisions)
-    return replace(done, written=written, unreachable=unreachable)
+    return PublishResult(
+        runs, repository, said, files, manifest_file, text, models, revisions, written=written, unreachable=unreachable
+    )
 
 
 def published(

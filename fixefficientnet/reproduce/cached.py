@@ -90,7 +90,7 @@ def tune(
             with torch.no_grad():
                 for tensor in network.moving.values():
                     tensor.copy_(cast(Tensor, broadcast(tensor.detach().clone())))
-    return Tuned(forwards(network, len(dataset)), recipe.epochs)
+    return Tuned(forwards(network, len(dataset), recipe.views), recipe.epochs)
 
 
 def _features_of(
@@ -102,11 +102,11 @@ def _features_of(
     return _compute_features(session, network, dataset, place, f"{split} features".strip().capitalize())
 
 
-def forwards(network: Network, dataset: int) -> int:
-    """Number of images that go forward through the backbone."""
+def forwards(network: Network, dataset: int, views: int) -> int:
+    """Number of images that go forward through the backbone, where each of a dataset has so many views."""
     recipe = network.recipe
     statistics = min(recipe.statistics_images or dataset, dataset) if network.statistics else 0
-    return statistics + (recipe.views * dataset if recipe.trains_classifier else 0)
+    return statistics + (views * dataset if recipe.trains_classifier else 0)
 
 
 def feature_bytes(recipe: Recipe, dataset: int, channels: int) -> int:

@@ -1,7 +1,7 @@
 """What a run would take, without running it: on torch's meta device, which computes shapes only."""
 
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -111,8 +111,8 @@ def plan(
         if epoch_images == 1:
             network.check_single_image(net)
     else:
-        forwards = cached.forwards(net, train)
-        loads = cached.forwards(replace(net, recipe=replace(recipe, views=1)), train)
+        forwards = cached.forwards(net, train, recipe.views)
+        loads = cached.forwards(net, train, 1)
     base = recipe.stage == "base"
     measured = [recipe.train_size] if base else [recipe.train_size, recipe.test_size, recipe.test_size]
     between = (recipe.epochs - 1) // val_interval if val_interval else 0
